@@ -1,0 +1,1 @@
+"""The internal engine: everything that computes."""
