@@ -23,7 +23,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
 
 def save_state(folder: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], extra: dict[str, Tensor], step: int) -> None:
     """Write weights, optimiser tensors and extra tensors, then the step that they belong to."""
-    tensors = {f"model/{k}": v.detach().contiguous() for k, v in model.state_dict().items()}
+    tensors = {f"model/{k}": v.detach().clone() for k, v in model.state_dict().items()}
     tensors |= {f"extra/{k}": v.contiguous() for k, v in extra.items()}
     for number, optimizer in enumerate(optimizers):
         for index, state in optimizer.state_dict()["state"].items():

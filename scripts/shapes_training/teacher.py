@@ -156,7 +156,7 @@ def train(folder: Path, data: Latents, device: torch.device, seed: int, steps: i
             torch._foreach_lerp_(list(ema.values()), list(live.values()), 1 - decay)
         return {"loss": loss.item()}
 
-    run(folder, model, optimizers, update, steps, warmup=500, extra=ema, save_every=2000)
+    run(folder, model, optimizers, update, steps, warmup=500, extra=ema, save_every=1000)
     model.load_state_dict(ema, strict=False)
     return model.eval()
 

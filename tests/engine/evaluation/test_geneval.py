@@ -93,7 +93,6 @@ def test_position_of_a_clear_offset(relation: str) -> None:
     [
         (0, 0, set()),
         (2, 0, set()),  # 0.1 (10 + 10) = 2 px: no relation at this distance
-        (2.0009, 0, set()),  # a revised offset under 0.001
         (3.9, 0, set()),  # revised 1.9 / 3.9 = 0.487
         (4.1, 0, {"right of"}),  # 2.1 / 4.1 = 0.512
         (-50, -50, {"left of", "above"}),  # 48 / 70.7 = 0.679 on both axes
@@ -105,6 +104,13 @@ def test_position_of_a_clear_offset(relation: str) -> None:
 )
 def test_position_thresholds(x: float, y: float, expected: set[str]) -> None:
     assert relative_position(at("a", x, y), at("b", 0, 0)) == expected
+
+
+def test_position_of_a_vanishing_offset() -> None:
+    """Between points the revised offset is the offset: under 0.001 px it is no relation."""
+    origin = at("b", 0, 0, size=0)
+    assert relative_position(at("a", 0.0009, 0, size=0), origin) == set()
+    assert relative_position(at("a", 0.0011, 0, size=0), origin) == {"right of"}
 
 
 def test_position_uses_the_sizes_of_both_objects_per_axis() -> None:

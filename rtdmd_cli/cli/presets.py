@@ -1,0 +1,154 @@
+"""`rtdmd presets`: list, show, copy and validate recipes. Data goes to stdout, everything else to stderr."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rtdmd_cli.errors import UsageError
+
+app = typer.Typer(
+    name="presets",
+    help="List, show, copy and check presets: one YAML file is one recipe.",
+    no_args_is_help=True,
+)
+
+Name = Annotated[str, typer.Argument(metavar="NAME|FILE", help="A shipped preset's name, or a YAML file.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON value.")]
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _table(rows: list[tuple[str, ...]]) -> None:
+    """Left-aligned columns; one of up to 40 characters sets the width, longer ones stick out."""
+    widths = [
+        max((len(cell) for cell in column if len(cell) <= 40), default=0)
+        for column in zip(*rows, strict=True)
+    ]
+    for row in rows:
+        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+@app.command("list")
+def list_(as_json: Json = False) -> None:
+    """List the shipped presets: name, model family, description."""
+    from rtdmd_cli.config import list_presets
+
+    found = list_presets()
+    if as_json:
+        _print_json(
+            [
+                {
+                    "name": info.name,
+                    "family": info.family,
+                    "description": info.description,
+                    "path": str(info.path),
+                }
+                for info in found
+            ]
+        )
+    else:
+        _table([(info.name, info.family, info.description) for info in found])
+
+
+@app.command()
+def show(
+    name: Name,
+    resolved: Annotated[
+        bool, typer.Option("--resolved", help="Print every value and where it came from.")
+    ] = False,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Override a value, with --resolved; may be repeated."
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Print a preset's file, or all its values."""
+    from rtdmd_cli.config import preset_path, preset_text
+
+    if resolved:
+        _show_resolved(name, overrides or [], as_json)
+        return
+    if overrides:
+        raise UsageError("`--set` changes no file.", "Add --resolved to see the values it gives.")
+    text = preset_text(name)
+    if as_json:
+        _print_json({"path": str(preset_path(name)), "text": text})
+    else:
+        typer.echo(text, nl=not text.endswith("\n"))
+
+
+def _show_resolved(name: str, overrides: list[str], as_json: bool) -> None:
+    from rtdmd_cli.config import allowed, keys, load_preset, preset_values
+
+    resolved = load_preset(name, overrides)
+    values, sources = preset_values(resolved.preset), resolved.sources
+    if not as_json:
+        _table([(key, json.dumps(value, ensure_ascii=False), sources[key]) for key, value in values.items()])
+        return
+    fields = {".".join(path): field for path, field in keys().items()}
+    _print_json(
+        {
+            "name": resolved.preset.name,
+            "sha256": resolved.sha256,
+            "values": {
+                key: {
+                    "value": value,
+                    "source": sources[key],
+                    "allowed": allowed(fields[key]),
+                    "description": fields[key].description,
+                }
+                for key, value in values.items()
+            },
+        }
+    )
+
+
+@app.command()
+def copy(
+    name: Name,
+    file: Annotated[Path, typer.Argument(help="The new file; an existing one is never overwritten.")],
+    as_json: Json = False,
+) -> None:
+    """Copy a preset to a file of your own, to change it."""
+    from rtdmd_cli.config import preset_text
+
+    text = preset_text(name)
+    if file.is_dir():
+        raise UsageError(
+            f"{file} is a folder.", f"Name the new file: rtdmd presets copy {name} {file / 'mine.yaml'}"
+        )
+    if file.exists() or file.is_symlink():
+        raise UsageError(f"{file} exists already and is never overwritten.", "Choose another file name.")
+    if not file.parent.is_dir():
+        raise UsageError(
+            f"The folder {file.parent} does not exist.", f"Make it first: mkdir -p {file.parent}"
+        )
+    from rtdmd_cli.engine.runtime.files import write_text
+
+    write_text(file, text)
+    if as_json:
+        _print_json({"path": str(file)})
+    else:
+        typer.echo(f"copied to {file}; use it with: rtdmd distill --preset {file}", err=True)
+
+
+@app.command()
+def validate(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A YAML file, or a shipped preset's name.")],
+    as_json: Json = False,
+) -> None:
+    """Check a preset file by itself, without the environment: exit code 0 if it is good, 2 if not."""
+    from rtdmd_cli.config import load_preset
+
+    resolved = load_preset(file, environ={})
+    given = sum(source != "default" for source in resolved.sources.values())
+    if as_json:
+        _print_json({"file": file, "valid": True, "name": resolved.preset.name, "sha256": resolved.sha256})
+    else:
+        typer.echo(f"{file}: valid, {given} of {len(resolved.sources)} values set, the others are defaults")

@@ -1,0 +1,163 @@
+"""`rtdmd sample`: pictures of prompts. Paths or JSON on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rtdmd_cli.cli.counting import counting
+from rtdmd_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from rtdmd_cli.config.schema import Preset
+    from rtdmd_cli.engine.model_source import Model, Source
+    from rtdmd_cli.engine.pictures import Job, Written
+
+RUNS = Path("runs")
+LONGEST_SIDE = 8192  # px
+MAX_SEED = 2**63 - 1
+
+From = Annotated[
+    str | None,
+    typer.Option(
+        "--from",
+        metavar="RUN|CHECKPOINT|PRESET",
+        help="A run's or checkpoint's folder, a run's name under runs/, or a preset (its untouched base model). "
+        "Default: the newest finished run, else the built-in model.",
+    ),
+]
+Steps = Annotated[
+    int | None, typer.Option(min=1, max=1000, help="Sampling steps. Default: the preset's.")
+]
+Guidance = Annotated[
+    float | None,
+    typer.Option(min=1, max=100, help="Classifier-free guidance of a base model; 1 is none. Default: the preset's."),
+]
+Batch = Annotated[
+    int | None,
+    typer.Option(min=1, max=65536, help="Pictures at once; does not change them. Default: the preset's, less for large ones."),
+]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps. Default: the preset's.")]
+Dtype = Annotated[str | None, typer.Option(help="auto, fp32 or bf16. Default: the preset's.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Errors only on stderr.")]
+
+
+def sample(
+    prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="What the pictures show.")] = None,
+    number: Annotated[int, typer.Option("-n", min=1, max=100_000, help="Pictures of each prompt.")] = 1,
+    from_: From = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|-", help="Prompts, one a line: a UTF-8 file, - for standard input, or builtin:shapes."
+        ),
+    ] = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the noise.")] = 0,
+    width: Annotated[
+        int | None, typer.Option(min=1, max=LONGEST_SIDE, help="Pixels. Default: the preset's resolution.")
+    ] = None,
+    height: Annotated[
+        int | None, typer.Option(min=1, max=LONGEST_SIDE, help="Pixels. Default: the preset's resolution.")
+    ] = None,
+    out: Annotated[
+        Path, typer.Option(help="Folder of the pictures; with other pictures of the same names in it, OUT-2 is taken.")
+    ] = Path("samples"),
+    grid: Annotated[bool, typer.Option("--grid", help="Also write grid.png, all pictures in one.")] = False,
+    batch: Batch = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Make pictures of a prompt, or of a file of prompts.
+
+    The same seed, prompt index and picture index give the same picture, whatever the batch.
+    """
+    texts = _texts(prompt, prompts)
+    from rtdmd_cli.engine.pictures import Job, choose_folder, default_batch, write_grid, write_pictures
+
+    source, model = load_model(from_, guidance, device, dtype, quiet)
+    preset = source.preset
+    plan = model.plan(steps, guidance)
+    across, down = width or preset.model.resolution, height or preset.model.resolution
+    model.backbone.latent_shape(down, across)
+    size = batch or default_batch(preset, across, down)
+    job = Job(model, plan, texts, number, seed, across, down, size)
+    folder = choose_folder(out, job, grid)
+    if folder != out:
+        tell(f"{out}/ holds other pictures of these names: writing to {folder}/", quiet)
+    with counting(len(texts) * number, quiet) as advance:
+        written = write_pictures(folder, job, advance)
+    if written.kept:
+        tell(f"{written.kept} of the pictures were there already and are kept", quiet)
+    grid_path = write_grid(folder, job) if grid else None
+    _print(written, folder, grid_path, job, as_json)
+
+
+def _texts(prompt: str | None, prompts: str | None) -> list[str]:
+    """The prompts of the command line. UsageError unless exactly one of the two is given; errors of `read_prompts`."""
+    from rtdmd_cli.engine.prompts import check_prompt, read_prompts
+
+    if prompt is not None and prompts is not None:
+        raise UsageError("Give a prompt or --prompts, not both.", "Put the prompt into the file, or leave --prompts out.")
+    if prompts is not None:
+        return read_prompts(prompts, sys.stdin.buffer)
+    if prompt is None:
+        raise UsageError("There is no prompt.", 'Write one, as in: rtdmd sample "a photo of two red circles"')
+    return [check_prompt(prompt)]
+
+
+def load_model(
+    reference: str | None, guidance: float | None, device: str | None, dtype: str | None, quiet: bool
+) -> tuple[Source, Model]:
+    """Find and open what `--from` names; says on stderr what was chosen."""
+    from rtdmd_cli.engine.model_source import open_model, refuse_guidance, resolve
+    from rtdmd_cli.engine.runtime.device import resolve_device, resolve_dtype
+
+    source = resolve(reference, RUNS)
+    for note in source.notes:
+        tell(note, quiet)
+    refuse_guidance(source, guidance)
+    hardware = source.preset.hardware
+    _limit_threads(source.preset)
+    where = resolve_device(device or hardware.device)
+    return source, open_model(source, where, resolve_dtype(dtype or hardware.dtype, where))
+
+
+def _limit_threads(preset: Preset) -> None:
+    import torch
+
+    if preset.hardware.threads is not None:
+        torch.set_num_threads(preset.hardware.threads)
+
+
+def tell(text: str, quiet: bool) -> None:
+    """A line on stderr, unless quiet."""
+    if not quiet:
+        typer.echo(text, err=True)
+
+
+def _print(written: Written, folder: Path, grid: Path | None, job: Job, as_json: bool) -> None:
+    paths = [str(path) for path, _ in written.pictures]
+    if not as_json:
+        typer.echo("\n".join([*paths, *([str(grid)] if grid else [])]))
+        return
+    result: dict[str, Any] = {
+        "folder": str(folder),
+        "grid": str(grid) if grid else None,
+        "model": job.model.label,
+        "model_hash": job.model.model_hash,
+        "steps": job.plan.steps,
+        "evaluations": job.plan.evaluations,
+        "seconds": round(written.seconds, 3),
+        "kept": written.kept,
+        "pictures": [{"path": path, **record} for path, (_, record) in zip(paths, written.pictures, strict=True)],
+    }
+    typer.echo(json.dumps(result, indent=2, ensure_ascii=False))

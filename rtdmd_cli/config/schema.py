@@ -1,0 +1,271 @@
+"""The preset: one model's whole recipe, as frozen pydantic models.
+
+Defaults are the published values (method.md, section 5). Every field has a range and a description with
+its unit; unknown keys are refused and no type is converted, except a whole number where a number is wanted.
+This module imports no torch.
+"""
+
+import re
+from itertools import pairwise
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+MAX_SEED = 2**63 - 1
+MAX_COUNT = 1_000_000_000
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+
+
+def _one_line(text: str | None) -> str | None:
+    if text is not None and not text.isprintable():
+        raise ValueError("must be text without line breaks and control characters")
+    return text
+
+
+class Section(BaseModel):
+    """Common behaviour of every section of a preset."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, validate_default=True
+    )
+
+
+class ModelConfig(Section):
+    """The base model, which is also the teacher."""
+
+    family: Literal["sd3"] = Field(description="model family, which chooses the backbone's code")
+    path: str = Field(
+        min_length=1,
+        max_length=4096,
+        description="builtin:shapes, a repository id of the hub, or a local folder in diffusers' layout",
+    )
+    revision: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=256,
+        description="branch, tag or commit of the hub repository; null for its default branch",
+    )
+    resolution: int = Field(
+        ge=16, le=2048, multiple_of=8, description="side of the square training pictures, pixels"
+    )
+    text_length: int = Field(default=128, ge=1, le=512, description="length of the T5 prompt, tokens")
+    guidance: float = Field(
+        default=7.0,
+        ge=1,
+        le=100,
+        description="the teacher's classifier-free guidance scale, no unit; 1 is none",
+    )
+    teacher_steps: int = Field(
+        default=50, ge=1, le=1000, description="steps of the teacher when it is sampled in full"
+    )
+
+    _printable = field_validator("path", "revision")(_one_line)
+
+
+class SamplerConfig(Section):
+    """The generator's few-step sampler (CPS, method.md section 2)."""
+
+    raw_steps: tuple[int, ...] = Field(
+        default=(1000, 750, 500, 250),
+        strict=False,
+        description="unshifted noise levels of the evaluations, thousandths; they fall strictly from 1000",
+    )
+    eta: float = Field(
+        default=0.9, ge=0, le=1, description="stochasticity of a transition, no unit; 0 is Euler"
+    )
+
+    @field_validator("raw_steps")
+    @classmethod
+    def _falls(cls, steps: tuple[int, ...]) -> tuple[int, ...]:
+        falling = all(a > b for a, b in pairwise(steps))
+        if not 1 <= len(steps) <= 1000 or steps[0] != 1000 or steps[-1] < 1 or not falling:
+            raise ValueError("must fall strictly, starting at 1000 and ending at 1 or more")
+        return steps
+
+
+class LoraConfig(Section):
+    """The adapters of generator and fake score, both of the same shape."""
+
+    rank: int = Field(default=32, ge=1, le=4096, description="rank of each adapter matrix, no unit")
+    alpha: int = Field(default=64, ge=1, le=65536, description="adapter scale times rank, no unit")
+    targets: tuple[str, ...] = Field(
+        default=ATTENTION,
+        strict=False,
+        description="endings of the names, below `attn.`, of the linear layers that get an adapter",
+    )
+
+    @field_validator("targets")
+    @classmethod
+    def _distinct(cls, targets: tuple[str, ...]) -> tuple[str, ...]:
+        plain = all(name.replace("_", "").replace(".", "").isalnum() for name in targets)
+        if not targets or len(set(targets)) != len(targets) or not plain:
+            raise ValueError("must name at least one module, each once, in letters, digits, `_` and `.`")
+        return targets
+
+
+class DistillConfig(Section):
+    """Stage 1 (method.md section 3)."""
+
+    iterations: int = Field(
+        default=15_000,
+        ge=1,
+        le=MAX_COUNT,
+        description="length of the training, iterations (fake-score steps)",
+    )
+    batch: int = Field(default=72, ge=1, le=65536, description="images per optimiser step")
+    micro_batch: int | None = Field(
+        default=None,
+        ge=1,
+        le=65536,
+        description="images per forward pass, divides the batch; null for the batch",
+    )
+    fake_per_generator: int = Field(
+        default=10, ge=1, le=10_000, description="fake-score steps for each generator step"
+    )
+    generator_lr: float = Field(
+        default=3e-5, gt=0, le=1, description="learning rate of the generator, no unit"
+    )
+    fake_lr: float = Field(default=3e-5, gt=0, le=1, description="learning rate of the fake score, no unit")
+    lr_warmup: int = Field(
+        default=0,
+        ge=0,
+        le=MAX_COUNT,
+        description="linear learning-rate warm-up, optimiser steps of each role",
+    )
+    weight_decay: float = Field(default=0.0, ge=0, le=1, description="AdamW's weight decay, no unit")
+    betas: tuple[float, float] = Field(
+        default=(0.9, 0.999), strict=False, description="AdamW's two decay rates, no unit, each in [0, 1)"
+    )
+    eps: float = Field(default=1e-8, gt=0, le=0.01, description="AdamW's epsilon, no unit")
+    grad_clip: float = Field(
+        default=1.0, gt=0, le=1e6, description="largest gradient norm of a role, no unit"
+    )
+    consistency_weight: float = Field(
+        default=0.01,
+        ge=0,
+        le=100,
+        description="weight of the consistency regulariser, no unit; 0 turns it off",
+    )
+    consistency_max_step: int = Field(
+        default=200,
+        ge=1,
+        le=1000,
+        description="longest step of the consistency regulariser, thousandths of sigma",
+    )
+    t_margin: float = Field(default=0.01, gt=0, le=0.5, description="least distance of t above s, in sigma")
+    t_min: float = Field(default=0.02, gt=0, lt=1, description="lower clamp of t, in sigma")
+    t_max: float = Field(default=0.98, gt=0, le=1, description="upper clamp of t, in sigma")
+    max_weight: float = Field(
+        default=10.0, gt=0, le=1e6, description="upper clamp of the fake-score loss's weight, no unit"
+    )
+    ema_decay: float = Field(
+        default=0.904, ge=0, lt=1, description="decay of the generator's average per generator step, no unit"
+    )
+    ema_warmup: bool = Field(default=False, description="start the decay at min((1+n)/(10+n), ema_decay)")
+    boundaries: Literal["one", "every"] = Field(
+        default="one",
+        description="boundaries of a rollout that become training points: one drawn, or every one",
+    )
+    consistency_batched: bool = Field(
+        default=False, description="run both evaluations of the consistency regulariser in one batch"
+    )
+    normaliser: Literal["published", "noise-free"] = Field(
+        default="published", description="the generator loss's normaliser, with or without the noise of x_s"
+    )
+    prompts: str = Field(
+        default="builtin:shapes",
+        min_length=1,
+        max_length=4096,
+        description="training prompts: builtin:shapes, or the path of a UTF-8 text file, one prompt a line",
+    )
+    seed: int = Field(default=42, ge=0, le=MAX_SEED, description="seed of every random stream, no unit")
+    lora: LoraConfig = LoraConfig()
+    save_every: int = Field(
+        default=500, ge=1, le=MAX_COUNT, description="distance of checkpoints, iterations"
+    )
+    keep: int = Field(default=3, ge=1, le=100_000, description="checkpoints kept, newest first")
+    log_every: int = Field(default=10, ge=1, le=MAX_COUNT, description="distance of metric lines, iterations")
+    sample_every: int = Field(
+        default=500,
+        ge=0,
+        le=MAX_COUNT,
+        description="distance of sample grids, iterations; 0 for the end only",
+    )
+
+    _printable = field_validator("prompts")(_one_line)
+
+    @field_validator("betas")
+    @classmethod
+    def _rates(cls, betas: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError("must be two numbers of at least 0 and below 1")
+        return betas
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.micro_batch is not None and self.batch % self.micro_batch:
+            raise ValueError(
+                f"`distill.micro_batch` ({self.micro_batch}) must divide `distill.batch` ({self.batch})"
+            )
+        if self.t_min >= self.t_max:
+            raise ValueError(f"`distill.t_min` ({self.t_min}) must be below `distill.t_max` ({self.t_max})")
+        return self
+
+
+class EvaluateConfig(Section):
+    """How benchmarks sample."""
+
+    seed: int = Field(default=0, ge=0, le=MAX_SEED, description="seed of the evaluation noise, no unit")
+    images_per_prompt: int = Field(
+        default=1, ge=1, le=10_000, description="pictures for each benchmark prompt"
+    )
+    batch: int = Field(
+        default=64, ge=1, le=65536, description="pictures per forward pass; does not change them"
+    )
+
+
+class HardwareConfig(Section):
+    """Where and how it runs."""
+
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field(
+        default="auto", description="device; auto takes the first of cuda, mps, cpu that exists"
+    )
+    dtype: Literal["auto", "fp32", "bf16"] = Field(
+        default="auto", description="precision of the base model; auto is bf16 on cuda, else fp32"
+    )
+    gradient_checkpointing: bool = Field(
+        default=False, description="recompute activations in the backward pass: less memory, more time"
+    )
+    threads: int | None = Field(
+        default=None, ge=1, le=1024, description="CPU threads of torch; null for torch's own choice"
+    )
+    tracker: Literal["none", "tensorboard", "wandb"] = Field(
+        default="none", description="experiment tracker beside metrics.jsonl"
+    )
+
+
+class Preset(Section):
+    """A whole recipe."""
+
+    name: str = Field(
+        min_length=1,
+        max_length=64,
+        description="name: up to 64 letters, digits, `.`, `_`, `-`; the file's own name where none is given",
+    )
+    description: str = Field(default="", max_length=1000, description="one line for `rtdmd presets list`")
+    model: ModelConfig
+    sampler: SamplerConfig = SamplerConfig()
+    distill: DistillConfig = DistillConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    hardware: HardwareConfig = HardwareConfig()
+
+    @field_validator("name")
+    @classmethod
+    def _plain(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+            raise ValueError(
+                "must begin with a letter or digit and go on with letters, digits, `.`, `_`, `-`"
+            )
+        return name
+
+    _printable = field_validator("description")(_one_line)

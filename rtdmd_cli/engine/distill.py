@@ -1,0 +1,251 @@
+"""Stage 1: turn a many-step flow model into a few-step generator (method, section 3).
+
+    rtdmd distill --preset shapes-4step
+
+One iteration, on prompts drawn for it:
+
+    fake's turn        roll the generator out; at each boundary s diffuse x_s to a time t above it; fit the fake
+                       score's velocity to the exact one, and make its clean prediction self-consistent
+    generator's turn   every `fake_per_generator`-th iteration: a fresh rollout on the same prompts; carry the same
+    (fake first)       x_t back to s with teacher and with fake score; move x_s towards the teacher's
+
+The teacher, the fake score and the generator are one network with different adapters (`roles.py`). Every random number
+is keyed by (seed, stream, iteration, sample), so that micro-batches and resumed runs see the same ones.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from rtdmd_cli.config.schema import DistillConfig
+from rtdmd_cli.engine.algo.flow import cps_step, to_x0
+from rtdmd_cli.engine.algo.losses import consistency_loss, dmd_loss, fake_score_loss
+from rtdmd_cli.engine.algo.subinterval import clean_parts, consistency_time, renoise, renoise_time, velocity_target
+from rtdmd_cli.engine.backbones.base import Backbone, Conditioning, concatenate
+from rtdmd_cli.engine.roles import Roles
+from rtdmd_cli.engine.runtime import optim, rng
+from rtdmd_cli.engine.sample import guided
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """Where a transition of a rollout lands: the noise level s, x_s [B,C,H,W], and the clean prediction behind it."""
+
+    s: float
+    x_s: Tensor
+    x0: Tensor
+
+
+@dataclass
+class Trainer:
+    """What the recipe works on. `conditioning` gives the encoded prompts of a list of prompt indices."""
+
+    backbone: Backbone
+    roles: Roles
+    config: DistillConfig
+    sigmas: tuple[float, ...]
+    eta: float
+    guidance: float
+    shape: tuple[int, int, int]
+    prompts: int
+    conditioning: Callable[[Sequence[int]], Conditioning]
+    empty: Conditioning
+    fake_optimizer: torch.optim.Optimizer
+    generator_optimizer: torch.optim.Optimizer
+    ema: dict[str, Tensor]
+    generator_updates: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Random numbers of one micro-batch: the samples `indices` of `iteration`, in one turn."""
+
+    trainer: Trainer
+    turn: str
+    iteration: int
+    indices: range
+
+    def normal(self, stream: str) -> Tensor:
+        """Standard normal [b,C,H,W] float32, on the model's device."""
+        shape, seed = self.trainer.shape, self.trainer.config.seed
+        draw = rng.normal(shape, seed, f"{self.turn}/{stream}", self.iteration, self.indices)
+        return draw.to(self.trainer.backbone.device)
+
+    def uniform(self, stream: str) -> Tensor:
+        """Uniform in [0, 1), [b] float32, on the CPU."""
+        seed = self.trainer.config.seed
+        return rng.uniform(0.0, 1.0, seed, f"{self.turn}/{stream}", self.iteration, self.indices)
+
+    def integers(self, stream: str, low: int, high: int) -> Tensor:
+        """Integers in [low, high), [b], on the CPU."""
+        seed = self.trainer.config.seed
+        return rng.integers(low, high, seed, f"{self.turn}/{stream}", self.iteration, self.indices)
+
+
+def iterate(trainer: Trainer, iteration: int) -> None:
+    """One iteration (0-based). Leaves its figures in `trainer.metrics`; raises NumericalError before a bad step."""
+    config = trainer.config
+    trainer.metrics = {}
+    prompts = rng.integers(0, trainer.prompts, config.seed, "prompts", iteration, range(config.batch))
+    update_fake_score(trainer, iteration, prompts)
+    if (iteration + 1) % config.fake_per_generator == 0:
+        update_generator(trainer, iteration, prompts)
+
+
+def update_fake_score(trainer: Trainer, iteration: int, prompts: Tensor) -> None:
+    """The fake score's turn: velocity matching on the generator's own samples, plus the consistency regulariser."""
+    trainer.fake_optimizer.zero_grad(set_to_none=True)
+    for draws, cond, share in micro_batches(trainer, "fake", iteration, prompts):
+        with trainer.roles.role("generator"), torch.no_grad():
+            boundaries = list(rollout(trainer, draws, cond))
+        with trainer.roles.role("fake", train=True):
+            for number, boundary in boundaries:
+                loss = fake_loss(trainer, draws, number, boundary, cond, share / len(boundaries))
+                optim.check_finite("The fake-score loss", loss, iteration)
+                loss.backward()  # type: ignore[no-untyped-call]
+    step(trainer, "fake", trainer.fake_optimizer, trainer.config.fake_lr, iteration, iteration)
+
+
+def fake_loss(
+    trainer: Trainer, draws: Draws, number: int, boundary: Boundary, cond: Conditioning, share: float
+) -> Tensor:
+    """`share` times (fake-score loss + w consistency loss) at a boundary; the fake score is active."""
+    config = trainer.config
+    t, noise = renoised_time(trainer, draws, number, boundary.s), draws.normal(f"{number}/renoise")
+    x_t = renoise(boundary.x_s, boundary.s, t, noise)
+    u_scaled, scale = velocity_target(boundary.x_s, boundary.s, t, noise)
+    v = trainer.backbone.velocity(x_t, t.to(x_t.device), cond)
+    matching = fake_score_loss(v, u_scaled, scale, config.max_weight)
+    add(trainer, {"fake_loss": matching.loss}, share)
+    if config.consistency_weight == 0:
+        return share * matching.loss
+    h_anchor = to_x0(x_t, t, v)
+    h_1, h_2 = consistency_predictions(trainer, draws, number, x_t, t, v.detach(), cond)
+    consistency = consistency_loss(h_anchor, h_1, h_2)
+    add(trainer, {"consistency_loss": consistency.loss}, share)
+    return share * (matching.loss + config.consistency_weight * consistency.loss)
+
+
+def consistency_predictions(
+    trainer: Trainer, draws: Draws, number: int, x_t: Tensor, t: Tensor, v: Tensor, cond: Conditioning
+) -> list[Tensor]:
+    """Clean predictions after two independent CPS transitions from x_t to a later time t'."""
+    config = trainer.config
+    t_next = consistency_time(t, draws.integers(f"{number}/consistency step", 1, config.consistency_max_step + 1))
+    starts = [
+        cps_step(x_t, v, t, t_next, trainer.eta, draws.normal(f"{number}/consistency {pick}")) for pick in (1, 2)
+    ]
+    level, velocity = t_next.to(x_t.device), trainer.backbone.velocity
+    if config.consistency_batched:
+        both = velocity(torch.cat(starts), torch.cat([level, level]), concatenate([cond, cond]))
+        velocities = both.chunk(2)
+    else:
+        velocities = tuple(velocity(x, level, cond) for x in starts)
+    return [to_x0(x, t_next, w) for x, w in zip(starts, velocities, strict=True)]
+
+
+def update_generator(trainer: Trainer, iteration: int, prompts: Tensor) -> None:
+    """The generator's turn: distribution matching at every boundary in use, then the EMA."""
+    trainer.generator_optimizer.zero_grad(set_to_none=True)
+    for draws, cond, share in micro_batches(trainer, "generator", iteration, prompts):
+        with trainer.roles.role("generator", train=True):
+            used = len(boundaries_in_use(trainer, draws))
+            for number, boundary in rollout(trainer, draws, cond):
+                loss = matching_loss(trainer, draws, number, boundary, cond, share / used)
+                optim.check_finite("The generator loss", loss, iteration)
+                loss.backward()  # type: ignore[no-untyped-call]
+    config, done = trainer.config, trainer.generator_updates
+    step(trainer, "generator", trainer.generator_optimizer, config.generator_lr, done, iteration)
+    decay = optim.ema_decay_at(done, config.ema_decay, config.ema_warmup)
+    optim.ema_update(trainer.ema, trainer.roles.named_parameters("generator"), decay)
+    trainer.generator_updates += 1
+
+
+def matching_loss(
+    trainer: Trainer, draws: Draws, number: int, boundary: Boundary, cond: Conditioning, share: float
+) -> Tensor:
+    """`share` times the generator loss at a boundary; the generator is active and stays so for the backward pass."""
+    s, x_s = boundary.s, boundary.x_s
+    t = renoised_time(trainer, draws, number, s)
+    with torch.no_grad():
+        level = t.to(x_s.device)
+        x_t = renoise(x_s, s, t, draws.normal(f"{number}/renoise"))
+        with trainer.roles.role("teacher"):
+            v_teacher = guided(trainer.backbone, cond, trainer.empty, trainer.guidance)(x_t, level)
+        with trainer.roles.role("fake"):
+            v_fake = trainer.backbone.velocity(x_t, level, cond)
+        noise = draws.normal(f"{number}/carry back")
+        y_teacher = cps_step(x_t, v_teacher, t, s, trainer.eta, noise)
+        y_fake = cps_step(x_t, v_fake, t, s, trainer.eta, noise)
+        clean = clean_parts(boundary.x0, to_x0(x_t, t, v_teacher), s)
+    reference = clean if trainer.config.normaliser == "noise-free" else None
+    output = dmd_loss(x_s, y_fake, y_teacher, reference=reference)
+    add(trainer, {"dmd_loss": output.loss, "gap": output.metrics["gap"]}, share)
+    return share * output.loss
+
+
+def rollout(trainer: Trainer, draws: Draws, cond: Conditioning) -> Iterator[tuple[int, Boundary]]:
+    """CPS from pure noise with the active role, and the boundaries in use: (number of the step, boundary).
+
+    Each transition starts from a detached latent: its gradient flows through its own evaluation alone. Transitions
+    to a boundary that is not in use run without gradient.
+    """
+    used, sigmas = boundaries_in_use(trainer, draws), trainer.sigmas
+    x = draws.normal("initial")
+    for number in range(max(used)):
+        sigma, s = sigmas[number], sigmas[number + 1]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and number + 1 in used):
+            v = trainer.backbone.velocity(x, x.new_full(x.shape[:1], sigma), cond)
+            x0 = to_x0(x, sigma, v)
+            x_s = cps_step(x, v, sigma, s, trainer.eta, draws.normal(f"{number}/step")) if s > 0 else x0
+        if number + 1 in used:
+            yield number, Boundary(s, x_s, x0.detach())
+        x = x_s.detach()
+
+
+def boundaries_in_use(trainer: Trainer, draws: Draws) -> list[int]:
+    """Steps whose landing points are trained on: all of them, or one drawn for the whole batch."""
+    steps = len(trainer.sigmas) - 1
+    if trainer.config.boundaries == "every":
+        return list(range(1, steps + 1))
+    seed = trainer.config.seed
+    return [int(rng.integers(1, steps + 1, seed, f"{draws.turn}/boundary", draws.iteration, [0]))]
+
+
+def renoised_time(trainer: Trainer, draws: Draws, number: int, s: float) -> Tensor:
+    """t [b] above s, every sample its own."""
+    config = trainer.config
+    return renoise_time(draws.uniform(f"{number}/time"), s, config.t_margin, config.t_min, config.t_max)
+
+
+def micro_batches(
+    trainer: Trainer, turn: str, iteration: int, prompts: Tensor
+) -> Iterator[tuple[Draws, Conditioning, float]]:
+    """The batch in equal parts: random draws, encoded prompts on the device, and the part's share of the batch."""
+    size = trainer.config.micro_batch or trainer.config.batch
+    for start in range(0, len(prompts), size):
+        cond = trainer.conditioning(prompts[start : start + size].tolist())
+        draws = Draws(trainer, turn, iteration, range(start, start + size))
+        yield draws, cond.to(trainer.backbone.device, trainer.backbone.dtype), size / len(prompts)
+
+
+def step(
+    trainer: Trainer, role: str, optimizer: torch.optim.Optimizer, lr: float, done: int, iteration: int
+) -> None:
+    """Check, clip and move one role, which has taken `done` steps before; nothing moves where a value is not finite."""
+    parameters = trainer.roles.named_parameters(role)
+    for name, parameter in parameters:
+        optim.check_finite(f"The weight {role}/{name}", parameter, iteration)
+    norm = optim.clip_and_check(parameters, trainer.config.grad_clip, iteration)
+    trainer.metrics[f"{role}_grad_norm"] = norm
+    optim.set_learning_rate(optimizer, optim.learning_rate_at(done, lr, trainer.config.lr_warmup))
+    optimizer.step()
+
+
+def add(trainer: Trainer, figures: dict[str, Tensor], share: float) -> None:
+    """Accumulate figures of a part of the batch."""
+    for name, value in figures.items():
+        trainer.metrics[name] = trainer.metrics.get(name, 0.0) + share * float(value.detach())

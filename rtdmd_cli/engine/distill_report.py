@@ -1,0 +1,76 @@
+"""The report of a stage-1 run: reads the run folder, fills in `report.html`."""
+
+import json
+from collections.abc import Mapping
+
+from rtdmd_cli.config.schema import Preset
+from rtdmd_cli.engine.report.html import RunReport, Status, write_report
+from rtdmd_cli.engine.report.page import Picture
+from rtdmd_cli.engine.runtime.run_folder import RunFolder
+
+
+def write_run_report(
+    run: RunFolder, preset: Preset, status: Status, iteration: int, seconds: float, health: Mapping[str, float]
+) -> None:
+    """Write report.html from what lies in the run folder, and the fake score's figures of this moment."""
+    metrics = run.metrics.read()
+    environment = json.loads((run.path / "environment.json").read_text(encoding="utf-8"))
+    command = " ".join(environment.pop("command"))
+    packages = environment.pop("packages")
+    facts = {key: str(value) for key, value in {**environment, **packages}.items() if value is not None}
+    grids = [
+        Picture(path, f"Iteration {int(path.stem.removeprefix('step-'))}: generator above, teacher below")
+        for path in sorted(run.samples.glob("step-*.png"))
+    ]
+    report = RunReport(
+        title=f"{run.name}: distillation to {len(preset.sampler.raw_steps)} steps",
+        status=status,
+        iterations=iteration,
+        target_iterations=preset.distill.iterations,
+        seconds=seconds,
+        verdict=_verdict(health),
+        facts=_facts(preset),
+        metrics=metrics,
+        grids=grids,
+        health=Picture(run.path / "health.png", "The same noisy points, seen by generator, fake score and teacher"),
+        lag=_lag(metrics, iteration, health),
+        preset_yaml=run.preset.read_text(encoding="utf-8"),
+        environment=list(facts.items()),
+        command=command,
+    )
+    write_report(run.report, report)
+
+
+def _verdict(health: Mapping[str, float]) -> str:
+    share = health["lag"] / health["lag_teacher"]
+    follows = "follows" if share < 0.9 else "lags behind"
+    return (
+        f"At the end the fake score {follows} the generator: its prediction is {health['lag']:.3f} away from the "
+        f"generator's samples, the teacher's {health['lag_teacher']:.3f}."
+    )
+
+
+def _facts(preset: Preset) -> list[tuple[str, str]]:
+    config = preset.distill
+    return [
+        ("Model", preset.model.path),
+        ("Picture", f"{preset.model.resolution} x {preset.model.resolution} px"),
+        ("Teacher", f"{preset.model.teacher_steps} steps, guidance {preset.model.guidance:g}"),
+        ("Generator", f"{len(preset.sampler.raw_steps)} steps, eta {preset.sampler.eta:g}"),
+        ("Batch", f"{config.batch} images, {config.boundaries} boundary per rollout"),
+        ("Updates", f"one generator step for {config.fake_per_generator} fake-score steps"),
+        ("Learning rates", f"generator {config.generator_lr:g}, fake score {config.fake_lr:g}"),
+        ("LoRA", f"rank {config.lora.rank}, alpha {config.lora.alpha}"),
+    ]
+
+
+def _lag(
+    metrics: list[dict[str, object]], iteration: int, health: Mapping[str, float]
+) -> dict[str, tuple[list[float], list[float]]]:
+    """The lag curves: the values noted on the way, and the last one."""
+    curves = {}
+    for name, last in health.items():
+        rows = [(row["iteration"], row[name]) for row in metrics if name in row and row["iteration"] != iteration]
+        points = [(float(str(x)), float(str(y))) for x, y in rows] + [(float(iteration), last)]
+        curves[name] = ([x for x, _ in points], [y for _, y in points])
+    return curves

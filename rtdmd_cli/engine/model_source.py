@@ -1,0 +1,208 @@
+"""What `--from` names, and the model it stands for.
+
+In this order: a path (a run folder, a checkpoint folder), the name of a run, a preset (its untouched base
+model). Nothing at all names the newest finished run, or else the built-in model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rtdmd_cli.config.loader import list_presets, load_preset, preset_path
+from rtdmd_cli.config.schema import Preset
+from rtdmd_cli.engine.backbones.base import Backbone, load_backbone
+from rtdmd_cli.engine.roles import GENERATOR, Roles
+from rtdmd_cli.engine.runtime.checkpoint import load_checkpoint, newest_valid, verify_checkpoint
+from rtdmd_cli.engine.runtime.files import os_errors
+from rtdmd_cli.engine.runtime.run_folder import RunFolder, find_newest_finished, is_run, open_run, resolve_run
+from rtdmd_cli.engine.sample import Kind, SamplingPlan, sampling_plan
+from rtdmd_cli.errors import DataError, UsageError
+
+DEFAULT_PRESET = "shapes-4step"
+EMA = "ema"  # the checkpoint's group that a generator's pictures are made with
+LONGEST_NAME = 255  # characters of a file name
+
+
+@dataclass(frozen=True)
+class Source:
+    """A generator (with its checkpoint) or a teacher (the preset's base model).
+
+    preset: for a generator the one of its run. label: for people and for results, free of folders.
+    notes: lines for stderr about what was chosen.
+    """
+
+    kind: Kind
+    preset: Preset
+    checkpoint: Path | None
+    label: str
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded model, ready to sample. roles: None for a teacher. model_hash: 12 hexadecimal digits."""
+
+    source: Source
+    backbone: Backbone
+    roles: Roles | None
+    model_hash: str
+
+    @property
+    def label(self) -> str:
+        return self.source.label
+
+    def plan(self, steps: int | None = None, guidance: float | None = None) -> SamplingPlan:
+        """How this model makes a picture. UsageError as `sampling_plan`."""
+        preset = self.source.preset
+        return sampling_plan(self.source.kind, self.backbone, preset.model, preset.sampler, steps, guidance)
+
+
+def resolve(reference: str | None, out: Path) -> Source:
+    """Find what `reference` names; `out` is the folder of the runs. Loads no model.
+
+    UsageError where it names nothing. DataError for a run or checkpoint that is damaged, or a run without any.
+    """
+    if reference is None:
+        return _default(out)
+    found = _in_folders(reference, out)
+    return found if found is not None else _from_preset(reference, out)
+
+
+def _in_folders(reference: str, out: Path) -> Source | None:
+    """The run or checkpoint of that path or name; None if there is none."""
+    path, there = Path(reference), bool(reference) and os.path.exists(reference)
+    if not there and (path.name != reference or len(reference) > LONGEST_NAME):
+        return None
+    with os_errors(path, "read"):
+        found = resolve_run(reference, out)
+    if found is not None and found.checkpoint is not None:
+        return _from_checkpoint(found.checkpoint, found.run)
+    if found is not None and found.run is not None:
+        return _from_run(found.run)
+    if there and path.is_dir():
+        if path.resolve().parent.name == "checkpoints":
+            verify_checkpoint(path)  # says what is missing
+        if (path / "checkpoints").is_dir():
+            open_run(path)  # likewise
+    return None
+
+
+def _default(out: Path) -> Source:
+    run = find_newest_finished(out)
+    if run is None:
+        source = _from_preset(DEFAULT_PRESET, out)
+        note = f"no finished run under {out}/: using the built-in model, untrained for few steps"
+    else:
+        source = _from_run(run)
+        note = f"using {source.label}, the newest finished run under {out}/"
+    return Source(source.kind, source.preset, source.checkpoint, source.label, (note, *source.notes))
+
+
+def _from_run(run: RunFolder) -> Source:
+    """The newest good checkpoint of a run; damaged ones that are newer are named in the notes."""
+    newest, skipped = newest_valid(run.checkpoints)
+    if newest is None and skipped:
+        raise DataError(f"{run.path} has no good checkpoint: {skipped[0][1]}", "Train it again, or take another run.")
+    if newest is None:
+        raise DataError(
+            f"{run.path} has no checkpoint yet.",
+            "Wait for its first one, or sample its base model by the preset's name.",
+        )
+    notes = tuple(f"skipped a damaged checkpoint: {reason}" for _, reason in skipped)
+    return _generator(newest, run, notes)
+
+
+def _from_checkpoint(path: Path, run: RunFolder | None) -> Source:
+    verify_checkpoint(path)
+    if run is None:
+        raise DataError(
+            f"The checkpoint {path} lies outside a run folder, so its preset is unknown.",
+            "Put it back under RUN/checkpoints/, beside the run's preset.resolved.yaml.",
+        )
+    return _generator(path, run, ())
+
+
+def _generator(checkpoint: Path, run: RunFolder, notes: tuple[str, ...]) -> Source:
+    try:
+        preset = load_preset(str(run.preset), environ={}).preset
+    except UsageError as error:
+        raise DataError(f"The run {run.path} is damaged: {error.message}", error.hint) from error
+    return Source("generator", preset, checkpoint, f"{run.path.resolve().name}/{checkpoint.name}", notes)
+
+
+def _from_preset(reference: str, out: Path) -> Source:
+    try:
+        path = preset_path(reference)
+    except UsageError as error:
+        raise _unknown(reference, out) from error
+    if not os.path.isfile(path):
+        raise _unknown(reference, out)
+    preset = load_preset(reference).preset
+    return Source("teacher", preset, None, f"{preset.name} (base model)")
+
+
+def _unknown(reference: str, out: Path) -> UsageError:
+    shown = reference if len(reference) <= 80 else reference[:77] + "..."
+    names = [info.name for info in list_presets()]
+    if out.is_dir():
+        with os_errors(out, "list"):
+            names += [path.name for path in out.iterdir() if is_run(path)]
+    near = get_close_matches(reference, sorted(names), n=1)
+    return UsageError(
+        f"`{shown}` is no run or checkpoint folder, no run under {out}/, and no preset.",
+        f"Did you mean `{near[0]}`?" if near else "List the shipped presets: rtdmd presets list",
+    )
+
+
+def refuse_guidance(source: Source, guidance: float | None) -> None:
+    """UsageError for guidance on a generator, before anything is loaded."""
+    if source.kind == "generator" and guidance not in (None, 1):
+        raise UsageError("A generator is sampled without guidance.", "Leave --guidance out, or give 1.")
+
+
+def open_model(source: Source, device: torch.device, dtype: torch.dtype) -> Model:
+    """Load the base model and, for a generator, put the EMA weights of the checkpoint on it.
+
+    DataError for a checkpoint that is damaged or doesn't fit the model; other errors as `load_backbone`.
+    """
+    loaded = load_checkpoint(source.checkpoint) if source.checkpoint is not None else None
+    if loaded is not None and EMA not in loaded.tensors:
+        raise DataError(
+            f"The checkpoint {loaded.path} holds no generator: {EMA}.safetensors is missing.",
+            "Choose a checkpoint of `rtdmd distill`.",
+        )
+    backbone = load_backbone(source.preset.model, device, dtype)
+    base = backbone.model_id.hash
+    if loaded is None:
+        return Model(source, backbone, None, model_hash(base, {}, 0))
+    if loaded.meta.get("base_hash", base) != base:
+        raise DataError(
+            f"The checkpoint {loaded.path} was trained on another version of {source.preset.model.path}.",
+            "Sample it with the very base model it was trained on.",
+        )
+    lora, ema = source.preset.distill.lora, loaded.tensors[EMA]
+    roles = Roles(backbone.transformer, lora, source.preset.distill.seed)
+    try:
+        roles.load(GENERATOR, ema)
+    except DataError as error:
+        file = loaded.path / f"{EMA}.safetensors"
+        raise DataError(f"{file} belongs to another model. {error.message}", error.hint) from error
+    return Model(source, backbone, roles, model_hash(base, ema, lora.alpha))
+
+
+def model_hash(base: str, ema: Mapping[str, Tensor], alpha: int) -> str:
+    """12 hexadecimal digits of sha256 over the base model's hash and, for a generator, its scale and tensors."""
+    total = hashlib.sha256(f"{base} {alpha}\n".encode())
+    for name in sorted(ema):
+        tensor = ema[name].detach().cpu().contiguous()
+        total.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        total.update(memoryview(tensor.view(-1).view(torch.uint8).numpy()))
+    return total.hexdigest()[:12]

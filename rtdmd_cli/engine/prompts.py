@@ -1,0 +1,88 @@
+"""Reads prompts: a text file, standard input, or the training captions of the built-in world. No torch."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from rtdmd_cli.engine.runtime.files import os_errors
+from rtdmd_cli.errors import DataError, UsageError
+from rtdmd_cli.shapes.prompts import training_captions
+
+BUILTIN = "builtin:shapes"
+BUILTIN_DRAWS, BUILTIN_SEED = 20_000, 0
+MAX_CHARACTERS = 10_000
+"""Longest line of a prompt file."""
+
+_MAX_BYTES = 4 * MAX_CHARACTERS + 8  # of a line: UTF-8 takes four at most; byte order mark and line end beside
+_HINT = "A prompt file is UTF-8 text with one prompt a line."
+
+
+def read_prompts(source: str, stdin: BinaryIO | None = None) -> list[str]:
+    """The prompts of "builtin:shapes", of a text file, or of `stdin` where it is given and `source` is "-".
+
+    In a file: UTF-8, one prompt a line; blanks around a prompt, blank lines and a byte order mark are dropped.
+    Raises DataError, naming the line, for text that is not UTF-8, a NUL character or a line of more than 10,000
+    characters, and for a file that is missing or holds no prompt; UsageError for an unknown built-in set;
+    EnvironmentFailure for a file that can't be read.
+    """
+    if source == BUILTIN:
+        return builtin_prompts()
+    if source.startswith("builtin:"):
+        raise UsageError(f"There are no built-in prompts {source}.", f"Built in: {BUILTIN}.")
+    if source == "-" and stdin is not None:
+        return _prompts(stdin, "standard input")
+    path = Path(source).expanduser()
+    with os_errors(path, "read"):
+        try:
+            with path.open("rb") as file:
+                return _prompts(file, str(path))
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+            raise DataError(f"There is no prompt file {path}.", "Check the path.") from error
+
+
+def builtin_prompts() -> list[str]:
+    """The distinct captions among 20,000 draws of the shapes world's training captions (seed 0), sorted."""
+    return sorted({caption.text for caption in training_captions(BUILTIN_DRAWS, BUILTIN_SEED)})
+
+
+def check_prompt(prompt: str) -> str:
+    """A prompt of the command line, without blanks around it. UsageError where a file's line would be refused."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError("The prompt is not valid UTF-8.", "Write it in a terminal set to UTF-8.") from error
+    if not prompt.strip():
+        raise UsageError("The prompt is empty.", 'Describe a picture, as in "a photo of two red circles".')
+    if "\0" in prompt or len(prompt) > MAX_CHARACTERS:
+        raise UsageError(f"The prompt holds a NUL or more than {MAX_CHARACTERS:,} characters.", "Shorten it.")
+    return prompt.strip()
+
+
+def _prompts(stream: BinaryIO, name: str) -> list[str]:
+    prompts = [line for line in _lines(stream, name) if line]
+    if not prompts:
+        raise DataError(f"{name} holds no prompts.", _HINT)
+    return prompts
+
+
+def _lines(stream: BinaryIO, name: str) -> Iterator[str]:
+    """Every line, stripped. Reads no further than a line that is too long."""
+    number = 0
+    while raw := stream.readline(_MAX_BYTES):
+        number += 1
+        where = f"{name}, line {number}"
+        try:
+            line = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            if len(raw) == _MAX_BYTES:  # maybe cut inside a character
+                raise _too_long(where) from error
+            raise DataError(f"{where}: the text is not UTF-8.", _HINT) from error
+        if len(line) > MAX_CHARACTERS:
+            raise _too_long(where)
+        if "\0" in line:
+            raise DataError(f"{where}: the line holds a NUL character.", _HINT)
+        yield line.strip()
+
+
+def _too_long(where: str) -> DataError:
+    return DataError(f"{where}: the line has more than {MAX_CHARACTERS:,} characters.", _HINT)

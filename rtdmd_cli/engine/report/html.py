@@ -1,0 +1,266 @@
+"""report.html: one self-contained page that says how a run went. No script, nothing loaded from anywhere.
+
+The page takes plain data (`RunReport`); who reads the run folder decides what goes in. All text is escaped,
+pictures are data URIs, and the content security policy forbids everything else.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+from typing import Literal
+
+from rtdmd_cli.engine.report.charts import Series, format_number, line_chart
+from rtdmd_cli.engine.report.page import (
+    Picture,
+    Table,
+    facts_html,
+    figure_html,
+    format_duration,
+    page,
+    pairs_html,
+    table_html,
+)
+from rtdmd_cli.engine.runtime.files import write_text
+
+OPEN_GRIDS = 1  # grids shown at once; older ones unfold
+MAX_GRIDS = 16  # embedded at most, spread evenly over the run, to keep the file small enough to send
+NO_CURVE = frozenset({"time", "seconds"})  # clocks among the metrics
+
+Points = tuple[Sequence[float], Sequence[float]]
+Status = Literal["finished", "interrupted", "failed", "running"]
+STATUS_WORDS: dict[Status, str] = {
+    "finished": "The run finished",
+    "interrupted": "The run was interrupted",
+    "failed": "The run failed",
+    "running": "The run is under way",
+}
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """Everything on the page. `metrics` are the rows of metrics.jsonl: a number for each name, and
+    "iteration"."""
+
+    title: str
+    status: Status
+    iterations: int
+    target_iterations: int
+    seconds: float
+    verdict: str = ""  # opens the page: what came out, in a sentence or two
+    facts: Sequence[tuple[str, str]] = ()  # model, sampler, learning rates, ...
+    tables: Sequence[Table] = ()
+    metrics: Sequence[Mapping[str, object]] = ()
+    grids: Sequence[Picture] = ()  # oldest first
+    health: Picture | None = None
+    lag: Mapping[str, Points] = field(default_factory=dict)  # name: (iterations, distances)
+    preset_yaml: str = ""
+    environment: Sequence[tuple[str, str]] = ()
+    command: str = ""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One chart of the page: metric names with their labels in it, and how to read it."""
+
+    title: str
+    metrics: Mapping[str, str]
+    reading: str
+    log: bool = False
+
+
+CURVES = (
+    Curve(
+        "Fake-score loss",
+        {"fake_loss": "fake score"},
+        "Settles, but does not reach zero: the noise in its target cannot be predicted.",
+    ),
+    Curve(
+        "DMD loss",
+        {"dmd_loss": "generator"},
+        "How far teacher and fake score disagree about the generator’s samples.",
+    ),
+    Curve(
+        "Consistency",
+        {"consistency_loss": "consistency"},
+        "An unbiased estimate of a square: single values may be negative, the mean should be close to zero.",
+    ),
+    Curve(
+        "Gradient norms, before clipping",
+        {"fake_grad_norm": "fake score", "generator_grad_norm": "generator"},
+        "Steady is good; a lasting rise announces trouble.",
+        log=True,
+    ),
+    Curve(
+        "Iterations a second",
+        {"iterations_per_second": "iterations a second"},
+        "A lasting fall means that something else takes the machine, or that memory runs short.",
+    ),
+)
+
+HEALTH_READING = (
+    "How to read it: the fake score’s picture should look like the generator’s beside it; where it looks like "
+    "the teacher’s instead, or like neither, the fake score lags behind, and a higher "
+    "distill.fake_per_generator or distill.fake_lr helps."
+)
+
+LAG_READING = (
+    "Distance of the fake score’s prediction from the generator’s own samples. A level line means that it "
+    "keeps up; a rising one, that the generator runs away from it."
+)
+
+
+def write_report(path: Path, report: RunReport) -> None:
+    """Write the page atomically. Raises EnvironmentFailure when the disk refuses."""
+    write_text(path, render_report(report))
+
+
+def render_report(report: RunReport) -> str:
+    """The whole page. The same data gives the same text."""
+    series = metrics_series(report.metrics)
+    lag = report.lag or {name: points for name, points in series.items() if name.startswith("lag")}
+    sections = [
+        ("results", "Results", "".join(table_html(table) for table in report.tables)),
+        ("samples", "Samples", _samples(report.grids)),
+        ("curves", "Curves", _curves({name: series[name] for name in series.keys() - lag.keys() - NO_CURVE})),
+        ("health", "Health of the fake score", _health(report.health, lag)),
+        ("settings", "Settings", _settings(report)),
+    ]
+    present = [section for section in sections if section[2]]
+    links = "".join(f'<a href="#{anchor}">{heading}</a>' for anchor, heading, _ in present)
+    body = "".join(
+        f'<section id="{anchor}"><h2>{heading}</h2>{content}</section>\n'
+        for anchor, heading, content in present
+    )
+    answer = f'<p class="lead">{_answer(report, series, lag)}</p>{facts_html(report.facts)}'
+    return page(report.title, f'{answer}<nav aria-label="Sections">{links}</nav>\n{body}')
+
+
+def metrics_series(rows: Sequence[Mapping[str, object]]) -> dict[str, tuple[list[float], list[float]]]:
+    """For each metric name its (iterations, values), in the order of first appearance.
+
+    Rows without a numeric "iteration", and values that are no finite numbers (a generator's loss is absent
+    where only the fake score moved), are left out.
+    """
+    series: dict[str, tuple[list[float], list[float]]] = {}
+    for row in rows:
+        iteration = _number(row.get("iteration"))
+        if iteration is None:
+            continue
+        for name, value in row.items():
+            number = _number(value)
+            if number is not None and name != "iteration":
+                x, y = series.setdefault(name, ([], []))
+                x.append(iteration)
+                y.append(number)
+    return series
+
+
+def _number(value: object) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def _answer(report: RunReport, series: Mapping[str, Points], lag: Mapping[str, Points]) -> str:
+    """How it went, in one paragraph, with the key figures in it."""
+    target = report.target_iterations
+    done = f"{report.iterations:,}" + (f" of {target:,}" if report.iterations != target else "")
+    speed = f" ({format_number(report.iterations / report.seconds)} a second)" if report.seconds > 0 else ""
+    sentences = [escape(report.verdict)] if report.verdict else []
+    sentences.append(
+        f"{STATUS_WORDS[report.status]}: <strong>{done}</strong> iterations in "
+        f"<strong>{format_duration(report.seconds)}</strong>{speed}."
+    )
+    for name, words in (("fake_loss", "fake-score loss"), ("dmd_loss", "DMD loss")):
+        if name in series:
+            y = series[name][1]
+            tenth = max(1, len(y) // 10)
+            sentences.append(_change(f"The {words}", _mean(y[:tenth]), _mean(y[-tenth:]), len(y) > 1))
+    curves = [y for _, y in lag.values() if len(y) > 0]
+    if curves:
+        moved = max(len(y) for y in curves) > 1
+        first, last = _mean([y[0] for y in curves]), _mean([y[-1] for y in curves])
+        sentences.append(_change("The fake score’s lag (smaller is better)", first, last, moved))
+    return " ".join(sentences)
+
+
+def _change(what: str, first: float, last: float, moved: bool) -> str:
+    if not moved:
+        return f"{what} is <strong>{format_number(last)}</strong>."
+    before, after = format_number(first), format_number(last)
+    if before == after:
+        return f"{what} stayed at <strong>{after}</strong>."
+    return f"{what} went from {before} to <strong>{after}</strong>."
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _samples(grids: Sequence[Picture]) -> str:
+    """Newest first: the last grid open, the earlier ones folded away."""
+    if not grids:
+        return ""
+    shown = [grids[index] for index in _spread(len(grids), MAX_GRIDS)][::-1]
+    figures = [figure_html(picture) for picture in shown]
+    text = f'<div class="figures">{"".join(figures[:OPEN_GRIDS])}</div>'
+    if len(figures) > OPEN_GRIDS:
+        count = f"{len(figures) - OPEN_GRIDS}"
+        if len(shown) < len(grids):
+            count += f" of {len(grids) - OPEN_GRIDS}"
+        earlier = f'<div class="figures">{"".join(figures[OPEN_GRIDS:])}</div>'
+        text += f"<details><summary>Earlier in the run ({count})</summary>{earlier}</details>"
+    return text
+
+
+def _spread(count: int, limit: int) -> list[int]:
+    """At most `limit` indices of 0..count-1, evenly spaced, the first and the last among them."""
+    if count <= limit:
+        return list(range(count))
+    return [round(index * (count - 1) / (limit - 1)) for index in range(limit)]
+
+
+def _curves(series: Mapping[str, Points]) -> str:
+    """The known curves, each with its reading; metrics without one fold away below."""
+    charts = []
+    for curve in CURVES:
+        lines = [Series(label, *series[name]) for name, label in curve.metrics.items() if name in series]
+        if lines:
+            charts.append(
+                f"<div>{line_chart(curve.title, lines, log=curve.log)}<p>{escape(curve.reading)}</p></div>"
+            )
+    text = f'<div class="charts">{"".join(charts)}</div>' if charts else ""
+    known = {name for curve in CURVES for name in curve.metrics}
+    others = "".join(
+        f"<div>{line_chart(n, [Series(n, *series[n])])}</div>" for n in sorted(series.keys() - known)
+    )
+    if others:
+        text += f'<details><summary>Other metrics</summary><div class="charts">{others}</div></details>'
+    return text
+
+
+def _health(picture: Picture | None, lag: Mapping[str, Points]) -> str:
+    """The panel of fixed points and the lag beside it."""
+    reading, parts = "", ""
+    if picture is not None:
+        reading = f"<p>{escape(HEALTH_READING)}</p>"
+        parts += figure_html(picture)
+    if lag:
+        chart = line_chart("Lag", [Series(name, *points) for name, points in lag.items()])
+        parts += f"<div>{chart}<p>{escape(LAG_READING)}</p></div>"
+    return f'{reading}<div class="figures">{parts}</div>' if parts else ""
+
+
+def _settings(report: RunReport) -> str:
+    parts = []
+    if report.command:
+        parts.append(f'<h3>Command</h3><pre class="command">{escape(report.command)}</pre>')
+    if report.preset_yaml:
+        yaml = escape(report.preset_yaml)
+        parts.append(f"<details><summary>Preset, with every value</summary><pre>{yaml}</pre></details>")
+    if report.environment:
+        table = pairs_html(report.environment)
+        parts.append(f"<details><summary>Environment</summary>{table}</details>")
+    return "".join(parts)

@@ -1,0 +1,53 @@
+"""Which device and which number format a run computes with."""
+
+import platform
+
+import torch
+
+from rtdmd_cli.errors import EnvironmentFailure, UsageError
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of "auto" (cuda if there is one, else cpu), "cpu", "cuda" or "mps".
+
+    Raises EnvironmentFailure if it isn't there, UsageError for another name.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name not in DEVICES:
+        raise UsageError(f"There is no device `{name}`.", f"Choose one of {', '.join(DEVICES)}.")
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there[name]:
+        raise EnvironmentFailure(_absent(name), "Use --device cpu, or --device auto to take what is there.")
+    return torch.device(name)
+
+
+def _absent(name: str) -> str:
+    if name == "cuda" and torch.version.cuda is None and torch.version.hip is None:
+        return f"No cuda device can be used: this torch ({torch.__version__}) is built without it."
+    return f"No {name} device was found on this machine."
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of "auto" (bf16 on a cuda device that computes in it, else fp32), "fp32" or "bf16".
+
+    Raises EnvironmentFailure for bf16 on a cuda device without it, UsageError for another name.
+    """
+    lacks_bf16 = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" and not lacks_bf16 else torch.float32
+    if name not in DTYPES:
+        raise UsageError(f"There is no dtype `{name}`.", f"Choose one of auto, {', '.join(DTYPES)}.")
+    if name == "bf16" and lacks_bf16:
+        raise EnvironmentFailure(f"{device_name(device)} does not compute in bf16.", "Use --dtype fp32.")
+    return DTYPES[name]
+
+
+def device_name(device: torch.device) -> str:
+    """What the device calls itself: the GPU's name, else the processor's architecture."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.machine()})"

@@ -1,0 +1,180 @@
+"""Optimisers and what surrounds their step: learning rate, gradient check and clipping, EMA, saved states."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from rtdmd_cli.errors import DataError, NumericalError
+
+_DIVERGED_HINT = "Nothing was updated and the last checkpoint is untouched: lower the learning rate, then resume with --resume auto."
+_STATE_HINT = (
+    "The checkpoint belongs to another model, adapter or optimiser: use its own preset, or start anew."
+)
+# Per-element states of AdamW (torch) and AdamW8bit (bitsandbytes); others have shapes of their own.
+_ELEMENTWISE = frozenset({"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "state1", "state2"})
+_SCALARS = (bool, int, float, str, type(None))
+
+
+def build_optimizer(
+    params: Sequence[tuple[str, Parameter]],
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> torch.optim.Optimizer:
+    """AdamW over named parameters in one group, in this order. Raises ValueError if there are none."""
+    return torch.optim.AdamW(
+        [parameter for _, parameter in params], lr=lr, betas=betas, eps=eps, weight_decay=weight_decay
+    )
+
+
+def learning_rate_at(step: int, lr: float, warmup: int) -> float:
+    """The rate of optimiser step `step` (0-based): lr (step + 1) / warmup during the warm-up, lr after it."""
+    return lr * min(1.0, (step + 1) / warmup) if warmup > 0 else lr
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def check_finite(name: str, tensor: Tensor, iteration: int) -> None:
+    """Raise NumericalError, naming `name` and the iteration, if any element is nan or infinite."""
+    if bool(torch.isfinite(tensor).all()):
+        return
+    kind = "nan" if bool(torch.isnan(tensor).any()) else "infinite"
+    text = f"is {kind}" if tensor.numel() == 1 else f"holds {kind} values"
+    raise NumericalError(f"{name} {text} at iteration {iteration}.", _DIVERGED_HINT)
+
+
+def clip_and_check(params: Sequence[tuple[str, Parameter]], max_norm: float, iteration: int) -> float:
+    """Scale the gradients so that their total 2-norm is at most `max_norm`; the norm before that.
+
+    As torch.nn.utils.clip_grad_norm_: scale min(1, max_norm / (norm + 1e-6)). Parameters without a gradient
+    are passed over. Raises NumericalError naming the first non-finite gradient and the iteration; no
+    gradient is changed then. Raises ValueError if no parameter has a gradient.
+    """
+    named = [(name, parameter) for name, parameter in params if parameter.grad is not None]
+    if not named:
+        raise ValueError("no parameter has a gradient: was backward called with the role active?")
+    tensors = [parameter for _, parameter in named]
+    gradients = [parameter.grad for parameter in tensors if parameter.grad is not None]
+    total = torch.nn.utils.get_total_norm(gradients)
+    norm = float(total)
+    if not torch.isfinite(torch.tensor(norm)):
+        for (name, _), gradient in zip(named, gradients, strict=True):
+            check_finite(f"The gradient of {name}", gradient, iteration)
+        raise NumericalError(
+            f"The norm of all gradients exceeds float32 at iteration {iteration}.", _DIVERGED_HINT
+        )
+    torch.nn.utils.clip_grads_with_norm_(tensors, max_norm, total)
+    return norm
+
+
+def ema_start(params: Sequence[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """A float32 copy of the weights, on their device."""
+    return {name: tensor.detach().to(torch.float32, copy=True) for name, tensor in params}
+
+
+@torch.no_grad()
+def ema_update(ema: Mapping[str, Tensor], params: Sequence[tuple[str, Tensor]], decay: float) -> None:
+    """ema = decay ema + (1 - decay) weight, in place and in float32, once per optimiser step.
+
+    Raises ValueError if the names differ or the average is not float32.
+    """
+    weights = dict(params)
+    if ema.keys() != weights.keys():
+        raise ValueError(f"average and weights differ in {sorted(ema.keys() ^ weights.keys())}")
+    for name, average in ema.items():
+        if average.dtype != torch.float32:
+            raise ValueError(f"the average of {name} must be float32, got {average.dtype}")
+        average.mul_(decay).add_(weights[name].to(torch.float32), alpha=1.0 - decay)
+
+
+def ema_decay_at(n: int, decay: float, warmup: bool) -> float:
+    """The decay of update `n` (0-based): min((1 + n) / (10 + n), decay) with warm-up, else `decay`."""
+    return min((1 + n) / (10 + n), decay) if warmup else decay
+
+
+def _parameters(optimizer: torch.optim.Optimizer, names: Sequence[str]) -> dict[str, Parameter]:
+    """The optimiser's parameters by name, in the order of its groups. ValueError if the number differs."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if len(parameters) != len(names) or len(set(names)) != len(names):
+        raise ValueError(f"{len(parameters)} parameters need as many different names, got {list(names)}")
+    return dict(zip(names, parameters, strict=True))
+
+
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, names: Sequence[str]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimiser's state as ({"<name>/<key>": tensor}, JSON), exact for any optimiser with per-parameter state.
+
+    names: of the parameters in the optimiser's order. The JSON holds the optimiser's class, and for each
+    parameter the keys of its tensors and its scalars. Learning rate, betas and so on come from the preset,
+    not from here. The tensors are the optimiser's own, not copies. Raises ValueError for a state that is
+    neither tensor nor scalar.
+    """
+    tensors: dict[str, Tensor] = {}
+    entries: dict[str, Any] = {}
+    for name, parameter in _parameters(optimizer, names).items():
+        values = optimizer.state.get(parameter, {})
+        scalars = {key: value for key, value in values.items() if not isinstance(value, Tensor)}
+        for key, value in scalars.items():
+            if not isinstance(value, _SCALARS):
+                raise ValueError(f"the state {key} of {name} has type {type(value).__name__}")
+        held = {key: value for key, value in values.items() if isinstance(value, Tensor)}
+        tensors |= {f"{name}/{key}": value for key, value in held.items()}
+        entries[name] = {"tensors": sorted(held), "scalars": scalars}
+    return tensors, {"optimizer": type(optimizer).__name__, "params": entries}
+
+
+def load_optimizer(
+    optimizer: torch.optim.Optimizer,
+    names: Sequence[str],
+    tensors: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+) -> None:
+    """Put a state of `optimizer_tensors` into a fresh optimiser, bit for bit.
+
+    Tensors are copied to their parameter's device, torch's step counter stays on the CPU. Raises DataError,
+    before anything is changed, for another optimiser, a missing or unexpected name, or a wrong shape.
+    """
+    parameters = _parameters(optimizer, names)
+    if state["optimizer"] != type(optimizer).__name__:
+        raise DataError(
+            f"The saved optimiser is {state['optimizer']}, this one is {type(optimizer).__name__}.",
+            _STATE_HINT,
+        )
+    entries: Mapping[str, Any] = state["params"]
+    _require_same("parameters", set(entries), set(names))
+    expected = {f"{name}/{key}" for name, entry in entries.items() for key in entry["tensors"]}
+    _require_same("tensors", set(tensors), expected)
+    for name, entry in entries.items():
+        shape = parameters[name].shape
+        for key in _ELEMENTWISE.intersection(entry["tensors"]):
+            found = tensors[f"{name}/{key}"].shape
+            if found != shape:
+                raise DataError(
+                    f"The saved optimiser state {name}/{key} has shape {list(found)} instead of {list(shape)}.",
+                    _STATE_HINT,
+                )
+    for name, parameter in parameters.items():
+        optimizer.state.pop(parameter, None)
+        held = {key: _placed(key, tensors[f"{name}/{key}"], parameter) for key in entries[name]["tensors"]}
+        if held or entries[name]["scalars"]:
+            optimizer.state[parameter] = {**entries[name]["scalars"], **held}
+
+
+def _placed(key: str, tensor: Tensor, parameter: Parameter) -> Tensor:
+    return tensor.to("cpu" if key == "step" else parameter.device, copy=True)
+
+
+def _require_same(what: str, found: set[str], expected: set[str]) -> None:
+    for kind, names in (("lacks", expected - found), ("has unexpected", found - expected)):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise DataError(f"The saved optimiser state {kind} {what}: {min(names)}{more}.", _STATE_HINT)
