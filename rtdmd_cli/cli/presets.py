@@ -116,12 +116,13 @@ def copy(
     as_json: Json = False,
 ) -> None:
     """Copy a preset to a file of your own, to change it."""
-    from rtdmd_cli.config import preset_text
+    from rtdmd_cli.config import preset_path, preset_text
 
     text = preset_text(name)
     if file.is_dir():
         raise UsageError(
-            f"{file} is a folder.", f"Name the new file: rtdmd presets copy {name} {file / 'mine.yaml'}"
+            f"{file} is a folder.",
+            f"Name the new file: rtdmd presets copy {name} {file / (preset_path(name).stem + '.yaml')}",
         )
     if file.exists() or file.is_symlink():
         raise UsageError(f"{file} exists already and is never overwritten.", "Choose another file name.")

@@ -72,7 +72,7 @@ def preset_folder() -> Path:
     """The shipped presets: rtdmd_cli/presets in an installed wheel, else presets/ of the checkout."""
     package = Path(__file__).resolve().parents[1]
     for folder in (package / "presets", package.parent / "presets"):
-        if folder.is_dir():
+        if any(folder.glob("*.yaml")):
             return folder
     raise EnvironmentFailure(
         "The shipped presets are missing from this installation.", "Install rtdmd again."
@@ -88,9 +88,10 @@ def _shipped() -> dict[str, Path]:
 
 
 def preset_path(name_or_path: str, base: Path = Path(), where: str = "") -> Path:
-    """The file of a shipped preset's name or of a path (relative to `base`). Raises UsageError, with `where` in it.
+    """The file of a shipped preset's name or of a path (relative to `base`).
 
     Text with a slash, or ending in .yaml or .yml, is a path; other text is a shipped name first, then a file.
+    Raises UsageError, with `where` in its message, for a name that is neither.
     """
     path = base / Path(name_or_path)
     if "\0" in name_or_path:
@@ -100,7 +101,7 @@ def preset_path(name_or_path: str, base: Path = Path(), where: str = "") -> Path
     names = _shipped()
     if name_or_path in names:
         return names[name_or_path]
-    if name_or_path and path.is_file():
+    if name_or_path and os.path.isfile(path):  # unlike Path.is_file, False for a name too long
         return path
     nearest = max(names, key=lambda name: SequenceMatcher(None, name_or_path, name).ratio())
     raise UsageError(f"There is no preset `{name_or_path}`; the nearest is `{nearest}`{where}.", LIST_HINT)
@@ -268,7 +269,7 @@ def _explain(error: ErrorDetails, layer: _Layer) -> UsageError:
     field, setting = keys()[key], layer[key]
     own_words = error["type"] == "value_error"
     requirement = str(error["ctx"]["error"]) if own_words else f"must be {allowed(field)}"
-    hint = number_hint(setting.value) or f"The key is described so: {field.description}."
+    hint = number_hint(setting.value) or f"{dotted(key)}: {field.description}."
     return UsageError(f"`{dotted(key)}` {requirement}, not {shown(setting.value)} ({setting.where}).", hint)
 
 
