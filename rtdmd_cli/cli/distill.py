@@ -1,5 +1,6 @@
 """`rtdmd distill`: stage 1."""
 
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,17 +12,21 @@ from rtdmd_cli.config.loader import Resolved, load_preset
 from rtdmd_cli.errors import DataError, UsageError
 
 if TYPE_CHECKING:
-    from rtdmd_cli.engine.distill_run import Start
+    from rtdmd_cli.engine.distill_start import Start
+    from rtdmd_cli.engine.runtime.run_folder import RunFolder
 
 DEFAULT_PRESET = "shapes-4step"
 FREE_ON_RESUME = ("distill.iterations", "distill.save_every", "distill.keep", "distill.log_every")
-"""Keys that may differ from the run's own when it is continued, besides distill.sample_every, evaluate and hardware."""
+"""Keys that may differ when a run is continued, besides distill.sample_every, evaluate and hardware."""
 
 
 def distill(
-    preset: Annotated[str, typer.Option(help="Preset: a name (see `rtdmd presets list`) or a file.")] = DEFAULT_PRESET,
+    preset: Annotated[
+        str, typer.Option(help="Preset: a name (see `rtdmd presets list`) or a file.")
+    ] = DEFAULT_PRESET,
     overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a preset value; repeatable.")
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a preset value; repeatable."),
     ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the run. Default: the preset's name.")] = None,
     out: Annotated[Path, typer.Option(help="Folder that holds the runs.")] = Path("runs"),
@@ -29,12 +34,14 @@ def distill(
         str,
         typer.Option(
             metavar="auto|never|PATH",
-            help="auto: continue the run from its newest good checkpoint, if it exists. PATH: a run or checkpoint.",
+            help="auto: continue the run, if there is one. PATH: a run or checkpoint.",
         ),
     ] = "never",
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, fp32 or bf16.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would run, stop.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, say what would run, stop.")
+    ] = False,
     json_output: Annotated[bool, typer.Option("--json", help="End with one JSON object on stdout.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Nothing on stderr but errors.")] = False,
 ) -> None:
@@ -65,13 +72,18 @@ def distill(
         "seconds": round(outcome.seconds, 1),
         "checkpoint": str(outcome.checkpoint),
         "report": str(outcome.run / "report.html"),
-        "finished": outcome.signal_exit_code == 0,
+        "finished": outcome.iterations >= resolved.preset.distill.iterations,
     }
     console.show(result, json_output)
     if outcome.signal_exit_code:
-        console.say(f"Stopped and saved. Go on with: rtdmd distill --preset {preset} --name {run_name} --resume auto", quiet)
+        again = shlex.join(
+            ["--preset", str(outcome.run / "preset.resolved.yaml"), "--resume", str(outcome.run)]
+        )
+        console.say(f"Stopped and saved. Go on with: rtdmd distill {again}", quiet)
         raise typer.Exit(outcome.signal_exit_code)
-    console.say(f'Look at {outcome.run / "report.html"}, or draw: rtdmd sample "a photo of a red ring" -n 4', quiet)
+    console.say(
+        f'Look at {outcome.run / "report.html"}, or draw: rtdmd sample "a photo of a red ring" -n 4', quiet
+    )
 
 
 def find_start(
@@ -80,10 +92,10 @@ def find_start(
     """What --resume asks for; nothing is made or loaded but the checkpoint.
 
     Raises:
-        UsageError: the run exists and is not to be resumed, or PATH names no run. DataError: no good checkpoint, or one
-        that was made with other settings.
+        UsageError: the run exists and is not to be resumed, or PATH names no run. DataError: no good
+        checkpoint, or one that was made with other settings.
     """
-    from rtdmd_cli.engine.distill_run import Start
+    from rtdmd_cli.engine.distill_start import Start
     from rtdmd_cli.engine.runtime import checkpoint, run_folder
 
     if resume == "never":
@@ -98,7 +110,8 @@ def find_start(
         reference = run_folder.resolve_run(resume, out)
         if reference is None:
             raise UsageError(
-                f"`{resume}` is neither auto, never, a run nor a checkpoint.", "Look at the folders under runs/."
+                f"`{resume}` is neither auto, never, a run nor a checkpoint.",
+                "Look at the folders under runs/.",
             )
         run, chosen = reference.run, reference.checkpoint
     path = chosen or newest(run, quiet)
@@ -108,18 +121,28 @@ def find_start(
     if run:
         require_same_recipe(run.preset, resolved)
     if name and (run is None or run.path.resolve() != (out / name).resolve()):
+        if loaded is None:
+            raise DataError(f"{resume} has no checkpoint yet.", "Start a run of its own: leave --resume out.")
         run_folder.refuse_existing(out / name)
+        console.say(f"a new run from {loaded.path}, at iteration {loaded.step}", quiet)
         return Start(None, loaded)
-    if run is None or (chosen and checkpoint.checkpoint_steps(run.checkpoints)[-1:] != [loaded.step if loaded else -1]):
-        raise UsageError(f"{chosen} is not the newest checkpoint of a run.", "Start a new run from it with --name OTHER.")
+    if run is None or (
+        chosen and checkpoint.checkpoint_steps(run.checkpoints)[-1:] != [loaded.step if loaded else -1]
+    ):
+        raise UsageError(
+            f"{chosen} is not the newest checkpoint of a run.", "Start a new run from it with --name OTHER."
+        )
+    if loaded:
+        console.say(f"continuing {run.path} at iteration {loaded.step}", quiet)
+    else:
+        console.say(f"{run.path} has no checkpoint yet: it starts from the beginning", quiet)
     return Start(run, loaded)
 
 
-def newest(run: "object", quiet: bool) -> Path | None:
+def newest(run: "RunFolder", quiet: bool) -> Path | None:
     """The newest good checkpoint of a run, saying which were skipped; None where the run never saved one."""
-    from rtdmd_cli.engine.runtime import checkpoint, run_folder
+    from rtdmd_cli.engine.runtime import checkpoint
 
-    assert isinstance(run, run_folder.RunFolder)
     path, skipped = checkpoint.newest_valid(run.checkpoints)
     for bad, reason in skipped:
         console.say(f"skipped the checkpoint {bad.name}: {reason}", quiet)
@@ -131,10 +154,14 @@ def newest(run: "object", quiet: bool) -> Path | None:
 
 
 def require_same_recipe(own: Path, resolved: Resolved) -> None:
-    """Raise DataError, naming the keys, if a run's preset differs in anything that changes what is computed."""
+    """Raise DataError, naming the keys, if a run's preset differs in what changes the computation."""
     from rtdmd_cli.config.loader import preset_values
 
-    before, now = preset_values(load_preset(str(own), environ={}).preset), preset_values(resolved.preset)
+    try:
+        made_with = load_preset(str(own), environ={}).preset
+    except UsageError as error:
+        raise DataError(f"The run {own.parent} is damaged: {error.message}", error.hint) from error
+    before, now = preset_values(made_with), preset_values(resolved.preset)
     free = (*FREE_ON_RESUME, "distill.sample_every", "name", "description")
     changed = [
         key
@@ -143,7 +170,9 @@ def require_same_recipe(own: Path, resolved: Resolved) -> None:
     ]
     if changed:
         pairs = ", ".join(f"{key} was {before[key]}, now {now[key]}" for key in changed[:3])
-        raise DataError(f"{own.parent} was made with other settings: {pairs}.", "Start another run with --name OTHER.")
+        raise DataError(
+            f"{own.parent} was made with other settings: {pairs}.", "Start another run with --name OTHER."
+        )
 
 
 def plan(resolved: Resolved, prompts: int, run: Path, start: "Start") -> dict[str, object]:

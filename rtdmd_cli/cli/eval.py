@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-import json
-from difflib import SequenceMatcher
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rtdmd_cli.cli import console
 from rtdmd_cli.cli.counting import counting
-from rtdmd_cli.cli.sample import MAX_SEED, Batch, Device, Dtype, From, Guidance, Json, Quiet, Steps, load_model, tell
+from rtdmd_cli.cli.failures import nearest
+from rtdmd_cli.cli.sample import (
+    MAX_SEED,
+    Batch,
+    Device,
+    Dtype,
+    From,
+    Guidance,
+    Json,
+    Quiet,
+    Steps,
+    load_model,
+)
 from rtdmd_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -21,7 +32,9 @@ RESULTS, SAMPLES = "results.json", "samples.png"
 
 
 def eval_command(
-    benchmark: Annotated[str, typer.Argument(metavar="BENCHMARK", help="shapes: the built-in world's held-out prompts.")],
+    benchmark: Annotated[
+        str, typer.Argument(metavar="BENCHMARK", help="shapes: the built-in world's held-out prompts.")
+    ],
     from_: From = None,
     steps: Steps = None,
     guidance: Guidance = None,
@@ -36,7 +49,9 @@ def eval_command(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Also write results.json and samples.png there; with results in it, OUT-2 is taken."),
+        typer.Option(
+            help="Also write results.json and samples.png there; with results in it, OUT-2 is taken."
+        ),
     ] = None,
     batch: Batch = None,
     device: Device = None,
@@ -49,9 +64,9 @@ def eval_command(
     The strict score is the mean of the six tasks' accuracies by GenEval's rule.
     """
     if benchmark not in BENCHMARKS:
-        nearest = max(BENCHMARKS, key=lambda name: SequenceMatcher(None, benchmark, name).ratio())
+        close = nearest(benchmark, BENCHMARKS)
         raise UsageError(
-            f"There is no benchmark `{benchmark}`; the nearest is `{nearest}`.", f"Run: rtdmd eval {nearest}"
+            f"There is no benchmark `{benchmark}`; the nearest is `{close}`.", f"Run: rtdmd eval {close}"
         )
     folder = _free(out) if out is not None else None
     from rtdmd_cli.engine.evaluation.shapes import chosen_prompts, evaluate, open_judge
@@ -73,7 +88,7 @@ def eval_command(
     if folder is not None:
         _write(result, folder, quiet)
     if as_json:
-        typer.echo(json.dumps(result.summary, indent=2, ensure_ascii=False))
+        console.show(result.summary, as_json)
     if not (as_json and quiet):
         show_table(result.summary, err=as_json)
 
@@ -83,7 +98,9 @@ def _free(out: Path) -> Path:
     from rtdmd_cli.engine.runtime.files import os_errors
 
     with os_errors(out, "read"):
-        return free_folder(out, lambda folder: not any((folder / name).exists() for name in (RESULTS, SAMPLES)))
+        return free_folder(
+            out, lambda folder: not any((folder / name).exists() for name in (RESULTS, SAMPLES))
+        )
 
 
 def _write(result: ShapesResult, folder: Path, quiet: bool) -> None:
@@ -92,7 +109,7 @@ def _write(result: ShapesResult, folder: Path, quiet: bool) -> None:
 
     save_verdict_grid(result, folder / SAMPLES)
     write_json(folder / RESULTS, result.summary | {"pictures": [each.record() for each in result.judged]})
-    tell(f"wrote {folder / RESULTS} and {folder / SAMPLES}", quiet)
+    console.say(f"wrote {folder / RESULTS} and {folder / SAMPLES}", quiet)
 
 
 def show_table(summary: dict[str, Any], err: bool) -> None:
@@ -101,21 +118,19 @@ def show_table(summary: dict[str, Any], err: bool) -> None:
     from rich.table import Table
 
     low, high = summary["interval"]
-    table = Table("task", title=f"{summary['benchmark']}: {summary['model']}", title_justify="left")
-    for heading in ("strict score", "prompts", "distinct"):
+    table = Table("task")
+    for heading in ("strict score", "prompts"):
         table.add_column(heading, justify="right")
+    evaluated = {task: counts["evaluated"] for task, counts in summary["prompts"].items()}
     for task, score in summary["tasks"].items():
-        counts = summary["prompts"][task]
-        shown = "-" if score is None else f"{score:.3f}"
-        table.add_row(task, shown, str(counts["evaluated"]), str(counts["distinct"]))
+        table.add_row(task, "-" if score is None else f"{score:.3f}", str(evaluated[task]))
     table.add_section()
-    evaluated = sum(counts["evaluated"] for counts in summary["prompts"].values())
-    table.add_row("overall", f"{summary['overall']:.3f}", str(evaluated), "")
-    console = Console(stderr=err, highlight=False)
-    console.print(table)
-    console.print(f"95% interval of overall: {low:.3f} to {high:.3f}")
-    for line in _cost(summary):
-        console.print(line, markup=False)
+    table.add_row("overall", f"{summary['overall']:.3f}", str(sum(evaluated.values())))
+    screen = Console(stderr=err, highlight=False, markup=False)
+    screen.print(f"benchmark {summary['benchmark']}, model {summary['model']}", soft_wrap=True)
+    screen.print(table)
+    for line in (f"95% interval of overall: {low:.3f} to {high:.3f}", *_cost(summary)):
+        screen.print(line, soft_wrap=True)
 
 
 def _cost(summary: dict[str, Any]) -> list[str]:
@@ -128,12 +143,13 @@ def _cost(summary: dict[str, Any]) -> list[str]:
         lines.append(f"limited to {summary['limit']} prompts: not comparable with the whole benchmark")
     clip = summary["clip"]
     if clip is not None:
-        lines.append(f"shapes-clip of the independent judge {clip['score']:.4f} (rendered: {clip['score_of_rendered']:.4f})")
+        real_score = f"rendered pictures: {clip['score_of_rendered']:.4f}"
+        lines.append(f"shapes-clip of the independent judge {clip['score']:.4f} ({real_score})")
         if clip["frechet"] is not None:
             ours, real = clip["frechet_pictures"]
             lines.append(
-                f"Frechet distance of its features {clip['frechet']:.4f} (floor {clip['frechet_floor']:.4f}), "
-                f"{ours} pictures against {real} rendered"
+                f"Frechet distance of its features {clip['frechet']:.4f} "
+                f"(floor {clip['frechet_floor']:.4f}), {ours} pictures against {real} rendered"
             )
     lines += [f"failed: {each['reason']} ({each['pictures']} pictures)" for each in summary["failures"][:3]]
     return lines

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rtdmd_cli.cli import console
 from rtdmd_cli.cli.counting import counting
 from rtdmd_cli.errors import UsageError
 
@@ -26,25 +26,29 @@ From = Annotated[
     typer.Option(
         "--from",
         metavar="RUN|CHECKPOINT|PRESET",
-        help="A run's or checkpoint's folder, a run's name under runs/, or a preset (its untouched base model). "
+        help="Folder of a run or checkpoint, name of a run under runs/, or preset (its untouched base model). "
         "Default: the newest finished run, else the built-in model.",
     ),
 ]
-Steps = Annotated[
-    int | None, typer.Option(min=1, max=1000, help="Sampling steps. Default: the preset's.")
-]
+Steps = Annotated[int | None, typer.Option(min=1, max=1000, help="Sampling steps. Default: the preset's.")]
 Guidance = Annotated[
     float | None,
-    typer.Option(min=1, max=100, help="Classifier-free guidance of a base model; 1 is none. Default: the preset's."),
+    typer.Option(
+        min=1, max=100, help="Classifier-free guidance of a base model; 1 is none. Default: the preset's."
+    ),
 ]
 Batch = Annotated[
     int | None,
-    typer.Option(min=1, max=65536, help="Pictures at once; does not change them. Default: the preset's, less for large ones."),
+    typer.Option(
+        min=1,
+        max=65536,
+        help="Pictures at once; does not change them. Default: the preset's, less for large ones.",
+    ),
 ]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps. Default: the preset's.")]
 Dtype = Annotated[str | None, typer.Option(help="auto, fp32 or bf16. Default: the preset's.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Errors only on stderr.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Nothing on stderr but errors.")]
 
 
 def sample(
@@ -54,7 +58,8 @@ def sample(
     prompts: Annotated[
         str | None,
         typer.Option(
-            metavar="FILE|-", help="Prompts, one a line: a UTF-8 file, - for standard input, or builtin:shapes."
+            metavar="FILE|-",
+            help="Prompts, one a line: a UTF-8 file, - for standard input, or builtin:shapes.",
         ),
     ] = None,
     steps: Steps = None,
@@ -67,7 +72,10 @@ def sample(
         int | None, typer.Option(min=1, max=LONGEST_SIDE, help="Pixels. Default: the preset's resolution.")
     ] = None,
     out: Annotated[
-        Path, typer.Option(help="Folder of the pictures; with other pictures of the same names in it, OUT-2 is taken.")
+        Path,
+        typer.Option(
+            help="Folder of the pictures; with other pictures of the same names in it, OUT-2 is taken."
+        ),
     ] = Path("samples"),
     grid: Annotated[bool, typer.Option("--grid", help="Also write grid.png, all pictures in one.")] = False,
     batch: Batch = None,
@@ -92,21 +100,23 @@ def sample(
     job = Job(model, plan, texts, number, seed, across, down, size)
     folder = choose_folder(out, job, grid)
     if folder != out:
-        tell(f"{out}/ holds other pictures of these names: writing to {folder}/", quiet)
+        console.say(f"{out}/ holds other pictures of these names: writing to {folder}/", quiet)
     with counting(len(texts) * number, quiet) as advance:
         written = write_pictures(folder, job, advance)
     if written.kept:
-        tell(f"{written.kept} of the pictures were there already and are kept", quiet)
+        console.say(f"{written.kept} of the pictures were there already and are kept", quiet)
     grid_path = write_grid(folder, job) if grid else None
     _print(written, folder, grid_path, job, as_json)
 
 
 def _texts(prompt: str | None, prompts: str | None) -> list[str]:
-    """The prompts of the command line. UsageError unless exactly one of the two is given; errors of `read_prompts`."""
+    """The prompts of the command line. UsageError unless one of both is given; errors of `read_prompts`."""
     from rtdmd_cli.engine.prompts import check_prompt, read_prompts
 
     if prompt is not None and prompts is not None:
-        raise UsageError("Give a prompt or --prompts, not both.", "Put the prompt into the file, or leave --prompts out.")
+        raise UsageError(
+            "Give a prompt or --prompts, not both.", "Put the prompt into the file, or leave --prompts out."
+        )
     if prompts is not None:
         return read_prompts(prompts, sys.stdin.buffer)
     if prompt is None:
@@ -123,7 +133,7 @@ def load_model(
 
     source = resolve(reference, RUNS)
     for note in source.notes:
-        tell(note, quiet)
+        console.say(note, quiet)
     refuse_guidance(source, guidance)
     hardware = source.preset.hardware
     _limit_threads(source.preset)
@@ -136,12 +146,6 @@ def _limit_threads(preset: Preset) -> None:
 
     if preset.hardware.threads is not None:
         torch.set_num_threads(preset.hardware.threads)
-
-
-def tell(text: str, quiet: bool) -> None:
-    """A line on stderr, unless quiet."""
-    if not quiet:
-        typer.echo(text, err=True)
 
 
 def _print(written: Written, folder: Path, grid: Path | None, job: Job, as_json: bool) -> None:
@@ -158,6 +162,8 @@ def _print(written: Written, folder: Path, grid: Path | None, job: Job, as_json:
         "evaluations": job.plan.evaluations,
         "seconds": round(written.seconds, 3),
         "kept": written.kept,
-        "pictures": [{"path": path, **record} for path, (_, record) in zip(paths, written.pictures, strict=True)],
+        "pictures": [
+            {"path": path, **record} for path, (_, record) in zip(paths, written.pictures, strict=True)
+        ],
     }
-    typer.echo(json.dumps(result, indent=2, ensure_ascii=False))
+    console.show(result, as_json)

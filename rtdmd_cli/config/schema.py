@@ -166,6 +166,10 @@ class DistillConfig(Section):
         default="one",
         description="boundaries of a rollout that become training points: one drawn, or every one",
     )
+    boundary_weight: Literal["published", "balanced"] = Field(
+        "published",
+        description="weight of a boundary s in the fake-score loss: 1, or (1-s)^2, which evens out the targets' sizes",
+    )
     consistency_batched: bool = Field(
         default=False, description="run both evaluations of the consistency regulariser in one batch"
     )

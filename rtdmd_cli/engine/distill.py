@@ -4,15 +4,17 @@
 
 One iteration, on prompts drawn for it:
 
-    fake's turn        roll the generator out; at each boundary s diffuse x_s to a time t above it; fit the fake
-                       score's velocity to the exact one, and make its clean prediction self-consistent
-    generator's turn   every `fake_per_generator`-th iteration: a fresh rollout on the same prompts; carry the same
-    (fake first)       x_t back to s with teacher and with fake score; move x_s towards the teacher's
+    fake's turn        roll the generator out; at each boundary s diffuse x_s to a time t above it; fit the
+                       fake score's velocity to the exact one, and make its clean prediction self-consistent
+    generator's turn   every `fake_per_generator`-th iteration: a fresh rollout on the same prompts; carry
+    (fake first)       the same x_t back to s with teacher and with fake score; move x_s towards the teacher's
 
-The teacher, the fake score and the generator are one network with different adapters (`roles.py`). Every random number
-is keyed by (seed, stream, iteration, sample), so that micro-batches and resumed runs see the same ones.
+The teacher, the fake score and the generator are one network with different adapters (`roles.py`). Every
+random number is keyed by (seed, stream, iteration, sample), so that micro-batches and resumed runs see the
+same ones.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -22,16 +24,25 @@ from torch import Tensor
 from rtdmd_cli.config.schema import DistillConfig
 from rtdmd_cli.engine.algo.flow import cps_step, to_x0
 from rtdmd_cli.engine.algo.losses import consistency_loss, dmd_loss, fake_score_loss
-from rtdmd_cli.engine.algo.subinterval import clean_parts, consistency_time, renoise, renoise_time, velocity_target
+from rtdmd_cli.engine.algo.subinterval import (
+    clean_parts,
+    consistency_time,
+    renoise,
+    renoise_time,
+    velocity_target,
+)
 from rtdmd_cli.engine.backbones.base import Backbone, Conditioning, concatenate
 from rtdmd_cli.engine.roles import Roles
 from rtdmd_cli.engine.runtime import optim, rng
 from rtdmd_cli.engine.sample import guided
 
+ROLES = ("fake", "generator")
+"""The roles that are trained, in the order of their turns."""
+
 
 @dataclass(frozen=True)
 class Boundary:
-    """Where a transition of a rollout lands: the noise level s, x_s [B,C,H,W], and the clean prediction behind it."""
+    """Where a transition of a rollout lands: noise level s, x_s [B,C,H,W], the clean prediction behind it."""
 
     s: float
     x_s: Tensor
@@ -86,7 +97,10 @@ class Draws:
 
 
 def iterate(trainer: Trainer, iteration: int) -> None:
-    """One iteration (0-based). Leaves its figures in `trainer.metrics`; raises NumericalError before a bad step."""
+    """One iteration (0-based; errors count from 1). Leaves its figures in `trainer.metrics`.
+
+    Raises NumericalError before a role moves by a value that is not finite.
+    """
     config = trainer.config
     trainer.metrics = {}
     prompts = rng.integers(0, trainer.prompts, config.seed, "prompts", iteration, range(config.batch))
@@ -96,7 +110,8 @@ def iterate(trainer: Trainer, iteration: int) -> None:
 
 
 def update_fake_score(trainer: Trainer, iteration: int, prompts: Tensor) -> None:
-    """The fake score's turn: velocity matching on the generator's own samples, plus the consistency regulariser."""
+    """The fake score's turn: velocity matching on the generator's samples, and the regulariser."""
+    check_weights(trainer, iteration)
     trainer.fake_optimizer.zero_grad(set_to_none=True)
     for draws, cond, share in micro_batches(trainer, "fake", iteration, prompts):
         with trainer.roles.role("generator"), torch.no_grad():
@@ -104,7 +119,7 @@ def update_fake_score(trainer: Trainer, iteration: int, prompts: Tensor) -> None
         with trainer.roles.role("fake", train=True):
             for number, boundary in boundaries:
                 loss = fake_loss(trainer, draws, number, boundary, cond, share / len(boundaries))
-                optim.check_finite("The fake-score loss", loss, iteration)
+                optim.check_finite("The fake-score loss", loss, iteration + 1)
                 loss.backward()  # type: ignore[no-untyped-call]
     step(trainer, "fake", trainer.fake_optimizer, trainer.config.fake_lr, iteration, iteration)
 
@@ -118,15 +133,25 @@ def fake_loss(
     x_t = renoise(boundary.x_s, boundary.s, t, noise)
     u_scaled, scale = velocity_target(boundary.x_s, boundary.s, t, noise)
     v = trainer.backbone.velocity(x_t, t.to(x_t.device), cond)
-    matching = fake_score_loss(v, u_scaled, scale, config.max_weight)
-    add(trainer, {"fake_loss": matching.loss}, share)
+    matching = fake_score_loss(v, u_scaled, scale, config.max_weight).loss
+    matching = boundary_weight(config, boundary.s) * matching
+    add(trainer, {"fake_loss": matching}, share)
     if config.consistency_weight == 0:
-        return share * matching.loss
+        return share * matching
     h_anchor = to_x0(x_t, t, v)
     h_1, h_2 = consistency_predictions(trainer, draws, number, x_t, t, v.detach(), cond)
     consistency = consistency_loss(h_anchor, h_1, h_2)
     add(trainer, {"consistency_loss": consistency.loss}, share)
-    return share * (matching.loss + config.consistency_weight * consistency.loss)
+    return share * (matching + config.consistency_weight * consistency.loss)
+
+
+def boundary_weight(config: DistillConfig, s: float) -> float:
+    """Weight of a boundary in the fake-score loss: 1 (published), or (1-s)^2.
+
+    The target's part -x_s/(1-s) grows without bound towards s = 1: at s = 0.9 it makes the loss some hundred
+    times that of s = 0, and its noise the larger part of a gradient that holds every boundary.
+    """
+    return 1.0 if config.boundary_weight == "published" else (1 - s) ** 2
 
 
 def consistency_predictions(
@@ -134,9 +159,12 @@ def consistency_predictions(
 ) -> list[Tensor]:
     """Clean predictions after two independent CPS transitions from x_t to a later time t'."""
     config = trainer.config
-    t_next = consistency_time(t, draws.integers(f"{number}/consistency step", 1, config.consistency_max_step + 1))
+    t_next = consistency_time(
+        t, draws.integers(f"{number}/consistency step", 1, config.consistency_max_step + 1)
+    )
     starts = [
-        cps_step(x_t, v, t, t_next, trainer.eta, draws.normal(f"{number}/consistency {pick}")) for pick in (1, 2)
+        cps_step(x_t, v, t, t_next, trainer.eta, draws.normal(f"{number}/consistency {pick}"))
+        for pick in (1, 2)
     ]
     level, velocity = t_next.to(x_t.device), trainer.backbone.velocity
     if config.consistency_batched:
@@ -149,13 +177,14 @@ def consistency_predictions(
 
 def update_generator(trainer: Trainer, iteration: int, prompts: Tensor) -> None:
     """The generator's turn: distribution matching at every boundary in use, then the EMA."""
+    check_weights(trainer, iteration)
     trainer.generator_optimizer.zero_grad(set_to_none=True)
     for draws, cond, share in micro_batches(trainer, "generator", iteration, prompts):
         with trainer.roles.role("generator", train=True):
             used = len(boundaries_in_use(trainer, draws))
             for number, boundary in rollout(trainer, draws, cond):
                 loss = matching_loss(trainer, draws, number, boundary, cond, share / used)
-                optim.check_finite("The generator loss", loss, iteration)
+                optim.check_finite("The generator loss", loss, iteration + 1)
                 loss.backward()  # type: ignore[no-untyped-call]
     config, done = trainer.config, trainer.generator_updates
     step(trainer, "generator", trainer.generator_optimizer, config.generator_lr, done, iteration)
@@ -167,7 +196,7 @@ def update_generator(trainer: Trainer, iteration: int, prompts: Tensor) -> None:
 def matching_loss(
     trainer: Trainer, draws: Draws, number: int, boundary: Boundary, cond: Conditioning, share: float
 ) -> Tensor:
-    """`share` times the generator loss at a boundary; the generator is active and stays so for the backward pass."""
+    """`share` times the generator loss at a boundary; the generator is active, also for the backward pass."""
     s, x_s = boundary.s, boundary.x_s
     t = renoised_time(trainer, draws, number, s)
     with torch.no_grad():
@@ -190,8 +219,8 @@ def matching_loss(
 def rollout(trainer: Trainer, draws: Draws, cond: Conditioning) -> Iterator[tuple[int, Boundary]]:
     """CPS from pure noise with the active role, and the boundaries in use: (number of the step, boundary).
 
-    Each transition starts from a detached latent: its gradient flows through its own evaluation alone. Transitions
-    to a boundary that is not in use run without gradient.
+    Each transition starts from a detached latent: its gradient flows through its own evaluation alone.
+    Transitions to a boundary that is not in use run without gradient.
     """
     used, sigmas = boundaries_in_use(trainer, draws), trainer.sigmas
     x = draws.normal("initial")
@@ -224,7 +253,7 @@ def renoised_time(trainer: Trainer, draws: Draws, number: int, s: float) -> Tens
 def micro_batches(
     trainer: Trainer, turn: str, iteration: int, prompts: Tensor
 ) -> Iterator[tuple[Draws, Conditioning, float]]:
-    """The batch in equal parts: random draws, encoded prompts on the device, and the part's share of the batch."""
+    """The batch in equal parts: random draws, encoded prompts on the device, the part's share of it."""
     size = trainer.config.micro_batch or trainer.config.batch
     for start in range(0, len(prompts), size):
         cond = trainer.conditioning(prompts[start : start + size].tolist())
@@ -235,14 +264,25 @@ def micro_batches(
 def step(
     trainer: Trainer, role: str, optimizer: torch.optim.Optimizer, lr: float, done: int, iteration: int
 ) -> None:
-    """Check, clip and move one role, which has taken `done` steps before; nothing moves where a value is not finite."""
-    parameters = trainer.roles.named_parameters(role)
-    for name, parameter in parameters:
-        optim.check_finite(f"The weight {role}/{name}", parameter, iteration)
-    norm = optim.clip_and_check(parameters, trainer.config.grad_clip, iteration)
+    """Check, clip and move one role, which has taken `done` steps; it stays if a gradient is not finite."""
+    parameters = [(f"{role}/{name}", parameter) for name, parameter in trainer.roles.named_parameters(role)]
+    norm = optim.clip_and_check(parameters, trainer.config.grad_clip, iteration + 1)
     trainer.metrics[f"{role}_grad_norm"] = norm
     optim.set_learning_rate(optimizer, optim.learning_rate_at(done, lr, trainer.config.lr_warmup))
     optimizer.step()
+
+
+def check_weights(trainer: Trainer, iteration: int) -> None:
+    """Raise NumericalError, naming the first, if a weight of fake score or generator is not finite.
+
+    Before a turn and not after it, when every loss would be nan and hide where that comes from.
+    """
+    named = [(f"{role}/{name}", p) for role in ROLES for name, p in trainer.roles.named_parameters(role)]
+    with torch.no_grad():
+        if math.isfinite(float(torch.nn.utils.get_total_norm([parameter for _, parameter in named]))):
+            return
+    for name, parameter in named:
+        optim.check_finite(f"The weight {name}", parameter, iteration + 1)
 
 
 def add(trainer: Trainer, figures: dict[str, Tensor], share: float) -> None:

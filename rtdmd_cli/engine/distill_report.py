@@ -10,7 +10,12 @@ from rtdmd_cli.engine.runtime.run_folder import RunFolder
 
 
 def write_run_report(
-    run: RunFolder, preset: Preset, status: Status, iteration: int, seconds: float, health: Mapping[str, float]
+    run: RunFolder,
+    preset: Preset,
+    status: Status,
+    iteration: int,
+    seconds: float,
+    health: Mapping[str, float],
 ) -> None:
     """Write report.html from what lies in the run folder, and the fake score's figures of this moment."""
     metrics = run.metrics.read()
@@ -32,7 +37,9 @@ def write_run_report(
         facts=_facts(preset),
         metrics=metrics,
         grids=grids,
-        health=Picture(run.path / "health.png", "The same noisy points, seen by generator, fake score and teacher"),
+        health=Picture(
+            run.path / "health.png", "The same noisy points, seen by generator, fake score and teacher"
+        ),
         lag=_lag(metrics, iteration, health),
         preset_yaml=run.preset.read_text(encoding="utf-8"),
         environment=list(facts.items()),
@@ -45,8 +52,8 @@ def _verdict(health: Mapping[str, float]) -> str:
     share = health["lag"] / health["lag_teacher"]
     follows = "follows" if share < 0.9 else "lags behind"
     return (
-        f"At the end the fake score {follows} the generator: its prediction is {health['lag']:.3f} away from the "
-        f"generator's samples, the teacher's {health['lag_teacher']:.3f}."
+        f"At the end the fake score {follows} the generator: its prediction is {health['lag']:.3f} away from "
+        f"the generator's samples, the teacher's {health['lag_teacher']:.3f}."
     )
 
 
@@ -70,7 +77,9 @@ def _lag(
     """The lag curves: the values noted on the way, and the last one."""
     curves = {}
     for name, last in health.items():
-        rows = [(row["iteration"], row[name]) for row in metrics if name in row and row["iteration"] != iteration]
+        rows = [
+            (row["iteration"], row[name]) for row in metrics if name in row and row["iteration"] != iteration
+        ]
         points = [(float(str(x)), float(str(y))) for x, y in rows] + [(float(iteration), last)]
         curves[name] = ([x for x, _ in points], [y for _, y in points])
     return curves

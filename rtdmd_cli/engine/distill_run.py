@@ -13,11 +13,12 @@ from rtdmd_cli.config.loader import Resolved, dump_resolved
 from rtdmd_cli.config.schema import Preset
 from rtdmd_cli.engine import previews as pictures
 from rtdmd_cli.engine.backbones.base import Backbone, Conditioning, load_backbone
-from rtdmd_cli.engine.distill import Trainer, iterate
+from rtdmd_cli.engine.distill import ROLES, Trainer, iterate
 from rtdmd_cli.engine.distill_report import write_run_report
+from rtdmd_cli.engine.distill_start import Start
 from rtdmd_cli.engine.roles import Roles
 from rtdmd_cli.engine.runtime import files, optim
-from rtdmd_cli.engine.runtime.checkpoint import Checkpoint, remove_after, save_checkpoint
+from rtdmd_cli.engine.runtime.checkpoint import Checkpoint, newest_valid, remove_after, save_checkpoint
 from rtdmd_cli.engine.runtime.device import resolve_device, resolve_dtype
 from rtdmd_cli.engine.runtime.embeddings import open_cache
 from rtdmd_cli.engine.runtime.progress import training_progress
@@ -25,19 +26,12 @@ from rtdmd_cli.engine.runtime.run_folder import RunFolder, create_run
 from rtdmd_cli.engine.runtime.signals import StopRequest, stop_on_signals
 from rtdmd_cli.engine.runtime.trackers import Tracker, open_tracker
 from rtdmd_cli.engine.sample import few_step_levels
-from rtdmd_cli.errors import UsageError
+from rtdmd_cli.errors import DataError, UsageError
 
-TRAINED = ("fake", "generator")
+STATE_KEYS = {"stage", "generator_updates", "optimizers", "seconds"}
+OTHER_HINT = "Resume from another checkpoint, or start another run with --name OTHER."
 PRELOAD_BYTES = 2_000_000_000
 """Encoded prompts up to this size are held in memory; more are read from the cache batch by batch."""
-
-
-@dataclass(frozen=True)
-class Start:
-    """Where a run starts: a run folder to continue (None: a new one) and the checkpoint to load (None: from nothing)."""
-
-    run: RunFolder | None
-    checkpoint: Checkpoint | None
 
 
 @dataclass(frozen=True)
@@ -53,7 +47,7 @@ class Outcome:
 
 @dataclass
 class Session:
-    """A run in progress. `seconds` counts training time over all its parts; `last` is the newest checkpoint."""
+    """A run in progress. `seconds` counts training time of all parts, `last` is the newest checkpoint."""
 
     run: RunFolder
     resolved: Resolved
@@ -83,12 +77,12 @@ def run_distill(
     """Train from `start` to `distill.iterations`, and write checkpoints, metrics, grids and the report.
 
     Args:
-        resolved: the preset; prompts: its training prompts, at least one; out, name: where a new run goes; command:
-            the command line, for the record; say: prints a line for people.
+        resolved: the preset; prompts: its training prompts, at least one; out, name: where a new run goes;
+            command: the command line, for the record; say: prints a line for people.
 
     Raises:
-        UsageError, EnvironmentFailure, DataError: before anything is trained. NumericalError: a value is not finite;
-        the last checkpoint is untouched.
+        UsageError, EnvironmentFailure, DataError: before anything is trained. NumericalError: a value is not
+        finite; the last checkpoint is untouched.
     """
     hardware = resolved.preset.hardware
     if hardware.threads is not None:
@@ -98,12 +92,14 @@ def run_distill(
     say(f"model {resolved.preset.model.path} on {device}, {backbone.dtype}".replace("torch.", ""))
     conditioning, empty = encode_prompts(backbone, prompts, say)
     trainer = build_trainer(backbone, resolved.preset, len(prompts), conditioning, empty)
+    if start.checkpoint:
+        restore(trainer, start.checkpoint)
     run = start.run or create_run(out, name, resolved, command, device)
     with run.lock(), open_tracker(hardware.tracker, run.path) as tracker:
-        done, seconds = restore(run, resolved, trainer, start.checkpoint)
+        done, seconds = rewind(run, resolved, start.checkpoint)
         shown = pictures.make_previews(backbone, trainer.roles, resolved.preset, prompts, conditioning, empty)
         session = Session(run, resolved, trainer, shown, tracker, done, seconds)
-        session.last = start.checkpoint.path if start.checkpoint else None
+        session.last = start.checkpoint.path if start.run and start.checkpoint else None
         try:
             stop = train(session, quiet)
         except BaseException as error:
@@ -115,10 +111,14 @@ def run_distill(
 def encode_prompts(
     backbone: Backbone, prompts: Sequence[str], say: Callable[[str], None]
 ) -> tuple[Callable[[Sequence[int]], Conditioning], Conditioning]:
-    """Encode every prompt once, free the text encoders; returns a look-up by prompt index, and the empty prompt."""
+    """Encode every prompt once, free the text encoders; a look-up by prompt index, and the empty prompt."""
     cache = open_cache(backbone)
     fresh = cache.ensure([*prompts, ""], backbone.encode)
-    say(f"{len(prompts)} prompts, {fresh} newly encoded" if fresh else f"{len(prompts)} prompts, all in the cache")
+    say(
+        f"{len(prompts)} prompts, {fresh} newly encoded"
+        if fresh
+        else f"{len(prompts)} prompts, all in the cache"
+    )
     backbone.drop_text_encoders()
     empty = cache.fetch([""])
     if (len(prompts) + 1) * (empty.embeds.nbytes + empty.pooled.nbytes) > PRELOAD_BYTES:
@@ -134,7 +134,7 @@ def build_trainer(
     conditioning: Callable[[Sequence[int]], Conditioning],
     empty: Conditioning,
 ) -> Trainer:
-    """Fresh adapters, optimisers and EMA on the backbone; UsageError where schedule and preset do not fit together."""
+    """Fresh adapters, optimisers and EMA on the backbone; UsageError if schedule and preset disagree."""
     config = preset.distill
     sigmas = tuple(backbone.sigmas(few_step_levels(preset.sampler)).tolist())
     if sigmas[1] >= config.t_max:
@@ -166,20 +166,33 @@ def build_trainer(
     )
 
 
-def restore(
-    run: RunFolder, resolved: Resolved, trainer: Trainer, checkpoint: Checkpoint | None
-) -> tuple[int, float]:
-    """Load a checkpoint, and make the run folder look as it did then; returns finished iterations and seconds."""
+def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
+    """Put a checkpoint's weights, optimiser states and EMA into a new trainer; DataError if they don't fit."""
+    groups = {"ema", *ROLES, *(f"optimizer_{role}" for role in ROLES)}
+    if checkpoint.tensors.keys() != groups or STATE_KEYS - checkpoint.state.keys():
+        raise DataError(f"{checkpoint.path} is no full checkpoint of rtdmd distill.", OTHER_HINT)
+    base, made_on = trainer.backbone.model_id, checkpoint.meta.get("base_hash")
+    if made_on != base.hash:
+        raise DataError(f"{checkpoint.path} was trained on another version of {base.path}.", OTHER_HINT)
+    trainer.roles.load("generator", checkpoint.tensors["ema"])  # so that its names and shapes are checked
+    trainer.ema = optim.ema_start(trainer.roles.named_parameters("generator"))
+    for role in ROLES:
+        trainer.roles.load(role, checkpoint.tensors[role])
+        names = [name for name, _ in trainer.roles.named_parameters(role)]
+        group = checkpoint.tensors[f"optimizer_{role}"]
+        optim.load_optimizer(optimizer_of(trainer, role), names, group, checkpoint.state["optimizers"][role])
+    trainer.generator_updates = checkpoint.state["generator_updates"]
+
+
+def rewind(run: RunFolder, resolved: Resolved, checkpoint: Checkpoint | None) -> tuple[int, float]:
+    """Make the run folder look as it did at a checkpoint (None: at the start); iterations and seconds done.
+
+    The run is locked. UsageError if another process has continued it since the checkpoint was chosen.
+    """
+    newest, _ = newest_valid(run.checkpoints)
+    if newest and (checkpoint is None or newest.resolve() != checkpoint.path.resolve()):
+        raise UsageError(f"{run.path} has been continued by another process.", "Look at it, then try again.")
     done = checkpoint.step if checkpoint else 0
-    if checkpoint:
-        for role in TRAINED:
-            trainer.roles.load(role, checkpoint.tensors[role])
-            names = [name for name, _ in trainer.roles.named_parameters(role)]
-            group = checkpoint.tensors[f"optimizer_{role}"]
-            optim.load_optimizer(optimizer_of(trainer, role), names, group, checkpoint.state["optimizers"][role])
-        for name, average in trainer.ema.items():
-            average.copy_(checkpoint.tensors["ema"][name])
-        trainer.generator_updates = checkpoint.state["generator_updates"]
     run.metrics.truncate_after(done)
     remove_after(run.checkpoints, done)
     files.write_text(run.preset, dump_resolved(resolved.preset))
@@ -233,7 +246,7 @@ def save(session: Session) -> None:
     trainer, preset = session.trainer, session.preset
     tensors: dict[str, dict[str, torch.Tensor]] = {"ema": trainer.ema}
     scalars = {}
-    for role in TRAINED:
+    for role in ROLES:
         named = trainer.roles.named_parameters(role)
         tensors[role] = {name: parameter.detach() for name, parameter in named}
         for name, tensor in tensors[role].items():
@@ -246,6 +259,7 @@ def save(session: Session) -> None:
         "optimizers": scalars,
         "seconds": round(session.seconds, 3),
     }
+    assert state.keys() == STATE_KEYS
     meta = {
         "preset_sha256": session.resolved.sha256,
         "rtdmd": __version__,

@@ -68,7 +68,7 @@ class Model:
 def resolve(reference: str | None, out: Path) -> Source:
     """Find what `reference` names; `out` is the folder of the runs. Loads no model.
 
-    UsageError where it names nothing. DataError for a run or checkpoint that is damaged, or a run without any.
+    UsageError where it names nothing. DataError for a damaged run or checkpoint, or a run without any.
     """
     if reference is None:
         return _default(out)
@@ -110,7 +110,9 @@ def _from_run(run: RunFolder) -> Source:
     """The newest good checkpoint of a run; damaged ones that are newer are named in the notes."""
     newest, skipped = newest_valid(run.checkpoints)
     if newest is None and skipped:
-        raise DataError(f"{run.path} has no good checkpoint: {skipped[0][1]}", "Train it again, or take another run.")
+        raise DataError(
+            f"{run.path} has no good checkpoint: {skipped[0][1]}", "Train it again, or take another run."
+        )
     if newest is None:
         raise DataError(
             f"{run.path} has no checkpoint yet.",
@@ -199,7 +201,7 @@ def open_model(source: Source, device: torch.device, dtype: torch.dtype) -> Mode
 
 
 def model_hash(base: str, ema: Mapping[str, Tensor], alpha: int) -> str:
-    """12 hexadecimal digits of sha256 over the base model's hash and, for a generator, its scale and tensors."""
+    """12 hexadecimal digits of sha256 over the base model's hash and a generator's scale and tensors."""
     total = hashlib.sha256(f"{base} {alpha}\n".encode())
     for name in sorted(ema):
         tensor = ema[name].detach().cpu().contiguous()

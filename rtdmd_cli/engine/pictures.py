@@ -4,9 +4,9 @@
              index.jsonl             one record a picture
              grid.png                on request
 
-Nothing is overwritten. A folder that holds other pictures of the same names is left alone, and the next free one
-is taken: samples, samples-2, samples-3 ... Pictures of the very same record are kept, not made again, so that an
-interrupted job continues.
+Nothing is overwritten. A folder that holds other pictures of the same names is left alone, and the next free
+one is taken: samples, samples-2, samples-3 ... Pictures of the very same record are kept, not made again, so
+that an interrupted job continues.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -155,7 +154,8 @@ def read_chunks(path: Path) -> dict[str, str] | None:
 def write_pictures(folder: Path, job: Job, on_pictures: Callable[[int], None]) -> Written:
     """Make what `folder` lacks of the job, each picture written as soon as its batch is done.
 
-    on_pictures: told the number of pictures after each batch. Errors as `paint`; EnvironmentFailure from the disk.
+    on_pictures: told the number of pictures after each batch. Errors as `paint`; EnvironmentFailure from the
+    disk.
     """
     began = time.monotonic()
     planned = records(job)
@@ -191,12 +191,11 @@ def encode(
 ) -> tuple[Conditioning, Conditioning | None]:
     """The prompts' conditioning on the CPU, one row a prompt, and the empty prompt's where guidance needs it.
 
-    By way of the cache on disk; the text encoders are freed. Takes 3 MB a prompt for Stable Diffusion 3 in bf16.
+    By way of the cache on disk; the text encoders are freed. Stable Diffusion 3 takes 3 MB a prompt in bf16.
     """
     empty = [""] if plan.guidance != 1 else []
     cache = open_cache(backbone)
-    with memory_errors():
-        cache.ensure([*prompts, *empty], backbone.encode)
+    cache.ensure([*prompts, *empty], backbone.encode)
     backbone.drop_text_encoders()
     return cache.fetch(prompts), cache.fetch(empty) if empty else None
 
@@ -211,36 +210,20 @@ def paint(
     shape: tuple[int, int, int],
     seed: int,
 ) -> Tensor:
-    """One batch of pictures [len(keys), 3, height, width], float32 in 0..1 on the CPU; arguments as `generate`.
+    """One batch of pictures [len(keys), 3, height, width], float32 in 0..1 on the CPU.
 
-    NumericalError for pictures that are not finite, EnvironmentFailure where the memory doesn't suffice.
+    Arguments as `generate`. NumericalError for pictures that are not finite.
     """
     size = len(keys)
-    with memory_errors():
-        latents = generate(
-            model.backbone, model.roles, plan, cond, uncond, keys, shape=shape, seed=seed, batch=size
-        )
-        images = decode_all(model.backbone, latents, size)
+    latents = generate(
+        model.backbone, model.roles, plan, cond, uncond, keys, shape=shape, seed=seed, batch=size
+    )
+    images = decode_all(model.backbone, latents, size)
     if not bool(images.isfinite().all()):
-        raise NumericalError(f"The model {model.label} makes pictures that are not finite.", "Try --dtype fp32.")
+        raise NumericalError(
+            f"The model {model.label} makes pictures that are not finite.", "Try --dtype fp32."
+        )
     return images
-
-
-@contextmanager
-def memory_errors() -> Iterator[None]:
-    """Turn the block's running out of memory into EnvironmentFailure."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise EnvironmentFailure(
-            "The device's memory does not suffice.", "Use a smaller --batch, --width or --height."
-        ) from error
-    except RuntimeError as error:
-        if "can't allocate memory" not in str(error):
-            raise
-        raise EnvironmentFailure(
-            "The memory does not suffice.", "Use a smaller --batch, --width or --height."
-        ) from error
 
 
 def write_grid(folder: Path, job: Job) -> Path:

@@ -11,6 +11,7 @@ be entered and left in between.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -46,8 +47,9 @@ class Roles:
                 target_modules=[f"attn.{target}" for target in lora.targets],
                 init_lora_weights="gaussian",
             )
-            with torch.random.fork_rng(devices=[]):  # peft draws from the global state; drawn again below
-                transformer.add_adapter(config, role)
+            with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Already found a `peft_config`")  # two are what we want
+                transformer.add_adapter(config, role)  # its draws are replaced below by keyed ones
         self._layers: list[BaseTunerLayer] = []
         self._parameters: dict[str, dict[str, nn.Parameter]] = {role: {} for role in ADAPTERS}
         for name, module in transformer.named_modules():

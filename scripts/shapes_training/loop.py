@@ -10,6 +10,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from rtdmd_cli.errors import DataError
 from rtdmd_cli.engine.runtime.files import write_text, write_with
 
 
@@ -21,9 +22,19 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
     return peak * (0.01 + 0.99 * 0.5 * (1 + float(torch.cos(torch.tensor(share * torch.pi)))))
 
 
+def muon_and_adamw(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
+    """Muon for the hidden matrices of transformer blocks and encoders, AdamW for all else."""
+    matrices, others = [], []
+    for name, parameter in model.named_parameters():
+        hidden = parameter.ndim == 2 and ("transformer_blocks" in name or "layers." in name or "block." in name)
+        (matrices if hidden and "norm1" not in name and "relative" not in name else others).append(parameter)
+    muon = torch.optim.Muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    return [muon, torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.99), weight_decay=0.0)]
+
+
 def save_state(folder: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], extra: dict[str, Tensor], step: int) -> None:
     """Write weights, optimiser tensors and extra tensors, then the step that they belong to."""
-    tensors = {f"model/{k}": v.detach().clone() for k, v in model.state_dict().items()}
+    tensors = {f"model/{k}": v.detach().clone(memory_format=torch.contiguous_format) for k, v in model.state_dict().items()}
     tensors |= {f"extra/{k}": v.contiguous() for k, v in extra.items()}
     for number, optimizer in enumerate(optimizers):
         for index, state in optimizer.state_dict()["state"].items():
@@ -33,6 +44,19 @@ def save_state(folder: Path, model: nn.Module, optimizers: list[torch.optim.Opti
     for old in folder.glob("state-*.safetensors"):
         if old.name != f"state-{step}.safetensors":
             old.unlink()
+
+
+def read_weights(folder: Path, part: str = "model") -> tuple[int, dict[str, Tensor]]:
+    """The step of the saved state, and its weights: "model" as the optimiser left them, "extra" the averages.
+
+    Raises:
+        DataError: the folder holds no state.
+    """
+    if not (folder / "step.json").exists():
+        raise DataError(f"{folder} holds no trained state.", f"Run the stage {folder.name} first.")
+    step = int(json.loads((folder / "step.json").read_text())["step"])
+    tensors = load_file(folder / f"state-{step}.safetensors")
+    return step, {k.removeprefix(f"{part}/"): v for k, v in tensors.items() if k.startswith(f"{part}/")}
 
 
 def load_state(folder: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], extra: dict[str, Tensor]) -> int:

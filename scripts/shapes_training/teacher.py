@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from scripts.shapes_training.data import make_pictures
-from scripts.shapes_training.loop import run
+from scripts.shapes_training.loop import muon_and_adamw, read_weights, run
 from scripts.shapes_training.tokenizers import CLIP_LENGTH, T5_LENGTH, clip_tokenizer, t5_tokenizer
 
 PROMPT_DROPOUT = 0.1
@@ -121,24 +121,23 @@ def _noise_levels(batch: int, generator: torch.Generator) -> Tensor:
     return torch.where(torch.rand(batch, generator=generator) < 0.1, uniform, sigma)
 
 
-def _optimizers(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for the hidden matrices of the transformer blocks and encoders, AdamW for all else."""
-    matrices, others = [], []
-    for name, parameter in model.named_parameters():
-        hidden = parameter.ndim == 2 and ("transformer_blocks" in name or "layers." in name or "block." in name)
-        (matrices if hidden and "norm1" not in name and "relative" not in name else others).append(parameter)
-    muon = torch.optim.Muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
-    return [muon, torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.99), weight_decay=0.0)]
-
-
-def train(folder: Path, data: Latents, device: torch.device, seed: int, steps: int, batch: int, lr: float) -> Teacher:
+def train(
+    folder: Path,
+    data: Latents,
+    device: torch.device,
+    seed: int,
+    steps: int,
+    batch: int,
+    lr: float,
+    save_every: int = 1000,
+) -> Teacher:
     """Flow matching on the latents with prompt dropout; returns the model with its EMA weights.
 
     Under torch.distributed every process takes its share of the same batch, and gradients are averaged.
     """
     torch.manual_seed(seed)
     model = Teacher().to(device)
-    optimizers = _optimizers(model, lr)
+    optimizers = muon_and_adamw(model, lr)
     live = {name: value for name, value in model.state_dict().items() if value.is_floating_point()}
     ema = {name: value.detach().clone() for name, value in live.items()}
 
@@ -156,9 +155,19 @@ def train(folder: Path, data: Latents, device: torch.device, seed: int, steps: i
             torch._foreach_lerp_(list(ema.values()), list(live.values()), 1 - decay)
         return {"loss": loss.item()}
 
-    run(folder, model, optimizers, update, steps, warmup=500, extra=ema, save_every=1000)
+    run(folder, model, optimizers, update, steps, warmup=500, extra=ema, save_every=save_every)
     model.load_state_dict(ema, strict=False)
     return model.eval()
+
+
+def load(folder: Path) -> tuple[Teacher, int]:
+    """The teacher of a training folder with its averaged weights, on the CPU, and its step. DataError without one."""
+    model = Teacher()
+    step, weights = read_weights(folder, "extra")
+    buffers = {name for name, value in model.state_dict().items() if not value.is_floating_point()}
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    assert set(missing) <= buffers and not unexpected, (missing, unexpected)
+    return model.eval(), step
 
 
 def _flow_matching_loss(

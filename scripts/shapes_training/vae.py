@@ -7,7 +7,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from scripts.shapes_training.data import make_pictures
-from scripts.shapes_training.loop import run
+from scripts.shapes_training.loop import read_weights, run
 
 OBJECT_WEIGHT = 4.0
 KL_WEIGHT = 3e-6
@@ -31,11 +31,20 @@ def build() -> AutoencoderKL:
     )
 
 
-def train(folder: Path, device: torch.device, seed: int, steps: int, batch: int = 64, lr: float = 1e-3) -> AutoencoderKL:
+def train(
+    folder: Path,
+    device: torch.device,
+    seed: int,
+    steps: int,
+    batch: int = 64,
+    lr: float = 1e-3,
+    count: int = 60_000,
+    save_every: int = 500,
+) -> AutoencoderKL:
     """Weighted L1 with a small KL term; objects count (1 + OBJECT_WEIGHT) times as much as the background."""
     torch.manual_seed(seed)
     vae = build().to(device=device, memory_format=torch.channels_last)
-    pictures = make_pictures(60_000, seed)
+    pictures = make_pictures(count, seed)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
 
     def update(step: int) -> dict[str, float]:
@@ -49,9 +58,16 @@ def train(folder: Path, device: torch.device, seed: int, steps: int, batch: int 
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
-        return {"loss": float(loss), "l1": float(l1)}
+        return {"loss": loss.item(), "l1": l1.item()}
 
-    run(folder, vae, [optimizer], update, steps)
+    run(folder, vae, [optimizer], update, steps, save_every=save_every)
+    return vae.eval()
+
+
+def load(folder: Path) -> AutoencoderKL:
+    """The VAE of a training folder as it stands, on the CPU. DataError without one."""
+    vae = build()
+    vae.load_state_dict(read_weights(folder)[1])
     return vae.eval()
 
 

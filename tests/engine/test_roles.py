@@ -227,7 +227,8 @@ def test_gradients_survive_other_roles_in_between(roles: Roles, checkpointing: b
         with roles.role("fake"):
             fake = run(roles.transformer, x)
     expected = gradients(roles, (teacher, fake))
-    assert all(gradient.abs().max() > 0 for gradient in expected.values())
+    zero = {name.rpartition(".lora_")[0] for name, gradient in expected.items() if not gradient.any()}
+    assert zero == {"transformer_blocks.2.attn.add_q_proj"}  # the last block drops its text output
     if checkpointing:
         roles.transformer.enable_gradient_checkpointing()
     found = gradients(roles, None)

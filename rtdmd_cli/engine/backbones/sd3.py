@@ -168,7 +168,8 @@ def load(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> SD3Ba
     try:
         with _quiet():
             networks = {name: _load_network(folder, name, dtype) for name in NETWORKS if name in present}
-            pipe = StableDiffusion3Pipeline.from_pretrained(folder, dtype=dtype, **networks)
+            absent = dict.fromkeys(name for name in OPTIONAL if name not in present)
+            pipe = StableDiffusion3Pipeline.from_pretrained(folder, dtype=dtype, **networks, **absent)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise DataError(f"The model in {folder} can't be loaded: {_first_line(error)}", _RENEW) from error
     if pipe.scheduler.config.use_dynamic_shifting:

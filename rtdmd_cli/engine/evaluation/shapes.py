@@ -34,7 +34,10 @@ from rtdmd_cli.shapes.render import PICTURE, render
 
 NAME = "shapes"
 JUDGE_BATCH = 256  # pictures
-RENDER_SEEDS = (0, 1)  # of the pictures that the Frechet distance compares with, and of those that show its floor
+RENDER_SEEDS = (
+    0,
+    1,
+)  # of the pictures that the Frechet distance compares with, and of those that show its floor
 COMMON_FAILURES = 10
 
 Key = tuple[int, int]  # prompt index in the benchmark, picture index
@@ -62,7 +65,7 @@ class Judged:
 
 @dataclass(frozen=True)
 class ShapesResult:
-    """What an evaluation found. summary: JSON values; pictures: [N,3,32,32] in 0..1, in the order of `judged`."""
+    """What an evaluation found. summary: JSON values; pictures: [N,3,32,32] in 0..1, ordered as `judged`."""
 
     summary: dict[str, Any]
     judged: list[Judged]
@@ -147,7 +150,7 @@ def _conditions(
 
 
 def judge_pictures(pictures: NDArray[np.floating], captions: Sequence[Caption]) -> list[Verdict]:
-    """The strict verdict on each picture [N,3,32,32] in 0..1; counting has a detector threshold of its own."""
+    """The strict verdict on each picture [N,3,32,32] in 0..1; counting has its own detector threshold."""
     verdicts: dict[int, Verdict] = {}
     for counting, threshold in ((False, THRESHOLD), (True, COUNTING_THRESHOLD)):
         rows = [row for row, caption in enumerate(captions) if (caption.task == "counting") == counting]
@@ -188,8 +191,8 @@ def scores(judged: Sequence[Judged]) -> dict[str, Any]:
 def clip_figures(clip: ClipScorer, pictures: Tensor, judged: Sequence[Judged]) -> dict[str, Any]:
     """Mean CLIP score (cosine), and the Frechet distance to as many rendered pictures of the same captions.
 
-    The distance between two sets of rendered pictures is its floor at this number of pictures. Distances are None
-    for fewer than two pictures.
+    The distance between two sets of rendered pictures is its floor at this number of pictures. Distances are
+    None for fewer than two pictures.
     """
     features = _features(clip, pictures)
     texts = clip.text_features([each.caption.text for each in judged]).cpu()

@@ -23,7 +23,7 @@ PREFIX = "a photo of "  # of every prompt; left out of the labels
 
 
 def save_verdict_grid(result: ShapesResult, path: Path) -> None:
-    """Write the grid of `verdict_grid`; the PNG's text says what was evaluated. EnvironmentFailure from the disk."""
+    """Write the grid of `verdict_grid`; the PNG's text says what was evaluated."""
     names = ("model", "model_hash", "steps", "guidance", "eta", "seed", "version")
     text = {name: str(result.summary[name]) for name in names}
     save_png(verdict_grid(result), path, text)

@@ -1,1 +1,1 @@
-"""What a run needs beside formulas: files, random streams, optimisers, checkpoints, run folder, device, signals."""
+"""What a run needs beside formulas: files, random streams, optimisers, checkpoints, run folder, device."""

@@ -11,6 +11,7 @@ set, or the old set and the new checkpoint.
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ _OTHER_HINT = "Choose another checkpoint; --resume auto takes the newest good on
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A loaded checkpoint. tensors: {group: {name: tensor on the CPU}}; state: JSON values; meta: what made it."""
+    """A loaded checkpoint. tensors: {group: {name: CPU tensor}}; state: JSON values; meta: what made it."""
 
     path: Path
     step: int
@@ -227,11 +228,11 @@ def load_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(path, manifest.step, tensors, state, manifest.meta)
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path, missing: str) -> bytes:
     try:
         return path.read_bytes()
     except FileNotFoundError as error:
-        raise DataError(f"{path} is missing.", _OTHER_HINT) from error
+        raise DataError(missing, _OTHER_HINT) from error
     except PermissionError as error:
         raise EnvironmentFailure(
             f"Cannot read {path}: permission denied.", "Check its permissions."
@@ -242,7 +243,7 @@ def _read(path: Path) -> bytes:
 
 def _read_verified(path: Path, name: str, manifest: Manifest) -> bytes:
     size, sha256 = manifest.files[name]
-    data = _read(path / name)
+    data = _read(path / name, f"{path / name} is missing.")
     if len(data) != size:
         raise DataError(f"{path / name} has {len(data)} bytes instead of {size}.", _OTHER_HINT)
     if hashlib.sha256(data).hexdigest() != sha256:
@@ -256,12 +257,11 @@ def _refuse_constant(name: str) -> None:
 
 def _read_manifest(path: Path) -> Manifest:
     file = path / MANIFEST
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise DataError(f"There is no checkpoint folder {path}.", _OTHER_HINT)
-    if not file.exists():
-        raise DataError(f"{path} is foreign, no checkpoint of rtdmd: {MANIFEST} is missing.", _OTHER_HINT)
+    data = _read(file, f"{path} is foreign, no checkpoint of rtdmd: {MANIFEST} is missing.")
     try:
-        body = json.loads(_read(file), parse_constant=_refuse_constant)
+        body = json.loads(data, parse_constant=_refuse_constant)
     except ValueError as error:
         raise DataError(f"{file} is damaged: it is not JSON.", _OTHER_HINT) from error
     if not isinstance(body, dict) or body.get("format") != FORMAT:

@@ -1,4 +1,4 @@
-"""Every write of the product: a temporary name in the same folder, flush to disk, rename, flush of the folder.
+"""Every write of the product: temporary name in the same folder, flush to disk, rename, flush of the folder.
 
 A reader, or a process started after a kill or a power cut, sees the old content or the new, never half of it.
 Temporary names start with TMP_PREFIX. OSError becomes EnvironmentFailure with the path in its message.
@@ -42,7 +42,7 @@ def os_errors(path: Path, doing: str = "write") -> Iterator[None]:
 
 
 def tmp_path(path: Path) -> Path:
-    """A fresh temporary name beside `path`, with its suffix, so that writers which look at it pick the right format."""
+    """A fresh temporary name beside `path`, with its suffix, by which some writers choose the format."""
     return path.with_name(f"{TMP_PREFIX}{secrets.token_hex(4)}-{path.name}")
 
 
@@ -145,7 +145,8 @@ def _append(descriptor: int, data: bytes) -> None:
             data = data[os.write(descriptor, data) :]
         os.fsync(descriptor)
     except OSError:
-        os.ftruncate(descriptor, size)
+        with suppress(OSError):
+            os.ftruncate(descriptor, size)
         raise
 
 

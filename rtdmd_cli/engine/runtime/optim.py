@@ -1,5 +1,6 @@
 """Optimisers and what surrounds their step: learning rate, gradient check and clipping, EMA, saved states."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch.nn import Parameter
 
 from rtdmd_cli.errors import DataError, NumericalError
 
-_DIVERGED_HINT = "Nothing was updated and the last checkpoint is untouched: lower the learning rate, then resume with --resume auto."
+_DIVERGED_HINT = "The last checkpoint is untouched: start another run with a lower learning rate."
 _STATE_HINT = (
     "The checkpoint belongs to another model, adapter or optimiser: use its own preset, or start anew."
 )
@@ -65,7 +66,7 @@ def clip_and_check(params: Sequence[tuple[str, Parameter]], max_norm: float, ite
     gradients = [parameter.grad for parameter in tensors if parameter.grad is not None]
     total = torch.nn.utils.get_total_norm(gradients)
     norm = float(total)
-    if not torch.isfinite(torch.tensor(norm)):
+    if not math.isfinite(norm):
         for (name, _), gradient in zip(named, gradients, strict=True):
             check_finite(f"The gradient of {name}", gradient, iteration)
         raise NumericalError(
@@ -80,7 +81,6 @@ def ema_start(params: Sequence[tuple[str, Tensor]]) -> dict[str, Tensor]:
     return {name: tensor.detach().to(torch.float32, copy=True) for name, tensor in params}
 
 
-@torch.no_grad()
 def ema_update(ema: Mapping[str, Tensor], params: Sequence[tuple[str, Tensor]], decay: float) -> None:
     """ema = decay ema + (1 - decay) weight, in place and in float32, once per optimiser step.
 
@@ -92,7 +92,7 @@ def ema_update(ema: Mapping[str, Tensor], params: Sequence[tuple[str, Tensor]], 
     for name, average in ema.items():
         if average.dtype != torch.float32:
             raise ValueError(f"the average of {name} must be float32, got {average.dtype}")
-        average.mul_(decay).add_(weights[name].to(torch.float32), alpha=1.0 - decay)
+        average.mul_(decay).add_(weights[name].detach().to(torch.float32), alpha=1.0 - decay)
 
 
 def ema_decay_at(n: int, decay: float, warmup: bool) -> float:
@@ -111,11 +111,11 @@ def _parameters(optimizer: torch.optim.Optimizer, names: Sequence[str]) -> dict[
 def optimizer_tensors(
     optimizer: torch.optim.Optimizer, names: Sequence[str]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimiser's state as ({"<name>/<key>": tensor}, JSON), exact for any optimiser with per-parameter state.
+    """An optimiser's state as ({"<name>/<key>": tensor}, JSON), for any optimiser with per-parameter state.
 
     names: of the parameters in the optimiser's order. The JSON holds the optimiser's class, and for each
     parameter the keys of its tensors and its scalars. Learning rate, betas and so on come from the preset,
-    not from here. The tensors are the optimiser's own, not copies. Raises ValueError for a state that is
+    not from here. The tensors are the optimiser's own, not copies. Raises TypeError for a state that is
     neither tensor nor scalar.
     """
     tensors: dict[str, Tensor] = {}
@@ -125,7 +125,7 @@ def optimizer_tensors(
         scalars = {key: value for key, value in values.items() if not isinstance(value, Tensor)}
         for key, value in scalars.items():
             if not isinstance(value, _SCALARS):
-                raise ValueError(f"the state {key} of {name} has type {type(value).__name__}")
+                raise TypeError(f"the state {key} of {name} has type {type(value).__name__}")
         held = {key: value for key, value in values.items() if isinstance(value, Tensor)}
         tensors |= {f"{name}/{key}": value for key, value in held.items()}
         entries[name] = {"tensors": sorted(held), "scalars": scalars}
@@ -159,7 +159,7 @@ def load_optimizer(
             found = tensors[f"{name}/{key}"].shape
             if found != shape:
                 raise DataError(
-                    f"The saved optimiser state {name}/{key} has shape {list(found)} instead of {list(shape)}.",
+                    f"The saved optimiser state {name}/{key} has shape {list(found)}, not {list(shape)}.",
                     _STATE_HINT,
                 )
     for name, parameter in parameters.items():

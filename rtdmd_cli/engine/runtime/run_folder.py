@@ -9,10 +9,10 @@ import errno
 import fcntl
 import getpass
 import json
+import math
 import os
 import platform
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -46,7 +46,8 @@ PACKAGES = (
 
 _RUN_NAME = re.compile(r"\w[\w.-]{0,79}")
 _TOKEN = re.compile(r"\b(hf_|sk-|ghp_)[A-Za-z0-9_-]{8,}")
-_SECRET = re.compile(r"(?i)\b([\w-]*(?:token|api[_-]?key|secret|password))(=|\s+)(\S+)")
+_SECRET = re.compile(r"(?i)((?:token|api[_-]?key|secret|password)=)\S+")
+_SECRET_OPTION = re.compile(r"(?i)-[\w.-]*(?:token|api[_-]?key|secret|password)")
 _TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
 
 
@@ -60,14 +61,12 @@ class Metrics:
         """Append a line, keys sorted. NumericalError names a value that is nan or infinite."""
         iteration = values["iteration"]
         if not isinstance(iteration, int):
-            raise ValueError(f"the iteration must be a whole number, got {iteration!r}")
+            raise TypeError(f"the iteration must be a whole number, got {iteration!r}")
         try:
             text = json.dumps(dict(values), sort_keys=True, allow_nan=False)
         except ValueError as error:
             bad = [
-                key
-                for key, value in values.items()
-                if value != value or value in (float("inf"), -float("inf"))
+                key for key, value in values.items() if isinstance(value, float) and not math.isfinite(value)
             ]
             raise NumericalError(
                 f"The metric {', '.join(bad)} is not finite at iteration {iteration}."
@@ -233,12 +232,12 @@ def refuse_existing(path: Path) -> None:
 
 def is_run(path: Path) -> bool:
     """Whether the folder is a run."""
-    return (path / PRESET).is_file() and path.is_dir()
+    return os.path.isfile(path / PRESET)
 
 
 def open_run(path: Path) -> RunFolder:
     """An existing run. Raises UsageError if there is no such folder, DataError if it is no run."""
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise UsageError(f"There is no run folder {path}.", "Look at the folders under runs/.")
     if not is_run(path):
         raise DataError(
@@ -268,7 +267,7 @@ def resolve_run(reference: str, out: Path) -> RunReference | None:
     path = Path(reference)
     if is_run(path):
         return RunReference(RunFolder(path), None)
-    if (path / checkpoint.MANIFEST).is_file():
+    if os.path.isfile(path / checkpoint.MANIFEST):
         owner = path.resolve().parent.parent
         inside = path.resolve().parent.name == "checkpoints" and is_run(owner)
         return RunReference(RunFolder(owner) if inside else None, path)
@@ -308,8 +307,8 @@ def scrub(arguments: Sequence[str]) -> list[str]:
         for secret in secrets:
             text = text.replace(secret, "<token>")
         text = _TOKEN.sub("<token>", text)
-        text = _SECRET.sub(r"\1\2<token>", text)
-        if _SECRET.fullmatch(f"{before} x"):
+        text = _SECRET.sub(r"\1<token>", text)
+        if _SECRET_OPTION.fullmatch(before):
             text = "<token>"
         if len(home) > 1:
             text = re.sub(re.escape(home) + r"(?=/|$)", "~", text)

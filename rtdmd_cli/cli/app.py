@@ -1,0 +1,158 @@
+"""The program `rtdmd`: its commands, imported when they are called, and its exit codes."""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import typer
+from typer._click.core import Command, Context
+from typer.core import TyperCommand, TyperGroup
+
+from rtdmd_cli import __version__
+from rtdmd_cli.cli import failures
+from rtdmd_cli.cli.quiet import quiet_libraries
+
+PROGRAM = "rtdmd"
+COMPLETION = "_RTDMD_COMPLETE"  # set by the shell while it completes a line
+MARKUP = None  # plain help: rich's panels double the time to the first line
+EPILOG = """\b
+Exit codes:
+  0    done
+  1    internal error
+  2    wrong usage or preset
+  3    the machine: device, memory, disk, network, permission
+  4    bad or incompatible data
+  5    a value that is not finite
+  130  stopped by Ctrl-C
+  141  the reader of the output left
+  143  stopped by SIGTERM
+"""
+
+
+def _distill() -> Callable[..., Any]:
+    from rtdmd_cli.cli.distill import distill
+
+    return distill
+
+
+def _sample() -> Callable[..., Any]:
+    from rtdmd_cli.cli.sample import sample
+
+    return sample
+
+
+def _eval() -> Callable[..., Any]:
+    from rtdmd_cli.cli.eval import eval_command
+
+    return eval_command
+
+
+def _presets() -> typer.Typer:
+    from rtdmd_cli.cli.presets import app
+
+    return app
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A command of the program: how to import its function or Typer app, and the first sentence of its help."""
+
+    load: Callable[[], Callable[..., Any] | typer.Typer]
+    help: str
+
+
+COMMANDS = {
+    "distill": Entry(_distill, "Turn a model into a 4-step generator (stage 1)."),
+    "sample": Entry(_sample, "Make pictures of a prompt, or of a file of prompts."),
+    "eval": Entry(_eval, "Measure a model on a benchmark: strict score, interval, and what it cost."),
+    "presets": Entry(_presets, "List, show, copy and check presets: one YAML file is one recipe."),
+}
+
+
+def load_command(name: str) -> Command:
+    """Import a command of COMMANDS."""
+    holder = typer.Typer(rich_markup_mode=MARKUP)
+    holder.callback()(lambda: None)
+    loaded = COMMANDS[name].load()
+    if isinstance(loaded, typer.Typer):
+        holder.add_typer(loaded, name=name)
+    else:
+        holder.command(name)(loaded)
+    return typer.main.get_group(holder).commands[name]
+
+
+class LazyGroup(TyperGroup):
+    """The commands of COMMANDS: only the one that is called is imported, none for the list of them."""
+
+    def list_commands(self, ctx: Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Context, cmd_name: str) -> Command | None:
+        """What the list of commands needs: name and help."""
+        return TyperCommand(cmd_name, help=COMMANDS[cmd_name].help) if cmd_name in COMMANDS else None
+
+    def resolve_command(self, ctx: Context, args: list[str]) -> tuple[str | None, Command | None, list[str]]:
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, command if name is None else load_command(name), rest
+
+
+app = typer.Typer(
+    cls=LazyGroup,
+    help="Few-step generators from flow models, on one workstation GPU.",
+    epilog=EPILOG,
+    rich_markup_mode=MARKUP,
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"{PROGRAM} {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """The options of the program itself."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program with these arguments, by default the process's; returns the exit code, prints every error."""
+    quiet_libraries()
+    try:
+        code = _execute(sys.argv[1:] if argv is None else argv)
+        print(end="", flush=True)  # a full disk or a reader that left shows here
+        return code
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if isinstance(error, OSError):
+            _discard_output()
+        return failures.report(error)
+
+
+def _execute(arguments: Sequence[str]) -> int:
+    command = typer.main.get_command(app)
+    if COMPLETION in os.environ:
+        command.main(prog_name=PROGRAM)  # leaves with SystemExit
+    try:
+        with command.make_context(PROGRAM, list(arguments)) as context:
+            command.invoke(context)
+    except typer.Exit as done:
+        return done.exit_code
+    return 0
+
+
+def _discard_output() -> None:
+    """Drop what stdout still holds if it cannot be written, or Python would complain once more when it ends."""
+    try:
+        print(end="", flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

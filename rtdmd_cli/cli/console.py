@@ -1,0 +1,42 @@
+"""What a command prints: its result on stdout, all else on stderr."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from rtdmd_cli.cli.quiet import quiet_libraries
+
+__all__ = ["quiet_libraries", "say", "show"]
+
+
+def say(text: str, quiet: bool = False) -> None:
+    """A line on stderr, unless quiet."""
+    if not quiet:
+        typer.echo(text, err=True)
+
+
+def show(result: Mapping[str, Any], as_json: bool) -> None:
+    """The result on stdout: one JSON object (ASCII, NaN and infinities as null), or a line `key  value` for each."""
+    if as_json:
+        typer.echo(json.dumps(plain(result), indent=2, allow_nan=False))
+        return
+    width = max((len(key) for key in result), default=0)
+    for key, value in result.items():
+        typer.echo(f"{key:<{width}}  {value}")
+
+
+def plain(value: Any) -> Any:
+    """The value in JSON's types: paths as text, numbers that are not finite as None."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

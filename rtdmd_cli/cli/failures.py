@@ -1,0 +1,113 @@
+"""What a person sees of an error: its cause, the next step, and the exit code."""
+
+import errno
+import os
+import re
+import sys
+import traceback
+from collections.abc import Iterable
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+
+from typer._click.exceptions import NoArgsIsHelpError, NoSuchOption, UsageError  # see typer in pyproject.toml
+from typer.core import TyperGroup
+from typer.exceptions import TyperException
+
+from rtdmd_cli.errors import EnvironmentFailure, RtdmdError
+
+INTERNAL = 1
+ENVIRONMENT = EnvironmentFailure.exit_code
+BROKEN_PIPE = 141  # 128 + SIGPIPE
+DEBUG = "RTDMD_DEBUG"
+OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
+OUT_OF_MEMORY_HINT = (
+    "Use less at once: --set distill.micro_batch=1 to train, --batch 1 to sample, or close other programs."
+)
+MACHINE = {
+    errno.ENOSPC: "Free some space on that disk.",
+    errno.EDQUOT: "Free some space in your quota.",
+    errno.EACCES: "Change the permissions, or choose another folder.",
+    errno.EPERM: "Change the permissions, or choose another folder.",
+    errno.EROFS: "Choose a folder that can be written.",
+    errno.EIO: "Check the disk.",
+}
+"""errno of a failure that is the machine's -> hint."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """message: one sentence, may be ""; hint: one sentence, or "" for none; exit_code: the process's."""
+
+    message: str
+    hint: str
+    exit_code: int
+
+
+def explain(error: Exception) -> Failure:
+    """The failure that an exception means to a person."""
+    match error:
+        case RtdmdError():
+            return Failure(error.message, error.hint, error.exit_code)
+        case UsageError():
+            return _usage(error)
+        case TyperException():
+            return Failure(error.format_message(), "", error.exit_code)
+        case BrokenPipeError():
+            return Failure("", "", BROKEN_PIPE)
+        case OSError() if error.errno in MACHINE:
+            where = "" if error.filename is None else f": {os.fsdecode(error.filename)}"
+            return Failure(f"{error.strerror}{where}.", MACHINE[error.errno], ENVIRONMENT)
+        case _ if _is_out_of_memory(error):
+            first = str(error).partition(". ")[0].partition("\n")[0] or "no more can be allocated"
+            return Failure(f"The memory is full: {first}.", OUT_OF_MEMORY_HINT, ENVIRONMENT)
+    text = f"internal error, {type(error).__name__}: {error} (set {DEBUG}=1 for the traceback)"
+    return Failure(text, "", INTERNAL)
+
+
+def report(error: Exception) -> int:
+    """Print the failure on stderr, with the traceback if RTDMD_DEBUG is set; returns the exit code."""
+    failure = explain(error)
+    if os.environ.get(DEBUG, "0") not in ("", "0"):
+        traceback.print_exception(error)
+    if isinstance(error, NoArgsIsHelpError):
+        print(error.format_message(), file=sys.stderr)
+        return failure.exit_code
+    for label, text in (("error", failure.message), ("hint", failure.hint)):
+        if text:
+            print(f"{label}: {one_line(text)}", file=sys.stderr)
+    return failure.exit_code
+
+
+def one_line(text: str) -> str:
+    """The text without line breaks, and with other control characters escaped."""
+    joined = " ".join(text.split())
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in joined)
+
+
+def nearest(text: str, known: Iterable[str]) -> str:
+    """The most similar of the known names, of which there is at least one."""
+    return max(known, key=lambda name: SequenceMatcher(None, text, name).ratio())
+
+
+def _usage(error: UsageError) -> Failure:
+    """A wrong command line; names the nearest command or option."""
+    message, context = f"{error.format_message().rstrip('.')}.", error.ctx
+    if context is None:
+        return Failure(message, "See: rtdmd --help", error.exit_code)
+    command, path = context.command, context.command_path
+    unknown = re.match(r"No such command (['\"])(.*?)\1\.", error.message, re.DOTALL)
+    if isinstance(error, NoSuchOption):
+        options = [name for param in command.get_params(context) for name in (*param.opts, *param.secondary_opts)]
+        close = nearest(error.option_name, [name for name in options if name.startswith("-")])
+        message = f"`{path}` has no option `{error.option_name}`; the nearest is `{close}`."
+    elif unknown and isinstance(command, TyperGroup):
+        close = nearest(unknown[2], command.list_commands(context))
+        message = f"`{path}` has no command `{unknown[2]}`; the nearest is `{close}`."
+    return Failure(message, f"See: {path} --help", error.exit_code)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Python's own, and by name those of torch, which may not have been imported."""
+    if isinstance(error, MemoryError) or "OutOfMemoryError" in {cls.__name__ for cls in type(error).__mro__}:
+        return True
+    return isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)) is not None

@@ -1,0 +1,23 @@
+"""Silences the remarks of third-party libraries that nobody can act on. Errors and all other warnings stay."""
+
+import logging
+import os
+
+NOISE = {
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",  # an optional kernel
+    "transformers.utils.import_utils": "requires torchvision (not installed)",  # it takes its own substitute
+    "transformers.tokenization_utils_base": "Token indices sequence length is longer",  # diffusers says it truncates
+}
+"""Logger name -> text of the message to drop."""
+
+
+def is_wanted(record: logging.LogRecord) -> bool:
+    """False for the one message of a logger that NOISE names."""
+    return NOISE.get(record.name, "\0") not in record.getMessage()
+
+
+def quiet_libraries() -> None:
+    """Call before the libraries are imported. The user's own HF_HUB_DISABLE_PROGRESS_BARS=0 keeps their bars."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for name in NOISE:
+        logging.getLogger(name).addFilter(is_wanted)

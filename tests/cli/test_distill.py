@@ -1,0 +1,412 @@
+"""`rtdmd distill` as a person runs it: real processes on the tiny model, killed, interrupted, resumed.
+
+The runs of `world` are made once, two processes at a time; every test looks at what they left behind.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rtdmd_cli.cli.distill import find_start
+from rtdmd_cli.config.loader import Resolved, load_preset
+from rtdmd_cli.engine.runtime.checkpoint import load_checkpoint, save_checkpoint
+from rtdmd_cli.engine.runtime.run_folder import RunFolder
+from rtdmd_cli.errors import DataError, UsageError
+from tests.tiny_models import PROMPTS, TEXT_LENGTH, sd3_folder
+from tests.tiny_runs import generator_weights, make_run
+
+ROOT = Path(__file__).parents[2]
+COMMAND = [sys.executable, "-m", "rtdmd_cli", "distill"]
+LONG = 40  # iterations of the run that is broken off again and again
+SHORT = 10  # of the others
+ENDLESS = 1_000_000
+LIMIT = 120  # s, of one process
+TIMES = ("seconds", "iterations_per_second")
+
+
+@dataclass(frozen=True)
+class Done:
+    """A process that has ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+@dataclass(frozen=True)
+class World:
+    """The folder in which the processes work, and how they ended by name."""
+
+    folder: Path
+    done: dict[str, Done]
+
+    def run(self, name: str) -> RunFolder:
+        return RunFolder(self.folder / "runs" / name)
+
+    def checkpoint(self, name: str, step: int) -> Path:
+        return self.run(name).checkpoints / f"step-{step:06d}"
+
+
+def write_preset(folder: Path) -> None:
+    """tiny.yaml and tiny.txt: pictures of 16 px, 8 a batch."""
+    (folder / "tiny.txt").write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
+    where = f"family: sd3, path: {sd3_folder()}, resolution: 16, text_length: {TEXT_LENGTH}"
+    model = f"{{{where}, guidance: 4.0, teacher_steps: 1}}"
+    settings = "batch: 8, fake_per_generator: 2, prompts: tiny.txt, lora: {rank: 2, alpha: 4}"
+    steps = "generator_lr: 0.01, fake_lr: 0.01, eps: 0.001"
+    rhythm = "save_every: 10, keep: 10, log_every: 1, sample_every: 0"
+    (folder / "tiny.yaml").write_text(
+        f"model: {model}\ndistill: {{{settings}, {steps}, {rhythm}}}\nhardware: {{threads: 1}}\n",
+        encoding="utf-8",
+    )
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("RTDMD_")}
+    extra = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen(
+        [*COMMAND, "--preset", "tiny.yaml", *arguments],
+        cwd=folder,
+        env=clean | extra | {"RTDMD_CACHE": str(folder / "cache")},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait(process: subprocess.Popen[str]) -> Done:
+    try:
+        out, err = process.communicate(timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    return Done(process.returncode, out, err)
+
+
+def train(folder: Path, name: str, iterations: int, *arguments: str) -> Done:
+    """One process to its end."""
+    given = ("--name", name, "--set", f"distill.iterations={iterations}", *arguments)
+    return wait(start(folder, *given))
+
+
+def break_off(
+    folder: Path, name: str, number: signal.Signals, when: Callable[[RunFolder], bool], *arguments: str
+) -> Done:
+    """Start or continue an endless run, and send it a signal as soon as `when` holds."""
+    run = RunFolder(folder / "runs" / name)
+    process = start(folder, "--name", name, "--set", f"distill.iterations={ENDLESS}", *arguments)
+    limit = time.monotonic() + LIMIT
+    while process.poll() is None and not when(run) and time.monotonic() < limit:
+        time.sleep(0.005)
+    process.send_signal(number)
+    return wait(process)
+
+
+def iteration(run: RunFolder) -> int:
+    """Of the newest line of metrics.jsonl."""
+    rows = run.metrics.read()
+    return int(rows[-1]["iteration"]) if rows else 0
+
+
+def steps(run: RunFolder) -> list[int]:
+    return sorted(int(path.name.removeprefix("step-")) for path in run.checkpoints.glob("step-*"))
+
+
+def broken_run(folder: Path) -> dict[str, Done]:
+    """The run "broken": ended by SIGTERM, SIGINT, and kill -9 soon after a checkpoint; then finished."""
+    run, done = RunFolder(folder / "runs" / "broken"), {}
+    done["SIGTERM"] = break_off(folder, "broken", signal.SIGTERM, lambda r: iteration(r) >= 2)
+    first = iteration(run)
+    resume = ("--resume", "auto")
+    done["SIGINT"] = break_off(folder, "broken", signal.SIGINT, lambda r: iteration(r) >= first + 2, *resume)
+    saved = steps(run)
+    done["SIGKILL"] = break_off(
+        folder,
+        "broken",
+        signal.SIGKILL,
+        lambda r: len(steps(r)) > len(saved) and iteration(r) >= steps(r)[-1] + 2,
+        *resume,
+    )
+    done["before the kill"] = Done(iteration(run), "", "")
+    done["broken"] = train(folder, "broken", LONG, *resume)
+    return done
+
+
+def other_runs(folder: Path) -> dict[str, Done]:
+    """What is compared with it, and copies of that which are extended, damaged, poisoned."""
+    done = {"straight": train(folder, "straight", LONG, "--json")}
+    small = ("--set", "distill.micro_batch=1", "--set", "distill.save_every=4")
+    done["small"] = train(folder, "small", SHORT, *small, "--json", "--quiet")
+    runs = folder / "runs"
+    shutil.copytree(runs / "straight", runs / "longer")
+    done["longer"] = train(folder, "longer", LONG + 2, "--resume", "auto", "--json")
+    shutil.copytree(runs / "small", runs / "damaged")
+    spoil(runs / "damaged" / "checkpoints" / f"step-{SHORT:06d}" / "fake.safetensors")
+    done["damaged"] = train(folder, "damaged", SHORT, *small, "--resume", "auto")
+    shutil.copytree(runs / "small", runs / "poisoned")
+    poison(runs / "poisoned" / "checkpoints" / f"step-{SHORT:06d}")
+    done["poisoned"] = train(folder, "poisoned", SHORT + 9, *small, "--resume", "runs/poisoned")
+    return done
+
+
+def spoil(file: Path) -> None:
+    """Change one byte in the middle."""
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def poison(path: Path) -> None:
+    """Give a checkpoint, otherwise in order, an infinite momentum: the next step makes a weight infinite."""
+    loaded = load_checkpoint(path)
+    name = next(name for name in loaded.tensors["optimizer_fake"] if name.endswith("exp_avg"))
+    loaded.tensors["optimizer_fake"][name].fill_(torch.inf)
+    save_checkpoint(path.parent, loaded.step, loaded.tensors, loaded.state, 10, loaded.meta)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    folder = tmp_path_factory.mktemp("distill")
+    write_preset(folder)
+    with ThreadPoolExecutor(2) as pool:
+        parts = [pool.submit(broken_run, folder), pool.submit(other_runs, folder)]
+        yield World(folder, parts[0].result() | parts[1].result())
+
+
+def contents(folder: Path, pattern: str = "*") -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob(pattern))}
+
+
+def timeless(run: RunFolder, last: int = ENDLESS) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl without their times."""
+    rows = [row for row in run.metrics.read() if row["iteration"] <= last]
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+
+
+def state(path: Path) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    return {key: value for key, value in values.items() if key != "seconds"}
+
+
+def assert_same_course(world: World, one: str, other: str, step: int) -> None:
+    """Byte for byte: adapters, average, optimiser states at `step`, and all lines up to it, but for times."""
+    paths = world.checkpoint(one, step), world.checkpoint(other, step)
+    tensors = [contents(path, "*.safetensors") for path in paths]
+    assert len(tensors[0]) == 5 and tensors[0] == tensors[1]
+    assert state(paths[0]) == state(paths[1])
+    assert timeless(world.run(one), step) == timeless(world.run(other), step)
+
+
+def test_a_run_from_start_to_end(world: World) -> None:
+    done, run = world.done["straight"], world.run("straight")
+    assert done.code == 0, done.err
+    result = json.loads(done.out)  # nothing else on stdout
+    assert result["run"] == "runs/straight" and result["iterations"] == LONG and result["finished"] is True
+    assert result["checkpoint"] == f"runs/straight/checkpoints/step-{LONG:06d}" and result["seconds"] > 0
+    assert f"iteration {LONG}/{LONG}" in done.err
+    assert [row["iteration"] for row in run.metrics.read()] == list(range(1, LONG + 1))
+    assert steps(run) == [10, 20, 30, 40]
+    assert run.status()["state"] == "finished" and run.status()["iteration"] == LONG
+    assert (run.samples / f"step-{LONG:06d}.png").is_file() and (run.path / "health.png").is_file()
+    assert "</html>" in run.report.read_text(encoding="utf-8")
+
+
+def test_micro_batches(world: World) -> None:
+    """1 x 8 equals 8 x 1; and --quiet leaves stderr empty."""
+    done = world.done["small"]
+    assert (done.code, done.err) == (0, "")
+    assert json.loads(done.out)["iterations"] == SHORT
+    for group in ("generator", "fake", "ema"):
+        small, whole = (
+            load_file(world.checkpoint(name, SHORT) / f"{group}.safetensors")
+            for name in ("small", "straight")
+        )
+        assert small.keys() == whole.keys()
+        for name, tensor in whole.items():
+            torch.testing.assert_close(small[name], tensor, rtol=0, atol=1e-4, msg=f"{group}/{name}")
+    for small_row, row in zip(
+        timeless(world.run("small")), timeless(world.run("straight"), SHORT), strict=True
+    ):
+        assert small_row == pytest.approx(row, rel=1e-3, abs=1e-5)
+
+
+def test_signals_finish_the_iteration_and_save(world: World) -> None:
+    for name, code in (("SIGTERM", 143), ("SIGINT", 130)):
+        done = world.done[name]
+        assert done.code == code, done.err
+        assert "--resume runs/broken" in done.err and "Traceback" not in done.err
+    assert "continuing runs/broken at iteration" in world.done["SIGINT"].err
+    kept = [step for step in steps(world.run("broken")) if step % 10]
+    assert len(kept) == 2  # saved where the signals came, between the regular ones
+
+
+def test_resume_is_exact(world: World) -> None:
+    """Broken off by two signals and a kill -9, the run ends as the one that ran straight through."""
+    killed, done = world.done["SIGKILL"], world.done["broken"]
+    assert killed.code == -signal.SIGKILL
+    assert done.code == 0, done.err
+    saved = max(step for step in steps(world.run("broken")) if step <= world.done["before the kill"].code)
+    assert saved < world.done["before the kill"].code < LONG  # lines after the last checkpoint were dropped
+    assert f"continuing runs/broken at iteration {saved}" in done.err
+    assert_same_course(world, "broken", "straight", LONG)
+    assert world.run("broken").status()["state"] == "finished"
+    assert "runs/broken" in done.out
+
+
+def test_a_finished_run_is_extended(world: World) -> None:
+    done = world.done["longer"]
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["iterations"] == LONG + 2
+    assert f"continuing runs/longer at iteration {LONG}" in done.err
+    assert_same_course(world, "longer", "straight", LONG)
+    assert [row["iteration"] for row in world.run("longer").metrics.read()] == list(range(1, LONG + 3))
+    before, after = (load_file(world.checkpoint("longer", s) / "fake.safetensors") for s in (LONG, LONG + 2))
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert world.run("longer").status()["iteration"] == LONG + 2
+
+
+def test_a_damaged_checkpoint_is_skipped_aloud(world: World) -> None:
+    done = world.done["damaged"]
+    assert done.code == 0, done.err
+    assert f"skipped the checkpoint step-{SHORT:06d}" in done.err and "fake.safetensors" in done.err
+    assert "continuing runs/damaged at iteration 8" in done.err
+    assert_same_course(world, "damaged", "small", SHORT)
+
+
+def test_a_weight_that_is_not_finite_ends_the_run(world: World) -> None:
+    done, run = world.done["poisoned"], world.run("poisoned")
+    assert done.code == 5, done.err
+    assert "error: The weight fake/transformer_blocks.0." in done.err and "Traceback" not in done.err
+    assert f"at iteration {SHORT + 2}." in done.err  # made by the one before
+    assert steps(run) == [4, 8, SHORT]
+    load_checkpoint(world.checkpoint("poisoned", SHORT))  # as it was
+    assert run.status()["state"] == "failed" and "The weight fake/" in run.status()["reason"]
+
+
+def test_refusals(world: World) -> None:
+    """Bad input: one sentence and the exit code, nothing on stdout, nothing made or changed."""
+    folder, runs = world.folder, world.folder / "runs"
+    (folder / "empty.txt").write_text("\n  \n", encoding="utf-8")
+    (folder / "latin.txt").write_bytes("a red ring\na blue caf\u00e9\n".encode("latin-1"))
+    (folder / "long.txt").write_text(f"a ring\n{'x' * 10_001}\n", encoding="utf-8")
+    for name in ("ruined", "foreign"):
+        shutil.copytree(runs / "small", runs / name)
+    for file in (runs / "ruined").glob("checkpoints/*/ema.safetensors"):
+        spoil(file)
+    for file in (runs / "foreign").glob("checkpoints/*/manifest.json"):
+        file.write_text('{"format": "other"}', encoding="utf-8")
+    auto = ("--resume", "auto", "--set", "distill.micro_batch=1", "--name")
+    cases = {
+        ("--set", "distill.iteration=3"): (2, "distill.iterations"),
+        ("--set", "distill.prompts=empty.txt"): (4, "empty.txt"),
+        ("--set", "distill.prompts=latin.txt"): (4, "latin.txt, line 2"),
+        ("--set", "distill.prompts=long.txt"): (4, "long.txt, line 2"),
+        ("--name", "straight"): (2, "--resume auto, or start another run with --name"),
+        (*auto, "ruined"): (4, "ema.safetensors is damaged"),
+        (*auto, "foreign"): (4, "foreign"),
+        (*auto, "small", "--set", "distill.fake_lr=0.5"): (4, "distill.fake_lr was 0.01, now 0.5"),
+        ("--resume", "nonsense"): (2, "`nonsense`"),
+    }
+    before = {path: path.stat().st_mtime_ns for path in runs.rglob("*")}
+    with ThreadPoolExecutor(2) as pool:
+        ended = pool.map(lambda arguments: wait(start(folder, *arguments)), cases)
+    for (arguments, (code, text)), done in zip(cases.items(), ended, strict=True):
+        assert (done.code, done.out) == (code, ""), (arguments, done)
+        assert "error: " in done.err and text in done.err and "Traceback" not in done.err, (
+            arguments,
+            done.err,
+        )
+    assert {path: path.stat().st_mtime_ns for path in runs.rglob("*")} == before
+
+
+def test_dry_run(world: World) -> None:
+    """No model is loaded and no folder made; it says where a resume would start."""
+    absent = ("--set", "model.path=no-such-folder", "--out", "elsewhere")
+    fresh = wait(start(world.folder, "--dry-run", "--json", *absent))
+    assert fresh.code == 0, fresh.err
+    planned = json.loads(fresh.out)
+    assert planned["run"] == "elsewhere/tiny" and planned["start"] == 0 and planned["prompts"] == len(PROMPTS)
+    assert not (world.folder / "elsewhere").exists()
+
+
+# Where a run starts, without a process for each case.
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    return make_run(tmp_path / "runs", "mine", (10, 20))
+
+
+def resolved(run: RunFolder) -> Resolved:
+    return load_preset(str(run.preset), environ={})
+
+
+def found(run: RunFolder, resume: str, name: str | None = None) -> tuple[Path | None, int | None]:
+    """The run to continue and the iteration to start at, with `run`'s folder as --out."""
+    begin = find_start(resume, run.path.parent, name, name or "mine", resolved(run), False)
+    return begin.run and begin.run.path, begin.checkpoint and begin.checkpoint.step
+
+
+def test_where_a_run_starts(run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    newest, older = (str(run.checkpoints / f"step-0000{step}") for step in (20, 10))
+    for reference in ("auto", "mine", str(run.path), newest, "runs/mine/checkpoints/step-000020"):
+        assert found(run, reference) == (run.path, 20) or reference.startswith("runs/")
+    assert found(run, "mine", name="mine") == (run.path, 20)
+    assert found(run, "auto", name="new") == (None, None)
+    assert found(run, "never", name="new") == (None, None)
+    for reference, step in (("mine", 20), (newest, 20), (older, 10)):
+        assert found(run, reference, name="new") == (None, step)
+    outside = shutil.copytree(older, tmp_path / "step-000010")
+    assert found(run, str(outside), name="new") == (None, 10)
+
+
+def test_where_no_run_starts(run: RunFolder, tmp_path: Path) -> None:
+    older = str(run.checkpoints / "step-000010")
+    outside = str(shutil.copytree(older, tmp_path / "step-000010"))
+    for reference, name in ((older, None), (outside, None), ("never", None), (older, "mine"), ("else", None)):
+        with pytest.raises(UsageError):
+            found(run, reference, name)
+    (tmp_path / "runs" / "full").mkdir()
+    (tmp_path / "runs" / "full" / "a.txt").touch()
+    for reference in ("auto", "never", "mine"):
+        with pytest.raises(UsageError, match="not empty"):
+            found(run, reference, "full")
+
+
+def test_a_run_without_checkpoints_starts_aloud(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bare = make_run(tmp_path / "runs", "mine", ())
+    assert found(bare, "auto") == (bare.path, None)
+    assert "starts from the beginning" in capsys.readouterr().err
+    with pytest.raises(DataError, match="no checkpoint"):
+        found(bare, "mine", name="new")
+
+
+def test_checkpoints_of_others(run: RunFolder) -> None:
+    tensors = {"ema": generator_weights(1)}
+    save_checkpoint(run.checkpoints, 30, tensors, {"stage": "tune-reward"}, 9, {})
+    with pytest.raises(DataError, match="not made by rtdmd distill"):
+        found(run, "auto")
+
+
+def test_a_damaged_preset_in_the_run(run: RunFolder) -> None:
+    preset = resolved(run)
+    run.preset.write_text("model: [", encoding="utf-8")
+    with pytest.raises(DataError, match="damaged"):
+        find_start("auto", run.path.parent, None, "mine", preset, False)

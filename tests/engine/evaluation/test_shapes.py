@@ -1,0 +1,198 @@
+"""The benchmark `shapes`: which prompts, how pictures are judged, and what the summary says."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from rtdmd_cli.engine.evaluation.geneval import Verdict
+from rtdmd_cli.engine.evaluation.shapes import (
+    Judged,
+    ShapesResult,
+    chosen_prompts,
+    clip_figures,
+    evaluate,
+    judge_pictures,
+    open_judge,
+    rendered,
+    scores,
+)
+from rtdmd_cli.engine.evaluation.shapes_grid import save_verdict_grid
+from rtdmd_cli.engine.model_source import open_model, resolve
+from rtdmd_cli.errors import DataError
+from rtdmd_cli.shapes.grammar import TASKS, Caption, Thing
+from rtdmd_cli.shapes.prompts import benchmark
+from tests.tiny_runs import make_run, write_preset
+
+CPU, F32 = torch.device("cpu"), torch.float32
+
+
+def unjudged(rows: list[int]) -> list[Judged]:
+    return [Judged((row, 0), benchmark()[row], Verdict(True, [])) for row in rows]
+
+
+class ColourClip:
+    """Stands in for a CLIP: a picture's feature is its mean colour, a prompt's a fixed direction."""
+
+    def image_features(self, images: Tensor) -> Tensor:
+        return torch.nn.functional.normalize(images.mean((2, 3)), dim=-1)
+
+    def text_features(self, prompts: list[str]) -> Tensor:
+        return torch.tensor([[0.0, 1.0, 0.0]]).repeat(len(prompts), 1)
+
+
+def test_a_limit_spreads_over_all_tasks() -> None:
+    assert chosen_prompts(None) == chosen_prompts(9999) == list(range(553))
+    assert chosen_prompts(1) == [0]
+    for limit in (6, 7, 12, 60, 552):
+        rows = chosen_prompts(limit)
+        assert len(set(rows)) == limit
+        counts = Counter(benchmark()[row].task for row in rows)
+        assert set(counts) == set(TASKS)
+        assert max(counts.values()) - min(counts.values()) <= limit * 0.05 + 1
+
+
+def test_rendered_pictures_pass_and_those_of_other_captions_do_not() -> None:
+    rows = chosen_prompts(60)
+    pictures, captions = rendered(unjudged(rows), 0).numpy(), [benchmark()[row] for row in rows]
+    assert [verdict.correct for verdict in judge_pictures(pictures, captions)] == [True] * 60
+    shifted = judge_pictures(pictures, captions[1:] + captions[:1])
+    assert sum(verdict.correct for verdict in shifted) < 20
+    assert all(verdict.reasons for verdict in shifted if not verdict.correct)
+
+
+def test_counting_is_judged_at_its_own_threshold(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[float, int] = {}
+
+    def detect(pictures: Any, threshold: float) -> list[list[Any]]:
+        asked[threshold] = asked.get(threshold, 0) + len(pictures)
+        return [[] for _ in pictures]
+
+    monkeypatch.setattr("rtdmd_cli.engine.evaluation.shapes.detect", detect)
+    captions = [
+        Caption("counting", (Thing("circle", "red", 2),)),
+        Caption("colors", (Thing("ring", "red"),)),
+    ] * 3
+    verdicts = judge_pictures(torch.zeros(6, 3, 32, 32).numpy(), captions)
+    assert asked == {0.3: 3, 0.9: 3}
+    assert ["circle" in verdict.reasons[0] for verdict in verdicts] == [True, False] * 3
+
+
+def test_scores_average_tasks_and_count_failures() -> None:
+    red, ring = Caption("colors", (Thing("circle", "red"),)), Caption("single_object", (Thing("ring"),))
+    missing = Verdict(False, ["expected 1 circle, found 0"])
+    judged = [
+        Judged((200, 0), red, Verdict(True, [])),
+        Judged((200, 1), red, missing),
+        Judged((201, 0), red, missing),
+        Judged((201, 1), red, missing),
+        Judged((0, 0), ring, Verdict(True, [])),
+        Judged((0, 1), ring, Verdict(True, [])),
+    ]
+    found = scores(judged)
+    assert found["overall"] == pytest.approx((0.25 + 1) / 2)
+    assert found["tasks"] == dict.fromkeys(TASKS) | {"colors": 0.25, "single_object": 1.0}
+    assert found["images"] == 6 and found["prompts"]["colors"]["evaluated"] == 2
+    assert found["failures"] == [{"reason": "expected 1 circle, found 0", "pictures": 3}]
+    low, high = found["interval"]
+    assert 0.5 <= low <= found["overall"] <= high <= 0.75
+
+
+def test_clip_figures_against_rendered_pictures() -> None:
+    judged: Any = unjudged(chosen_prompts(60))
+    clip: Any = ColourClip()
+    same = clip_figures(clip, rendered(judged, 0), judged)
+    assert same["frechet"] == pytest.approx(0, abs=1e-6) and same["score"] == same["score_of_rendered"]
+    assert same["frechet_pictures"] == [60, 60] and 0 < same["frechet_floor"] < 0.01
+    red = torch.zeros(60, 3, 32, 32)
+    red[:, 0] = torch.rand(60, 1, 1)
+    other = clip_figures(clip, red, judged)
+    assert other["frechet"] > 10 * same["frechet_floor"] and other["score"] == pytest.approx(0)
+    one = clip_figures(clip, red[:1], judged[:1])
+    assert one["frechet"] is None and one["frechet_pictures"] == [1, 1]
+
+
+def test_rendered_pictures_are_fixed_by_seed_and_key() -> None:
+    judged = unjudged([0, 100, 300])
+    assert torch.equal(rendered(judged, 0)[1:], rendered(judged[1:], 0))
+    assert not torch.equal(rendered(judged, 0), rendered(judged, 1))
+
+
+def test_an_evaluation_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RTDMD_CACHE", str(tmp_path / "cache"))
+    make_run(tmp_path, "a")
+    told: list[int] = []
+
+    def run(limit: int, batch: int) -> ShapesResult:
+        model = open_model(resolve("a", tmp_path), CPU, F32)
+        arguments: dict[str, Any] = {"images_per_prompt": 2, "seed": 3, "on_pictures": told.append}
+        return evaluate(model, model.plan(), None, limit=limit, batch=batch, **arguments)
+
+    result, other = run(12, 5), run(6, 12)
+    assert told == [5, 5, 5, 5, 4, 12]
+    summary = result.summary
+    assert summary["benchmark"] == "shapes" and set(summary["tasks"]) == set(TASKS)
+    assert all(isinstance(score, float) for score in summary["tasks"].values())
+    expected = {"images": 24, "limit": 12, "steps": 4, "evaluations": 4, "guidance": 1.0, "kind": "generator"}
+    assert {key: summary[key] for key in expected} == expected
+    assert summary["clip"] is None and summary["model"] == "a/step-000010"
+    assert 0 < summary["seconds_per_picture"] * 24 <= summary["seconds"]
+    # Every second prompt of the longer run is one of the shorter: the same noise, the same picture.
+    rows = {each.key: picture for each, picture in zip(result.judged, result.pictures, strict=True)}
+    for each, picture in zip(other.judged, other.pictures, strict=True):
+        torch.testing.assert_close(picture, rows[each.key], atol=1e-3, rtol=0)
+    assert not torch.allclose(rows[(0, 0)], rows[(0, 1)], atol=0.05)
+
+    save_verdict_grid(result, tmp_path / "grid.png")
+    with Image.open(tmp_path / "grid.png") as image:
+        assert image.info["model"] == "a/step-000010"
+        marks = {(31, 138, 76), (200, 48, 44)} & {
+            colour for _, colour in image.convert("RGB").getcolors(1 << 20)
+        }  # type: ignore[misc,union-attr]
+    assert len(marks) == len({each.verdict.correct for each in result.judged})
+
+
+def test_a_tick_for_a_right_picture_and_a_cross_for_a_wrong_one(tmp_path: Path) -> None:
+    judged = [
+        Judged((0, 0), benchmark()[0], Verdict(True, [])),
+        Judged((1, 0), benchmark()[1], Verdict(False, ["x"])),
+    ]
+    conditions = dict.fromkeys(("model", "model_hash", "steps", "guidance", "eta", "seed", "version"), "-")
+    result = ShapesResult(scores(judged) | conditions, judged, torch.zeros(2, 3, 32, 32))
+    save_verdict_grid(result, tmp_path / "grid.png")
+    with Image.open(tmp_path / "grid.png") as image:
+        pixels = image.convert("RGB")
+        sides = [pixels.crop((left, 0, left + 160, pixels.height)) for left in (20, 188)]
+    marks = [{c for _, c in side.getcolors(1 << 20)} & {(31, 138, 76), (200, 48, 44)} for side in sides]  # type: ignore[misc,union-attr]
+    assert marks == [{(31, 138, 76)}, {(200, 48, 44)}]
+
+
+def test_a_model_of_another_world_is_refused(tmp_path: Path) -> None:
+    model = open_model(resolve(str(write_preset(tmp_path / "big.yaml", 64)), tmp_path), CPU, F32)
+    with pytest.raises(DataError, match="makes 64 px"):
+        evaluate(
+            model,
+            model.plan(),
+            None,
+            images_per_prompt=1,
+            limit=6,
+            seed=0,
+            batch=4,
+            on_pictures=lambda n: None,
+        )
+
+
+def test_the_independent_judge_of_the_package() -> None:
+    clip = open_judge(CPU)
+    if clip is None:
+        pytest.skip("the package has no trained models yet")
+    judged = unjudged(chosen_prompts(60))
+    figures = clip_figures(clip, rendered(judged, 0), judged)
+    shuffled = clip_figures(clip, rendered(judged, 0).flip(0), judged)
+    assert figures["score"] > shuffled["score"] + 0.05

@@ -1,0 +1,54 @@
+"""Devices and number formats, with the hardware played by monkeypatch."""
+
+import pytest
+import torch
+
+from rtdmd_cli.engine.runtime.device import device_name, resolve_device, resolve_dtype
+from rtdmd_cli.errors import EnvironmentFailure, UsageError
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def has_cuda(monkeypatch: pytest.MonkeyPatch, there: bool, bf16: bool = True) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+
+
+def test_auto_takes_cuda_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    has_cuda(monkeypatch, True)
+    assert resolve_device("auto") == resolve_device("cuda") == CUDA
+    assert device_name(CUDA) == "Some GPU"
+    has_cuda(monkeypatch, False)
+    assert resolve_device("auto") == resolve_device("cpu") == CPU
+
+
+@pytest.mark.parametrize("name", ["cuda", "mps"])
+def test_a_device_that_is_not_there(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    has_cuda(monkeypatch, False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(EnvironmentFailure, match=name) as caught:
+        resolve_device(name)
+    assert "--device cpu" in caught.value.hint
+    assert caught.value.exit_code == 3
+
+
+def test_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
+    has_cuda(monkeypatch, True)
+    assert resolve_dtype("auto", CUDA) == resolve_dtype("bf16", CPU) == torch.bfloat16
+    assert resolve_dtype("auto", CPU) == resolve_dtype("fp32", CUDA) == torch.float32
+    assert resolve_dtype("auto", torch.device("mps")) == torch.float32
+
+
+def test_a_gpu_without_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    has_cuda(monkeypatch, True, bf16=False)
+    assert resolve_dtype("auto", CUDA) == torch.float32
+    with pytest.raises(EnvironmentFailure, match="Some GPU does not compute in bf16"):
+        resolve_dtype("bf16", CUDA)
+
+
+def test_unknown_names() -> None:
+    with pytest.raises(UsageError, match="`tpu`"):
+        resolve_device("tpu")
+    with pytest.raises(UsageError, match="`fp8`"):
+        resolve_dtype("fp8", CPU)
