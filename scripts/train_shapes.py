@@ -1,7 +1,7 @@
 """Train the built-in models of the shapes world from a seed, and package them.
 
-    python scripts/train_shapes.py                       everything; a run that was broken off goes on where it stood
-    python scripts/train_shapes.py --stage package       one stage: vae, teacher, clip, clip-judge or package
+    python scripts/train_shapes.py                    everything; after a break it goes on where it stood
+    python scripts/train_shapes.py --stage package    one stage: vae, teacher, clip, clip-judge or package
 
 Minutes on a GPU, about three hours on two CPU cores.
 """
@@ -24,7 +24,9 @@ app = typer.Typer(add_completion=False)
 @app.command()
 def main(
     stage: Annotated[str, typer.Option(help=f"all, or one of {', '.join(STAGES)}")] = "all",
-    work: Annotated[Path, typer.Option(help="folder of states and latents, made if missing")] = Path("work/shapes"),
+    work: Annotated[Path, typer.Option(help="folder of states and latents, made if missing")] = Path(
+        "work/shapes"
+    ),
     out: Annotated[Path, typer.Option(help="where the package stage writes")] = PACKAGE_FOLDER,
     seed: Annotated[int, typer.Option(min=0)] = 1,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
@@ -61,7 +63,9 @@ def _device(name: str) -> torch.device:
     """The device of that name; auto is a GPU where there is one."""
     if name not in ("auto", "cpu", "cuda"):
         raise UsageError(f"There is no device {name!r}.", "Choose auto, cpu or cuda.")
-    return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else name.replace("auto", "cpu"))
+    return torch.device(
+        "cuda" if name == "auto" and torch.cuda.is_available() else name.replace("auto", "cpu")
+    )
 
 
 if __name__ == "__main__":

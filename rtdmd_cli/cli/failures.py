@@ -97,7 +97,9 @@ def _usage(error: UsageError) -> Failure:
     command, path = context.command, context.command_path
     unknown = re.match(r"No such command (['\"])(.*?)\1\.", error.message, re.DOTALL)
     if isinstance(error, NoSuchOption):
-        options = [name for param in command.get_params(context) for name in (*param.opts, *param.secondary_opts)]
+        options = [
+            name for param in command.get_params(context) for name in (*param.opts, *param.secondary_opts)
+        ]
         close = nearest(error.option_name, [name for name in options if name.startswith("-")])
         message = f"`{path}` has no option `{error.option_name}`; the nearest is `{close}`."
     elif unknown and isinstance(command, TyperGroup):

@@ -26,7 +26,7 @@ From = Annotated[
     typer.Option(
         "--from",
         metavar="RUN|CHECKPOINT|PRESET",
-        help="Folder of a run or checkpoint, name of a run under runs/, or preset (its untouched base model). "
+        help="Run or checkpoint folder, name of a run under runs/, or preset (its untouched base model). "
         "Default: the newest finished run, else the built-in model.",
     ),
 ]

@@ -167,7 +167,7 @@ def build_trainer(
 
 
 def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
-    """Put a checkpoint's weights, optimiser states and EMA into a new trainer; DataError if they don't fit."""
+    """Put a checkpoint's weights, optimiser states and EMA into a trainer; DataError if one doesn't fit."""
     groups = {"ema", *ROLES, *(f"optimizer_{role}" for role in ROLES)}
     if checkpoint.tensors.keys() != groups or STATE_KEYS - checkpoint.state.keys():
         raise DataError(f"{checkpoint.path} is no full checkpoint of rtdmd distill.", OTHER_HINT)

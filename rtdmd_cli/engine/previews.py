@@ -94,7 +94,10 @@ def save_sample_grid(previews: Previews, ema: dict[str, Tensor], path: Path, ite
     with previews.roles.swapped("generator", ema):
         latents = previews.generator_latents()
     rows = [
-        GridRow(f"generator, {previews.plan.evaluations} evaluations", decode_all(previews.backbone, latents, COUNT)),
+        GridRow(
+            f"generator, {previews.plan.evaluations} evaluations",
+            decode_all(previews.backbone, latents, COUNT),
+        ),
         GridRow("teacher", previews.teacher),
     ]
     save_png(picture_grid(rows, previews.prompts), path, {"iteration": str(iteration)})
@@ -105,8 +108,12 @@ def save_health_panel(previews: Previews, path: Path, iteration: int) -> None:
     x0, fake, teacher = health_points(previews)
     rows = [
         GridRow("generator", decode_all(previews.backbone, x0, COUNT)),
-        GridRow(f"fake score's prediction at sigma {HEALTH_LEVEL}", decode_all(previews.backbone, fake, COUNT)),
-        GridRow(f"teacher's prediction at sigma {HEALTH_LEVEL}", decode_all(previews.backbone, teacher, COUNT)),
+        GridRow(
+            f"fake score's prediction at sigma {HEALTH_LEVEL}", decode_all(previews.backbone, fake, COUNT)
+        ),
+        GridRow(
+            f"teacher's prediction at sigma {HEALTH_LEVEL}", decode_all(previews.backbone, teacher, COUNT)
+        ),
     ]
     save_png(picture_grid(rows, previews.prompts), path, {"iteration": str(iteration)})
 

@@ -77,9 +77,9 @@ def _templates(edge: int) -> tuple[tuple[str, ...], NDArray[np.float64]]:
             for y in range(first - 1, first + 2):
                 for x in range(first - 1, first + 2):
                     canvas = np.zeros((window, window))
-                    canvas[max(y, 0) : y + size, max(x, 0) : x + size] = _contrast(coverage(shape, size, size))[
-                        max(-y, 0) : window - y, max(-x, 0) : window - x
-                    ]
+                    canvas[max(y, 0) : y + size, max(x, 0) : x + size] = _contrast(
+                        coverage(shape, size, size)
+                    )[max(-y, 0) : window - y, max(-x, 0) : window - x]
                     names.append(shape)
                     stack.append(canvas)
     return tuple(names), np.stack(stack)

@@ -163,8 +163,6 @@ def _cells(caption: Caption, rng: np.random.Generator) -> list[tuple[int, int]]:
     if caption.relation is None:
         return order[: sum(thing.count for thing in caption.things)]
     line = int(rng.integers(2))
-    if caption.relation in ("left of", "right of"):
-        pair = [(line, 0), (line, 1)]
-    else:
-        pair = [(0, line), (1, line)]
+    across = caption.relation in ("left of", "right of")
+    pair = [(line, 0), (line, 1)] if across else [(0, line), (1, line)]
     return pair if caption.relation in ("left of", "above") else pair[::-1]

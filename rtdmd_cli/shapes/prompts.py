@@ -19,12 +19,12 @@ BENCHMARK_SIZES = {
 """Prompts of every task, GenEval's own mix: 553 in all."""
 _HELD_OUT_SHARE = {"two_object": 1 / 3, "counting": 0.3, "colors": 0.25, "position": 0.3, "color_attr": 1 / 6}
 _TRAINING_MIX = {
-    "single_object": 0.08,
-    "two_object": 0.17,
-    "counting": 0.2,
-    "colors": 0.1,
+    "single_object": 0.06,
+    "two_object": 0.2,
+    "counting": 0.17,
+    "colors": 0.07,
     "position": 0.22,
-    "color_attr": 0.23,
+    "color_attr": 0.28,
 }
 
 
@@ -41,7 +41,9 @@ def held_out_combinations(task: str) -> frozenset[tuple[str, ...]]:
     """
     if task not in _HELD_OUT_SHARE:
         return frozenset()
-    ranked = sorted({combination(caption): _rank(caption) for caption in all_captions(task)}.items(), key=lambda kv: kv[1])
+    ranked = sorted(
+        {combination(caption): _rank(caption) for caption in all_captions(task)}.items(), key=lambda kv: kv[1]
+    )
     return frozenset(key for key, _ in ranked[: round(len(ranked) * _HELD_OUT_SHARE[task])])
 
 
@@ -79,7 +81,8 @@ def benchmark_facts() -> dict[str, dict[str, int]]:
 def training_captions(count: int, seed: int) -> list[Caption]:
     """Draw training captions: tasks by a fixed mix, captions of a task uniformly, none of a held-out combination.
 
-    Half of the `position` captions name colours, and a quarter of the `counting` captions name none.
+    Half of the `position` captions name colours, a quarter of the `counting` captions name none, and three in ten of the
+    `color_attr` captions name the colour of one shape only.
     """
     rng = np.random.default_rng(seed)
     tasks = rng.choice(list(_TRAINING_MIX), size=count, p=list(_TRAINING_MIX.values())).tolist()
@@ -92,4 +95,12 @@ def _draw(task: str, rng: np.random.Generator) -> Caption:
         return Caption(task, (Thing(shape, None, number),))
     captions = _split(task, held_out=False)
     caption = captions[int(rng.integers(len(captions)))]
+    if task == "color_attr" and rng.random() < 0.3:
+        return _half_coloured(caption, int(rng.integers(2)))
     return with_colours(caption, rng) if task == "position" and rng.random() < 0.5 else caption
+
+
+def _half_coloured(caption: Caption, plain: int) -> Caption:
+    """The caption without the colour of its thing number `plain`."""
+    things = tuple(Thing(t.shape, None if i == plain else t.colour) for i, t in enumerate(caption.things))
+    return Caption(caption.task, things)

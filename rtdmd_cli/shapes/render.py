@@ -104,7 +104,9 @@ def object_mask(scene: Scene) -> Array:
     """Where shapes are: [32, 32] in 0..1, the share of each pixel that a shape covers."""
     mask = np.zeros((PICTURE, PICTURE), dtype=np.float32)
     for item in scene.items:
-        mask[item.y : item.y + item.size, item.x : item.x + item.size] = coverage(item.shape, item.size, item.size)
+        mask[item.y : item.y + item.size, item.x : item.x + item.size] = coverage(
+            item.shape, item.size, item.size
+        )
     return mask
 
 

@@ -100,7 +100,10 @@ def edit(caption: Caption, rng: np.random.Generator) -> Caption:
     swapped = [other for other in swapped if other != caption]
     if relation:
         opposite = RELATIONS[RELATIONS.index(relation) ^ 1]  # they stand in pairs
-        swapped += 2 * [Caption(caption.task, things, opposite), Caption(caption.task, things[::-1], relation)]
+        swapped += 2 * [
+            Caption(caption.task, things, opposite),
+            Caption(caption.task, things[::-1], relation),
+        ]
     if caption.task == "counting":
         swapped += [_with_thing(caption, 0, count=n) for n in NUMBERS if n != things[0].count]
     replaced = [Caption(caption.task, things, other) for other in RELATIONS if relation and other != relation]
@@ -119,12 +122,18 @@ def _with_colours(caption: Caption, colours: list[str | None]) -> Caption:
 
 
 def _with_thing(
-    caption: Caption, place: int, shape: str | None = None, colour: str | None = None, count: int | None = None
+    caption: Caption,
+    place: int,
+    shape: str | None = None,
+    colour: str | None = None,
+    count: int | None = None,
 ) -> Caption:
     """The caption with shape, colour or count of one thing replaced."""
     old = caption.things[place]
     new = Thing(shape or old.shape, colour or old.colour, count or old.count)
-    return Caption(caption.task, (*caption.things[:place], new, *caption.things[place + 1 :]), caption.relation)
+    return Caption(
+        caption.task, (*caption.things[:place], new, *caption.things[place + 1 :]), caption.relation
+    )
 
 
 def training_edit(caption: Caption, rng: np.random.Generator) -> Caption:
@@ -137,7 +146,9 @@ def training_edit(caption: Caption, rng: np.random.Generator) -> Caption:
 
 def token_ids(texts: list[str]) -> Tensor:
     """Ids [N,13], padded to the full length."""
-    tokens = clip_tokenizer()(texts, padding="max_length", max_length=CLIP_LENGTH, truncation=True, return_tensors="pt")
+    tokens = clip_tokenizer()(
+        texts, padding="max_length", max_length=CLIP_LENGTH, truncation=True, return_tensors="pt"
+    )
     return tokens.input_ids
 
 
@@ -241,7 +252,9 @@ def train(
         pixels = normalise(augment(pictures, settings, generator)).to(device)
         texts = data.texts[index].flatten()
         # on CPU the fused bfloat16 attention is slower than the plain one at this size
-        backends = [SDPBackend.MATH] if device.type == "cpu" else [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+        backends = (
+            [SDPBackend.MATH] if device.type == "cpu" else [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+        )
         with torch.autocast(device.type, torch.bfloat16), sdpa_kernel(backends):
             loss, right = contrastive_loss(model, pixels, data.ids[texts].to(device), texts.to(device))
         for optimizer in optimizers:
@@ -253,7 +266,9 @@ def train(
         return {"loss": loss.item(), "right": right.item()}
 
     def report(step: int) -> None:
-        figures = " ".join(f"{task} {share:.3f}" for task, share in accuracies(model, seed=0, rounds=1).items())
+        figures = " ".join(
+            f"{task} {share:.3f}" for task, share in accuracies(model, seed=0, rounds=1).items()
+        )
         print(f"{folder.name} at {step}: {figures}", flush=True)
 
     run(folder, model, optimizers, update, steps, save_every=save_every, report=report)

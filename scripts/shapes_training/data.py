@@ -13,7 +13,7 @@ from rtdmd_cli.shapes.render import object_mask, render
 
 @dataclass(frozen=True)
 class Pictures:
-    """images [N,3,32,32] uint8; masks [N,32,32] uint8, the share of a pixel that a shape covers; captions, N of them."""
+    """images [N,3,32,32] uint8; masks [N,32,32] uint8, the share of a pixel that shapes cover; N captions."""
 
     images: Tensor
     masks: Tensor

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from rtdmd_cli.errors import DataError
 from rtdmd_cli.engine.runtime.files import write_text, write_with
+from rtdmd_cli.errors import DataError
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
@@ -26,15 +26,26 @@ def muon_and_adamw(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
     """Muon for the hidden matrices of transformer blocks and encoders, AdamW for all else."""
     matrices, others = [], []
     for name, parameter in model.named_parameters():
-        hidden = parameter.ndim == 2 and ("transformer_blocks" in name or "layers." in name or "block." in name)
+        hidden = parameter.ndim == 2 and (
+            "transformer_blocks" in name or "layers." in name or "block." in name
+        )
         (matrices if hidden and "norm1" not in name and "relative" not in name else others).append(parameter)
     muon = torch.optim.Muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
     return [muon, torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.99), weight_decay=0.0)]
 
 
-def save_state(folder: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], extra: dict[str, Tensor], step: int) -> None:
+def save_state(
+    folder: Path,
+    model: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    extra: dict[str, Tensor],
+    step: int,
+) -> None:
     """Write weights, optimiser tensors and extra tensors, then the step that they belong to."""
-    tensors = {f"model/{k}": v.detach().clone(memory_format=torch.contiguous_format) for k, v in model.state_dict().items()}
+    tensors = {
+        f"model/{k}": v.detach().clone(memory_format=torch.contiguous_format)
+        for k, v in model.state_dict().items()
+    }
     tensors |= {f"extra/{k}": v.contiguous() for k, v in extra.items()}
     for number, optimizer in enumerate(optimizers):
         for index, state in optimizer.state_dict()["state"].items():
@@ -59,7 +70,9 @@ def read_weights(folder: Path, part: str = "model") -> tuple[int, dict[str, Tens
     return step, {k.removeprefix(f"{part}/"): v for k, v in tensors.items() if k.startswith(f"{part}/")}
 
 
-def load_state(folder: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], extra: dict[str, Tensor]) -> int:
+def load_state(
+    folder: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], extra: dict[str, Tensor]
+) -> int:
     """Restore what `save_state` wrote; returns the step, 0 where there is no state."""
     if not (folder / "step.json").exists():
         return 0
@@ -89,7 +102,7 @@ def run(
     save_every: int = 500,
     report: Callable[[int], None] | None = None,
 ) -> None:
-    """Call `update(step)` (forward, backward, optimiser steps; returns figures to log) until `steps` are done.
+    """Call `update(step)` (forward, backward, optimiser step; returns figures to log) until `steps` are done.
 
     Every optimiser's learning rate follows `learning_rate` relative to the one it was made with.
     """
@@ -109,7 +122,10 @@ def run(
             text = " ".join(f"{k} {v:.4f}" for k, v in figures.items())
             left = (steps - step - 1) / speed / 60
             if rank == 0:
-                print(f"{folder.name} {step + 1}/{steps} {text} | {speed:.1f} it/s, {left:.1f} min left", flush=True)
+                print(
+                    f"{folder.name} {step + 1}/{steps} {text} | {speed:.1f} it/s, {left:.1f} min left",
+                    flush=True,
+                )
             clock, since = time.monotonic(), step + 1
         if rank == 0 and ((step + 1) % save_every == 0 or step + 1 == steps):
             save_state(folder, model, optimizers, extra, step + 1)

@@ -1,7 +1,7 @@
 """The stages of `scripts/train_shapes.py`, each going on from what lies in the work folder.
 
-    vae/ teacher/ clip/ clip-judge/     states of training
-    latents.safetensors shift.json      the teacher's pictures, encoded by the VAE, and their shift and scale
+vae/ teacher/ clip/ clip-judge/     states of training
+latents.safetensors shift.json      the teacher's pictures, encoded by the VAE, and their shift and scale
 """
 
 import json
@@ -21,7 +21,14 @@ from torch import multiprocessing as mp
 
 from rtdmd_cli.engine.evaluation.geneval import task_scores
 from rtdmd_cli.engine.evaluation.shapes import judge_pictures
-from rtdmd_cli.engine.runtime.files import make_folder, replace_folder, tmp_path, write_json, write_text, write_with
+from rtdmd_cli.engine.runtime.files import (
+    make_folder,
+    replace_folder,
+    tmp_path,
+    write_json,
+    write_text,
+    write_with,
+)
 from rtdmd_cli.errors import DataError, UsageError
 from rtdmd_cli.shapes.grammar import scene_for
 from rtdmd_cli.shapes.prompts import benchmark
@@ -41,7 +48,7 @@ FOLLOW_UP = """The teacher's figures, once the models are packaged:
 
 @dataclass(frozen=True)
 class Settings:
-    """What a training is made of. Steps are optimiser steps, batches pictures (of clip: pairs of pictures)."""
+    """What a training is made of. Steps are the optimiser's, batches pictures (for clip: pairs of them)."""
 
     work: Path
     seed: int = 1
@@ -50,7 +57,7 @@ class Settings:
     vae_steps: int = 2400
     vae_pictures: int = 60_000
     vae_batch: int = 64
-    teacher_steps: int = 7000
+    teacher_steps: int = 6_000
     teacher_pictures: int = 150_000
     teacher_batch: int = 128
     teacher_lr: float = 2e-3
@@ -81,12 +88,21 @@ def train_vae(settings: Settings) -> None:
     """Train the VAE, and print what the detector reads in rendered pictures and in its reconstructions."""
     s = settings
     vae.train(
-        s.work / "vae", s.device, s.seed, s.vae_steps, s.vae_batch, count=s.vae_pictures, save_every=s.save_every
+        s.work / "vae",
+        s.device,
+        s.seed,
+        s.vae_steps,
+        s.vae_batch,
+        count=s.vae_pictures,
+        save_every=s.save_every,
     )
     rng = np.random.default_rng(0)
     pictures = torch.from_numpy(np.stack([render(scene_for(caption, rng)) for caption in benchmark()]))
     print_figures("detector on rendered pictures", detector_scores(pictures))
-    print_figures("detector on the VAE's reconstructions", detector_scores(reconstruct(vae.load(s.work / "vae"), pictures)))
+    print_figures(
+        "detector on the VAE's reconstructions",
+        detector_scores(reconstruct(vae.load(s.work / "vae"), pictures)),
+    )
 
 
 @torch.no_grad()
@@ -99,7 +115,9 @@ def reconstruct(model: AutoencoderKL, pictures: Tensor) -> Tensor:
 def detector_scores(pictures: Tensor) -> dict[str, float | None]:
     """Strict accuracy of pictures [553,3,32,32] of the benchmark's prompts, task by task and in all."""
     verdicts = judge_pictures(pictures.numpy(), benchmark())
-    result = task_scores({"tag": c.task, "correct": v.correct} for c, v in zip(benchmark(), verdicts, strict=True))
+    result = task_scores(
+        {"tag": c.task, "correct": v.correct} for c, v in zip(benchmark(), verdicts, strict=True)
+    )
     return result.tasks | {"overall": result.overall}
 
 
@@ -109,7 +127,7 @@ def print_figures(title: str, figures: dict[str, float] | dict[str, float | None
 
 
 def train_teacher(settings: Settings) -> None:
-    """Encode the teacher's pictures where that is not done yet, and train it, on a CPU in several processes."""
+    """Encode the teacher's pictures unless that is done, and train it, on a CPU in several processes."""
     _encode_pictures(settings)
     if settings.processes == 1 or settings.device.type != "cpu":
         _train_teacher(settings)
@@ -135,11 +153,13 @@ def _train_teacher(settings: Settings) -> None:
     s = settings
     data = _read_latents(s)
     folder, steps = s.work / "teacher", s.teacher_steps
-    teacher.train(folder, data, s.device, s.seed, steps, s.teacher_batch, s.teacher_lr, save_every=s.save_every)
+    teacher.train(
+        folder, data, s.device, s.seed, steps, s.teacher_batch, s.teacher_lr, save_every=s.save_every
+    )
 
 
 def _encode_pictures(settings: Settings) -> None:
-    """Fill latents.safetensors and shift.json, unless they are there, of the right number and younger than the VAE."""
+    """Fill latents.safetensors and shift.json, unless they are there, complete and younger than the VAE."""
     latents, shift = settings.work / "latents.safetensors", settings.work / "shift.json"
     trained = settings.work / "vae/step.json"
     model = vae.load(settings.work / "vae").to(device=settings.device, memory_format=torch.channels_last)
@@ -150,7 +170,13 @@ def _encode_pictures(settings: Settings) -> None:
     shift.unlink(missing_ok=True)
     seed = settings.seed + LATENTS_SEED
     data, *shift_and_scale = teacher.make_latents(model, settings.teacher_pictures, seed, settings.device)
-    tensors = {"x": data.x, "clip_ids": data.clip_ids, "t5_ids": data.t5_ids, "bc": data.blank_clip, "bt": data.blank_t5}
+    tensors = {
+        "x": data.x,
+        "clip_ids": data.clip_ids,
+        "t5_ids": data.t5_ids,
+        "bc": data.blank_clip,
+        "bt": data.blank_t5,
+    }
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     write_with(latents, lambda path: save_file(tensors, path))
     write_text(shift, json.dumps(shift_and_scale))
@@ -181,7 +207,7 @@ def package(settings: Settings) -> None:
     """Write the pipeline and both CLIPs, as they stand in the work folder, to `out` in float16.
 
     Raises:
-        DataError: a model is missing, or they take more than 12,000,000 bytes together; `out` is then as before.
+        DataError: a model is missing, or all take more than 12,000,000 bytes; `out` is then as before.
     """
     trained, step = teacher.load(settings.work / "teacher")
     clips = {name: clip.load(settings.work / name) for name in clip.AUGMENTATIONS}

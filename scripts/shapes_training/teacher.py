@@ -5,7 +5,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
@@ -68,7 +73,7 @@ class Teacher(nn.Module):
         )
 
     def conditioning(self, clip_ids: Tensor, t5_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Token ids to (embeddings [B,L,D], pooled [B,P]), put together as `StableDiffusion3Pipeline.encode_prompt` does."""
+        """Token ids to (embeddings [B,L,D], pooled [B,P]), as the stock pipeline's `encode_prompt`."""
         outputs = [encoder(clip_ids, output_hidden_states=True) for encoder in (self.clip_1, self.clip_2)]
         clip = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
         pooled = torch.cat([output.text_embeds for output in outputs], dim=-1)
@@ -93,14 +98,20 @@ class Latents:
 
 def token_ids(texts: list[str]) -> tuple[Tensor, Tensor]:
     """Ids for CLIP and T5, padded to their full lengths."""
-    clip = clip_tokenizer()(texts, padding="max_length", max_length=CLIP_LENGTH, truncation=True, return_tensors="pt")
-    t5 = t5_tokenizer()(texts, padding="max_length", max_length=T5_LENGTH, truncation=True, return_tensors="pt")
+    clip = clip_tokenizer()(
+        texts, padding="max_length", max_length=CLIP_LENGTH, truncation=True, return_tensors="pt"
+    )
+    t5 = t5_tokenizer()(
+        texts, padding="max_length", max_length=T5_LENGTH, truncation=True, return_tensors="pt"
+    )
     return clip.input_ids, t5.input_ids
 
 
 @torch.no_grad()
-def make_latents(vae: AutoencoderKL, count: int, seed: int, device: torch.device) -> tuple[Latents, float, float]:
-    """Encode `count` fresh pictures; returns them normalised, with the shift and scale that the VAE's config will carry."""
+def make_latents(
+    vae: AutoencoderKL, count: int, seed: int, device: torch.device
+) -> tuple[Latents, float, float]:
+    """Encode `count` fresh pictures; returns them normalised, with shift and scale for the VAE's config."""
     pictures = make_pictures(count, seed)
     chunks = []
     for images in pictures.images.split(512):
@@ -144,7 +155,9 @@ def train(
     def update(step: int) -> dict[str, float]:
         for optimizer in optimizers:
             optimizer.zero_grad()
-        loss = _flow_matching_loss(model, data, device, torch.Generator().manual_seed(seed * 1_000_003 + step), batch)
+        loss = _flow_matching_loss(
+            model, data, device, torch.Generator().manual_seed(seed * 1_000_003 + step), batch
+        )
         loss.backward()  # type: ignore[no-untyped-call]
         _average_gradients(model)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -161,7 +174,7 @@ def train(
 
 
 def load(folder: Path) -> tuple[Teacher, int]:
-    """The teacher of a training folder with its averaged weights, on the CPU, and its step. DataError without one."""
+    """The teacher of a training folder, averaged weights, on the CPU, and its step. DataError without one."""
     model = Teacher()
     step, weights = read_weights(folder, "extra")
     buffers = {name for name, value in model.state_dict().items() if not value.is_floating_point()}
@@ -185,7 +198,9 @@ def _flow_matching_loss(
     t5_ids = torch.where(dropped[:, None], data.blank_t5, data.t5_ids[index])
     level = sigma[:, None, None, None]
     # on CPU the fused bfloat16 attention is ten times slower than the plain one at this size
-    backends = [SDPBackend.MATH] if device.type == "cpu" else [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    backends = (
+        [SDPBackend.MATH] if device.type == "cpu" else [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    )
     with torch.autocast(device.type, torch.bfloat16), sdpa_kernel(backends):
         velocity = model((1 - level) * x0 + level * noise, sigma, clip_ids, t5_ids)
     return (velocity.float() - (noise - x0)).square().mean()
@@ -204,7 +219,7 @@ def _average_gradients(model: Teacher) -> None:
 
 
 def to_pipeline(model: Teacher, vae: AutoencoderKL, shift: float, scale: float) -> StableDiffusion3Pipeline:
-    """The stock pipeline around the trained parts; the VAE's config carries shift and scale of the latents."""
+    """The stock pipeline around the trained parts; the VAE's config carries the latents' shift and scale."""
     vae.register_to_config(shift_factor=shift, scaling_factor=scale)
     return StableDiffusion3Pipeline(
         transformer=model.transformer,

@@ -17,7 +17,9 @@ T5_LENGTH = 12
 def words() -> tuple[str, ...]:
     """Every word of the grammar, sorted."""
     found = {word for task in TASKS for caption in all_captions(task) for word in caption.text.split()}
-    return tuple(sorted(found | set(COLOURS) | set(NUMBERS.values()) | {w for r in RELATIONS for w in r.split()}))
+    return tuple(
+        sorted(found | set(COLOURS) | set(NUMBERS.values()) | {w for r in RELATIONS for w in r.split()})
+    )
 
 
 def _byte_alphabet() -> list[str]:

@@ -1,4 +1,4 @@
-"""Training of the built-in models on tiny settings: every stage runs, goes on exactly where it was broken off, and packages."""
+"""Training of the built-in models on tiny settings: each stage runs, resumes exactly, and is packaged."""
 
 import json
 from collections.abc import Callable
@@ -87,7 +87,9 @@ def break_off_at(step: int, run: Callable[[Settings], None], settings: Settings)
 
 
 @pytest.mark.parametrize("stage", ["vae", "teacher", "clip"])
-def test_a_stage_goes_on_exactly_where_it_was_broken_off(trained: Settings, tmp_path: Path, stage: str) -> None:
+def test_a_stage_goes_on_exactly_where_it_was_broken_off(
+    trained: Settings, tmp_path: Path, stage: str
+) -> None:
     settings = tiny(tmp_path)
     if stage == "teacher":
         for name in ("vae", "latents.safetensors", "shift.json"):
@@ -139,7 +141,14 @@ def test_the_packaged_pipeline_is_the_trained_one(trained: Settings) -> None:
     assert step == STEPS
     for ours, theirs in zip(model.parameters(), _parameters(pipe), strict=True):
         torch.testing.assert_close(ours.half().float(), theirs, rtol=0, atol=0)
-    pictures = pipe("a photo of a red circle", num_inference_steps=2, max_sequence_length=12, height=32, width=32, output_type="np")
+    pictures = pipe(
+        "a photo of a red circle",
+        num_inference_steps=2,
+        max_sequence_length=12,
+        height=32,
+        width=32,
+        output_type="np",
+    )
     assert pictures.images.shape == (1, 32, 32, 3)
 
 
@@ -154,7 +163,11 @@ def test_the_conditioning_is_the_stock_pipelines(trained: Settings) -> None:
     texts = ["a photo of two red crosses", ""]
     with torch.no_grad():
         expected, _, pooled, _ = pipe.encode_prompt(
-            prompt=texts, prompt_2=None, prompt_3=None, do_classifier_free_guidance=False, max_sequence_length=12
+            prompt=texts,
+            prompt_2=None,
+            prompt_3=None,
+            do_classifier_free_guidance=False,
+            max_sequence_length=12,
         )
         ours = model.conditioning(*teacher.token_ids(texts))
     for actual, wanted in zip(ours, (expected, pooled), strict=True):
@@ -168,8 +181,12 @@ def test_a_packaged_clip_scores_as_the_trained_one(trained: Settings, name: str)
     texts = ["a photo of a red ring", "a photo of two circles left of a cross"]
     pictures = torch.rand(2, 3, 32, 32)
     with torch.no_grad():
-        torch.testing.assert_close(scorer.image_features(pictures), clip._image_features(model, pictures), rtol=0, atol=0.01)
-        torch.testing.assert_close(scorer.text_features(texts), clip._text_features(model, texts), rtol=0, atol=0.01)
+        torch.testing.assert_close(
+            scorer.image_features(pictures), clip._image_features(model, pictures), rtol=0, atol=0.01
+        )
+        torch.testing.assert_close(
+            scorer.text_features(texts), clip._text_features(model, texts), rtol=0, atol=0.01
+        )
 
 
 def test_package_states_its_size_and_keeps_to_the_limit(
@@ -177,7 +194,11 @@ def test_package_states_its_size_and_keeps_to_the_limit(
 ) -> None:
     before = {path: path.stat().st_mtime_ns for path in trained.out.rglob("*")}
     size = sum(path.stat().st_size for path in trained.out.rglob("*") if path.is_file())
-    assert {path.name for path in trained.out.iterdir()} == {"sd3", "clip", "clip-judge"} and size <= 12_000_000
+    assert {path.name for path in trained.out.iterdir()} == {
+        "sd3",
+        "clip",
+        "clip-judge",
+    } and size <= 12_000_000
     monkeypatch.setattr(stages, "MOST_BYTES", size - 1)
     with pytest.raises(DataError, match=f"{size:,}"):
         stages.package(trained)
@@ -214,7 +235,10 @@ def test_an_edited_caption_is_never_true_of_the_picture() -> None:
     for caption in [*benchmark(), *training_captions(600, seed=3)]:
         other = clip.edit(caption, rng)
         assert other.task == caption.task
-        assert not judge(_seen(scene_for(caption, rng)), requirement(other)).correct, (caption.text, other.text)
+        assert not judge(_seen(scene_for(caption, rng)), requirement(other)).correct, (
+            caption.text,
+            other.text,
+        )
         changed.add((caption.task, sorted(caption.text.split()) == sorted(other.text.split())))
     assert {("color_attr", True), ("color_attr", False), ("position", True), ("position", False)} <= changed
 
@@ -259,7 +283,7 @@ def test_augmentation_changes_pictures_a_little_and_leaves_some(name: str) -> No
     changed = clip.augment(pictures, clip.AUGMENTATIONS[name], torch.Generator().manual_seed(0))
     again = clip.augment(pictures, clip.AUGMENTATIONS[name], torch.Generator().manual_seed(0))
     difference = (changed - pictures).abs().mean(dim=(1, 2, 3))
-    assert torch.equal(changed, again) and 0 <= changed.min() and changed.max() <= 1
+    assert torch.equal(changed, again) and changed.min() >= 0 and changed.max() <= 1
     assert 0.1 < float((difference == 0).float().mean()) < 0.4
     assert 0.005 < float(difference.mean()) < 0.1
 
@@ -281,7 +305,18 @@ def test_the_command_hands_its_options_to_the_stages(tmp_path: Path, monkeypatch
     ran: list[tuple[str, Settings]] = []
     for name in stages.STAGES:
         monkeypatch.setitem(stages.STAGES, name, lambda settings, name=name: ran.append((name, settings)))
-    options = ["--work", str(tmp_path), "--seed", "3", "--vae-steps", "5", "--teacher-steps", "6", "--clip-steps", "7"]
+    options = [
+        "--work",
+        str(tmp_path),
+        "--seed",
+        "3",
+        "--vae-steps",
+        "5",
+        "--teacher-steps",
+        "6",
+        "--clip-steps",
+        "7",
+    ]
     result = CliRunner().invoke(train_shapes.app, [*options, "--device", "cpu", "--processes", "1"])
     assert result.exit_code == 0, result.output
     assert [name for name, _ in ran] == ["vae", "teacher", "clip", "clip-judge", "package"]

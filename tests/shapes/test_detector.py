@@ -67,7 +67,9 @@ def test_another_number_changes_the_verdict() -> None:
 
 def test_blank_and_noise_pictures_hold_nothing() -> None:
     rng = np.random.default_rng(1)
-    blank = np.stack([render(Scene((), (grey, grey, grey), (0.05, -0.05))) for grey in np.linspace(0.47, 0.71, 16)])
+    blank = np.stack(
+        [render(Scene((), (grey, grey, grey), (0.05, -0.05))) for grey in np.linspace(0.47, 0.71, 16)]
+    )
     noise = rng.random((16, 3, 32, 32), dtype=np.float32)
     faint = (blank + 0.05 * rng.standard_normal(blank.shape)).astype(np.float32)
     assert [detections for detections in detect(np.concatenate([blank, noise, faint])) if detections] == []

@@ -21,7 +21,14 @@ from rtdmd_cli.shapes.prompts import benchmark, training_captions
 from rtdmd_cli.shapes.render import CELL, COLOURS, SHAPES, Scene
 
 RED_RING, BLUE_CROSS = Thing("ring", "red"), Thing("cross", "blue")
-COUNTS = {"single_object": 6, "two_object": 30, "counting": 144, "colors": 48, "position": 120, "color_attr": 1680}
+COUNTS = {
+    "single_object": 6,
+    "two_object": 30,
+    "counting": 144,
+    "colors": 48,
+    "position": 120,
+    "color_attr": 1680,
+}
 
 
 def seen(scene: Scene) -> list[Detection]:

@@ -186,7 +186,7 @@ def _check_weights(name: str, info: dict[str, Any]) -> None:
 
 
 def _check_tokenizer(name: str, model: CLIPModel, tokenizer: CLIPTokenizer) -> None:
-    """Without its files a CLIPTokenizer is built with three tokens, and without its end token texts read position 0."""
+    """Without its files a CLIPTokenizer has its special tokens only; without its end token texts read position 0."""
     config: Any = model.config.text_config
     if not 3 < len(tokenizer) <= config.vocab_size:
         raise DataError(f"the tokenizer of {name} has {len(tokenizer)} tokens, its model {config.vocab_size}")

@@ -43,7 +43,9 @@ def open_tracker(name: str, run: Path) -> Iterator[Tracker]:
         yield _Silent()
         return
     if find_spec(_MODULES[name]) is None:
-        raise EnvironmentFailure(f"The tracker {name} is not installed.", f"Run: pip install {_MODULES[name]}")
+        raise EnvironmentFailure(
+            f"The tracker {name} is not installed.", f"Run: pip install {_MODULES[name]}"
+        )
     from accelerate import Accelerator  # seconds to import, and needed with a tracker alone
 
     accelerator = Accelerator(cpu=True, log_with=name, project_dir=str(run))

@@ -1,0 +1,326 @@
+"""The program itself: speed of the help, exit codes, messages, and what is imported when."""
+
+import errno
+import json
+import logging
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from rtdmd_cli import __version__, errors
+from rtdmd_cli.cli import app, console, failures, quiet
+
+HEAVY = {"accelerate", "bitsandbytes", "diffusers", "numpy", "peft", "torch", "transformers"}
+MODULE = [sys.executable, "-m", "rtdmd_cli"]
+
+
+def run(*command: str, **environ: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environ, timeout=60)
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], int]:
+    """Runs `rtdmd eval` with a body that raises the given error; returns the exit code."""
+
+    def call(error: BaseException) -> int:
+        def body() -> None:
+            raise error
+
+        monkeypatch.setitem(app.COMMANDS, "eval", app.Entry(lambda: body, "fails"))
+        return app.main(["eval"])
+
+    return call
+
+
+def test_help_takes_under_half_a_second() -> None:
+    """Processor time, which a busy machine does not change, of the best of three."""
+
+    def seconds() -> float:
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return usage.ru_utime + usage.ru_stime
+
+    times = []
+    for _ in range(3):
+        before = seconds()
+        assert run(*MODULE, "--help").returncode == 0
+        times.append(seconds() - before)
+    assert min(times) < 0.5, times
+
+
+def test_no_command_imports_torch_before_its_body_runs() -> None:
+    code = (
+        "import sys; from rtdmd_cli.cli import app; list(map(app.load_command, app.COMMANDS)); "
+        "print(*{name.partition('.')[0] for name in sys.modules})"
+    )
+    loaded = set(run(sys.executable, "-c", code).stdout.split())
+    assert "typer" in loaded and not HEAVY & loaded
+
+
+def test_listing_the_commands_imports_none_of_them() -> None:
+    code = (
+        "import sys; from rtdmd_cli.cli import app; app.main(['--help']); "
+        "print(*(name for name in app.COMMANDS if 'rtdmd_cli.cli.' + name in sys.modules), file=sys.stderr)"
+    )
+    result = run(sys.executable, "-c", code)
+    assert result.stdout.startswith("Usage: rtdmd") and result.stderr.split() == []
+
+
+def test_module_and_script_are_the_same_program() -> None:
+    script = shutil.which("rtdmd", path=str(Path(sys.executable).parent))
+    assert script, "the project is not installed: run scripts/setup"
+    for arguments in (["--version"], ["--help"], ["presets", "list"], ["nonsense"]):
+        ours, theirs = run(*MODULE, *arguments), run(script, *arguments)
+        assert (ours.returncode, ours.stdout, ours.stderr) == (
+            theirs.returncode,
+            theirs.stdout,
+            theirs.stderr,
+        )
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert app.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"rtdmd {__version__}\n"
+
+
+def test_help_states_every_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
+    assert app.main(["-h"]) == 0
+    shown = capsys.readouterr().out.partition("Exit codes:")[2]
+    assert re.findall(r"^ +(\d+) ", shown, re.MULTILINE) == [
+        "0",
+        "1",
+        "2",
+        "3",
+        "4",
+        "5",
+        "130",
+        "141",
+        "143",
+    ]
+
+
+def test_without_a_command_the_help_goes_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    assert app.main([]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err.startswith("Usage: rtdmd [OPTIONS] COMMAND")
+
+
+@pytest.mark.parametrize("name", app.COMMANDS)
+def test_the_list_says_of_a_command_what_its_own_help_says(name: str) -> None:
+    assert (app.load_command(name).help or "").partition("\n")[0] == app.COMMANDS[name].help
+
+
+def test_the_app_runs_under_the_test_runner_of_typer() -> None:
+    result = CliRunner().invoke(app.app, ["presets", "list"])
+    assert result.exit_code == 0 and "shapes-4step" in result.stdout
+
+
+def test_completion_knows_commands_and_their_options() -> None:
+    def complete(line: str) -> list[str]:
+        words = {"COMP_WORDS": line, "COMP_CWORD": str(len(line.split()) - 1)}
+        return run(*MODULE, _RTDMD_COMPLETE="complete_bash", **words).stdout.split()
+
+    assert complete("rtdmd pre") == ["presets"]
+    assert complete("rtdmd distill --dry") == ["--dry-run"]
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (errors.RtdmdError("The cause.", "Do this."), 1),
+        (errors.UsageError("The cause.", "Do this."), 2),
+        (errors.EnvironmentFailure("The cause.", "Do this."), 3),
+        (errors.DataError("The cause.", "Do this."), 4),
+        (errors.NumericalError("The cause.", "Do this."), 5),
+    ],
+)
+def test_our_errors_are_two_lines(
+    error: errors.RtdmdError,
+    code: int,
+    failing: Callable[[BaseException], int],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert failing(error) == code
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err) == ("", "error: The cause.\nhint: Do this.\n")
+
+
+def test_a_message_stays_on_its_line(
+    failing: Callable[[BaseException], int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert failing(errors.DataError("two\nlines and \x1b[31mcolour", "")) == 4
+    assert capsys.readouterr().err == "error: two lines and \\x1b[31mcolour\n"
+
+
+class OutOfMemoryError(RuntimeError):
+    """Named like torch's."""
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message", "hint"),
+    [
+        (MemoryError(), 3, "error: The memory is full", "micro_batch"),
+        (OutOfMemoryError("CUDA: nothing left. Tried 2 GiB."), 3, "full: CUDA: nothing left.\n", "--batch 1"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"),
+            3,
+            "The memory is full",
+            "micro_batch",
+        ),
+        (OSError(errno.ENOSPC, "No space left", "/x/y"), 3, "error: No space left: /x/y.\n", "space"),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "/x"),
+            3,
+            "Permission denied: /x.\n",
+            "permissions",
+        ),
+    ],
+)
+def test_failures_of_the_machine(
+    error: Exception,
+    code: int,
+    message: str,
+    hint: str,
+    failing: Callable[[BaseException], int],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert failing(error) == code
+    first, second = capsys.readouterr().err.splitlines(keepends=True)
+    assert message in first and second.startswith("hint: ") and hint in second
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(KeyboardInterrupt(), 130), (typer.Exit(143), 143), (typer.Exit(), 0), (BrokenPipeError(), 141)],
+)
+def test_silent_ends(
+    error: BaseException,
+    code: int,
+    failing: Callable[[BaseException], int],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert failing(error) == code
+    assert capsys.readouterr() == ("", "")
+
+
+def test_an_unexpected_error_is_one_line_without_a_traceback(
+    failing: Callable[[BaseException], int],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("RTDMD_DEBUG", raising=False)
+    assert failing(ValueError("x is\n3")) == 1
+    line = "error: internal error, ValueError: x is 3 (set RTDMD_DEBUG=1 for the traceback)\n"
+    assert capsys.readouterr().err == line
+    monkeypatch.setenv("RTDMD_DEBUG", "1")
+    assert failing(ValueError("x is\n3")) == 1
+    debug = capsys.readouterr().err
+    assert debug.startswith("Traceback") and "in body" in debug and debug.endswith(line)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message", "hint"),
+    [
+        ("distil", "`rtdmd` has no command `distil`; the nearest is `distill`.", "rtdmd --help"),
+        ("qqq", "`rtdmd` has no command `qqq`; the nearest is `", "rtdmd --help"),
+        (
+            "presets lst",
+            "`rtdmd presets` has no command `lst`; the nearest is `list`.",
+            "rtdmd presets --help",
+        ),
+        ("--verison", "`rtdmd` has no option `--verison`; the nearest is `--version`.", "rtdmd --help"),
+        (
+            "distill --pre x",
+            "`rtdmd distill` has no option `--pre`; the nearest is `--preset`.",
+            "rtdmd distill --help",
+        ),
+        ("distill --seet=a=b", "has no option `--seet`; the nearest is `--set`.", "rtdmd distill --help"),
+        ("presets list extra", "Got unexpected extra argument(s) (extra).", "rtdmd presets list --help"),
+        ("presets show", "Missing argument 'NAME|FILE'.", "rtdmd presets show --help"),
+        ("sample x -n 0", "Invalid value for '-n'", "rtdmd sample --help"),
+        ("sample x -n many", "Invalid value for '-n'", "rtdmd sample --help"),
+        ("distill --preset shapes-4stepp", "`shapes-4step`", "rtdmd presets list"),
+        ("distill --set distill.iteration=3", "`distill.iterations`", "rtdmd presets show"),
+    ],
+)
+def test_a_wrong_command_line(
+    arguments: str, message: str, hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert app.main(arguments.split()) == 2
+    shown = capsys.readouterr()
+    first, second = shown.err.splitlines()
+    assert shown.out == "" and first.startswith("error: ") and message in first
+    assert second.startswith("hint: ") and hint in second
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    with subprocess.Popen(
+        [*MODULE, "presets", "list"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout and process.stderr
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_full_disk_under_stdout() -> None:
+    with open("/dev/full", "wb") as full:
+        result = subprocess.run([*MODULE, "--version"], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert result.returncode == 3
+    assert result.stderr == "error: No space left on device.\nhint: Free some space on that disk.\n"
+
+
+def test_only_the_known_noise_of_libraries_is_dropped(caplog: pytest.LogCaptureFixture) -> None:
+    quiet.quiet_libraries()
+    quiet.quiet_libraries()
+    for name, text in quiet.NOISE.items():
+        logger = logging.getLogger(name)
+        logger.warning("before %s after", text)
+        logger.warning("something else of %s", name)
+        logger.error("an error")
+    assert caplog.messages == [
+        text for name in quiet.NOISE for text in (f"something else of {name}", "an error")
+    ]
+
+
+def test_progress_bars_of_the_hub_are_off_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS", raising=False)
+    quiet.quiet_libraries()
+    assert os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] == "1"
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "0")
+    quiet.quiet_libraries()
+    assert os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] == "0"
+
+
+def test_a_result_is_one_json_object_on_stdout(capsys: pytest.CaptureFixture[str]) -> None:
+    result: dict[str, Any] = {
+        "run": Path("runs/ä"),
+        "score": float("nan"),
+        "each": [1, float("inf"), (True, None)],
+    }
+    console.show(result, as_json=True)
+    shown = capsys.readouterr()
+    assert shown.err == "" and shown.out.isascii()
+    assert json.loads(shown.out) == {"run": "runs/ä", "score": None, "each": [1, None, [True, None]]}
+    console.show({"run": Path("runs/a"), "iterations": 3}, as_json=False)
+    assert capsys.readouterr().out == "run         runs/a\niterations  3\n"
+
+
+def test_messages_go_to_stderr_unless_quiet(capsys: pytest.CaptureFixture[str]) -> None:
+    console.say("shown")
+    console.say("hidden", quiet=True)
+    assert capsys.readouterr() == ("", "shown\n")
+
+
+def test_nearest() -> None:
+    assert failures.nearest("iteration", ["batch", "iterations", "seed"]) == "iterations"
