@@ -57,7 +57,7 @@ class Settings:
     vae_steps: int = 2400
     vae_pictures: int = 60_000
     vae_batch: int = 64
-    teacher_steps: int = 6_000
+    teacher_steps: int = 7_500
     teacher_pictures: int = 150_000
     teacher_batch: int = 128
     teacher_lr: float = 2e-3
