@@ -175,7 +175,7 @@ def spoil(file: Path) -> None:
 def poison(path: Path) -> None:
     """Give a checkpoint, otherwise in order, an infinite momentum: the next step makes a weight infinite."""
     loaded = load_checkpoint(path)
-    name = next(name for name in loaded.tensors["optimizer_fake"] if name.endswith("exp_avg"))
+    name = min(name for name in loaded.tensors["optimizer_fake"] if name.endswith("exp_avg"))
     loaded.tensors["optimizer_fake"][name].fill_(torch.inf)
     save_checkpoint(path.parent, loaded.step, loaded.tensors, loaded.state, 10, loaded.meta)
 
