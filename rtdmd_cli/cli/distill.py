@@ -105,16 +105,17 @@ def find_start(
         if not run_folder.is_run(out / run_name):
             run_folder.refuse_existing(out / run_name)
             return Start(None, None)
-        run, chosen = run_folder.RunFolder(out / run_name), None
+        reference = run_folder.RunReference(run_folder.RunFolder(out / run_name), None)
     else:
-        reference = run_folder.resolve_run(resume, out)
-        if reference is None:
+        named = run_folder.resolve_run(resume, out)
+        if named is None:
             raise UsageError(
                 f"`{resume}` is neither auto, never, a run nor a checkpoint.",
                 "Look at the folders under runs/.",
             )
-        run, chosen = reference.run, reference.checkpoint
-    path = chosen or newest(run, quiet)
+        reference = named
+    run, chosen = reference.run, reference.checkpoint
+    path = chosen or (newest(run, quiet) if run else None)
     loaded = checkpoint.load_checkpoint(path) if path else None
     if loaded and loaded.state.get("stage") != "distill":
         raise DataError(f"{path} was not made by rtdmd distill.", "Choose a checkpoint of a distill run.")

@@ -167,7 +167,7 @@ class DistillConfig(Section):
         description="boundaries of a rollout that become training points: one drawn, or every one",
     )
     boundary_weight: Literal["published", "balanced"] = Field(
-        "published",
+        default="published",
         description="weight of a boundary s in the fake-score loss: 1, or (1-s)^2, which evens out the targets' sizes",
     )
     consistency_batched: bool = Field(

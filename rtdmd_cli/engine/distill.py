@@ -120,7 +120,7 @@ def update_fake_score(trainer: Trainer, iteration: int, prompts: Tensor) -> None
             for number, boundary in boundaries:
                 loss = fake_loss(trainer, draws, number, boundary, cond, share / len(boundaries))
                 optim.check_finite("The fake-score loss", loss, iteration + 1)
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
     step(trainer, "fake", trainer.fake_optimizer, trainer.config.fake_lr, iteration, iteration)
 
 
@@ -185,7 +185,7 @@ def update_generator(trainer: Trainer, iteration: int, prompts: Tensor) -> None:
             for number, boundary in rollout(trainer, draws, cond):
                 loss = matching_loss(trainer, draws, number, boundary, cond, share / used)
                 optim.check_finite("The generator loss", loss, iteration + 1)
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
     config, done = trainer.config, trainer.generator_updates
     step(trainer, "generator", trainer.generator_optimizer, config.generator_lr, done, iteration)
     decay = optim.ema_decay_at(done, config.ema_decay, config.ema_warmup)

@@ -22,7 +22,7 @@ from rtdmd_cli.engine.runtime.checkpoint import Checkpoint, newest_valid, remove
 from rtdmd_cli.engine.runtime.device import resolve_device, resolve_dtype
 from rtdmd_cli.engine.runtime.embeddings import open_cache
 from rtdmd_cli.engine.runtime.progress import training_progress
-from rtdmd_cli.engine.runtime.run_folder import RunFolder, create_run
+from rtdmd_cli.engine.runtime.run_folder import RunFolder, State, create_run
 from rtdmd_cli.engine.runtime.signals import StopRequest, stop_on_signals
 from rtdmd_cli.engine.runtime.trackers import Tracker, open_tracker
 from rtdmd_cli.engine.sample import few_step_levels
@@ -251,9 +251,10 @@ def save(session: Session) -> None:
         tensors[role] = {name: parameter.detach() for name, parameter in named}
         for name, tensor in tensors[role].items():
             optim.check_finite(f"The weight {role}/{name}", tensor, session.iteration)
-        state = optim.optimizer_tensors(optimizer_of(trainer, role), [name for name, _ in named])
-        tensors[f"optimizer_{role}"], scalars[role] = state
-    state = {
+        names = [name for name, _ in named]
+        saved = optim.optimizer_tensors(optimizer_of(trainer, role), names)
+        tensors[f"optimizer_{role}"], scalars[role] = saved
+    state: dict[str, Any] = {
         "stage": "distill",
         "generator_updates": trainer.generator_updates,
         "optimizers": scalars,
@@ -284,7 +285,7 @@ def finish(session: Session, stop: StopRequest, quiet: bool) -> Outcome:
     assert session.last is not None
     sample_grid(session)
     pictures.save_health_panel(session.previews, run.path / "health.png", session.iteration)
-    state = "finished" if session.iteration >= config.iterations else "interrupted"
+    state: State = "finished" if session.iteration >= config.iterations else "interrupted"
     figures = pictures.lag(session.previews)
     write_run_report(run, session.preset, state, session.iteration, session.seconds, figures)
     run.set_status(state, iteration=session.iteration, seconds=round(session.seconds, 3))

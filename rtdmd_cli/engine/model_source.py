@@ -206,5 +206,5 @@ def model_hash(base: str, ema: Mapping[str, Tensor], alpha: int) -> str:
     for name in sorted(ema):
         tensor = ema[name].detach().cpu().contiguous()
         total.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        total.update(memoryview(tensor.view(-1).view(torch.uint8).numpy()))
+        total.update(tensor.view(-1).view(torch.uint8).numpy().tobytes())
     return total.hexdigest()[:12]

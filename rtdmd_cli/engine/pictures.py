@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -34,6 +34,8 @@ from rtdmd_cli.engine.runtime.embeddings import open_cache
 from rtdmd_cli.engine.runtime.files import append_line, os_errors
 from rtdmd_cli.engine.sample import SamplingPlan, decode_all, generate
 from rtdmd_cli.errors import EnvironmentFailure, NumericalError, UsageError
+
+T = TypeVar("T")
 
 INDEX = "index.jsonl"
 GRID = "grid.png"
@@ -256,9 +258,9 @@ def _grid_chunks(planned: Mapping[str, Record]) -> dict[str, str]:
     return {"pictures": str(len(planned)), "request": hashlib.sha256(request.encode()).hexdigest()}
 
 
-def batched(names: Sequence[str], size: int) -> Iterator[Sequence[str]]:
-    """The names in parts of `size`, the last one shorter."""
-    return (names[start : start + size] for start in range(0, len(names), size))
+def batched(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    """The items in parts of `size`, the last one shorter."""
+    return (items[start : start + size] for start in range(0, len(items), size))
 
 
 def _index_line(name: str, record: Record) -> str:

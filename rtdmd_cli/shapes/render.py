@@ -81,10 +81,16 @@ def _inside(shape: str, x: Array, y: Array) -> NDArray[np.bool_]:
 def coverage(shape: str, width: int, height: int) -> Array:
     """Share of every pixel that the shape covers when it fills a box: [height, width] in 0..1."""
     fine = _SUPERSAMPLING
-    xs = (np.arange(width * fine, dtype=np.float32) + 0.5) / (width * fine) * 2 - 1
-    ys = (np.arange(height * fine, dtype=np.float32) + 0.5) / (height * fine) * 2 - 1
+    xs, ys = (_pixel_centres(edge * fine) for edge in (width, height))
     inside = _inside(shape, xs[None, :], ys[:, None])
-    return inside.reshape(height, fine, width, fine).mean(axis=(1, 3), dtype=np.float32)
+    share: Array = inside.reshape(height, fine, width, fine).mean(axis=(1, 3), dtype=np.float32)
+    return share
+
+
+def _pixel_centres(count: int) -> Array:
+    """Centres of `count` equal parts of -1..1."""
+    centres: Array = ((np.arange(count) + 0.5) / count * 2 - 1).astype(np.float32)
+    return centres
 
 
 def render(scene: Scene) -> Array:

@@ -192,5 +192,5 @@ def _discard(path: Path, reason: str) -> None:
 def _digest(tensors: dict[str, torch.Tensor]) -> str:
     total = hashlib.sha256()
     for name in sorted(tensors):
-        total.update(memoryview(tensors[name].view(torch.uint8).numpy()))
+        total.update(tensors[name].view(torch.uint8).numpy().tobytes())
     return total.hexdigest()
