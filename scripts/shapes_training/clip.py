@@ -96,8 +96,9 @@ def edit(caption: Caption, rng: np.random.Generator) -> Caption:
     the others name another relation, colour or shape.
     """
     things, relation = caption.things, caption.relation
-    swapped = [] if len(things) == 1 else [_with_colours(caption, [t.colour for t in reversed(things)])]
-    swapped = [other for other in swapped if other != caption]
+    swapped = []
+    if len(things) == 2 and all(t.colour for t in things) and things[0].colour != things[1].colour:
+        swapped.append(_with_colours(caption, [t.colour for t in reversed(things)]))
     if relation:
         opposite = RELATIONS[RELATIONS.index(relation) ^ 1]  # they stand in pairs
         swapped += 2 * [

@@ -8,16 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
-import transformers
 from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -34,6 +31,7 @@ from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
 from rtdmd_cli.config.schema import ModelConfig
 from rtdmd_cli.engine.backbones.base import Conditioning, ModelId, concatenate
+from rtdmd_cli.engine.runtime.quiet import quiet_loading
 from rtdmd_cli.errors import DataError, EnvironmentFailure, RtdmdError, UsageError
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
@@ -166,7 +164,7 @@ def load(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> SD3Ba
     folder = find_folder(config.path, config.revision)
     present = check_layout(folder)
     try:
-        with _quiet():
+        with quiet_loading():
             networks = {name: _load_network(folder, name, dtype) for name in NETWORKS if name in present}
             absent = dict.fromkeys(name for name in OPTIONAL if name not in present)
             pipe = StableDiffusion3Pipeline.from_pretrained(folder, dtype=dtype, **networks, **absent)
@@ -278,25 +276,6 @@ def folder_hash(folder: Path) -> str:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         total.update(f"{path.relative_to(folder).as_posix()} {digest}\n".encode())
     return total.hexdigest()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars and load reports of the libraries: what matters in them is raised as an error."""
-    bars = transformers.logging.is_progress_bar_enabled()
-    levels = transformers.logging.get_verbosity(), diffusers.utils.logging.get_verbosity()
-    transformers.logging.disable_progress_bar()
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.logging.set_verbosity(transformers.logging.CRITICAL)
-    diffusers.utils.logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(levels[0])
-        diffusers.utils.logging.set_verbosity(levels[1])
-        if bars:
-            transformers.logging.enable_progress_bar()
-            diffusers.utils.logging.enable_progress_bar()
 
 
 def _first_line(error: BaseException) -> str:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from transformers import CLIPModel, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from rtdmd_cli.engine.runtime.quiet import quiet_loading
 from rtdmd_cli.errors import DataError, EnvironmentFailure
 
 BICUBIC = 3  # PIL's number, as image processors store it
@@ -67,16 +68,17 @@ class ClipScorer:
         ):  # transformers would build a full-size CLIP
             raise DataError(f"{name} is not a complete CLIP: it has no config.json")
         try:
-            processor = CLIPImageProcessorPil.from_pretrained(name, local_files_only=local)
-            tokenizer = CLIPTokenizer.from_pretrained(name, local_files_only=local)
-            loaded: Any = CLIPModel.from_pretrained(
-                name,
-                local_files_only=local,
-                dtype=torch.float32,
-                use_safetensors=True,
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-            )
+            with quiet_loading():
+                processor = CLIPImageProcessorPil.from_pretrained(name, local_files_only=local)
+                tokenizer = CLIPTokenizer.from_pretrained(name, local_files_only=local)
+                loaded: Any = CLIPModel.from_pretrained(
+                    name,
+                    local_files_only=local,
+                    dtype=torch.float32,
+                    use_safetensors=True,
+                    ignore_mismatched_sizes=True,
+                    output_loading_info=True,
+                )
         except SafetensorError as error:
             raise DataError(f"the weights of {name} are damaged: {error}") from error
         except OSError as error:

@@ -10,6 +10,7 @@ def test_a_row_depends_on_its_own_key_only() -> None:
     whole = rng.normal((2, 3), 7, "noise", 5, range(8))
     assert whole.shape == (8, 2, 3)
     assert whole.dtype == torch.float32
+    assert len(whole.flatten(1).unique(dim=0)) == 8
     halves = [
         rng.normal((2, 3), 7, "noise", 5, [0, 1, 2, 3]),
         rng.normal((2, 3), 7, "noise", 5, [4, 5, 6, 7]),
