@@ -360,7 +360,7 @@ def resolved(run: RunFolder) -> Resolved:
 def found(run: RunFolder, resume: str, name: str | None = None) -> tuple[Path | None, int | None]:
     """The run to continue and the iteration to start at, with `run`'s folder as --out."""
     begin = find_start(resume, run.path.parent, name, name or "mine", resolved(run), False)
-    return begin.run and begin.run.path, begin.checkpoint and begin.checkpoint.step
+    return (begin.run.path if begin.run else None, begin.checkpoint.step if begin.checkpoint else None)
 
 
 def test_where_a_run_starts(run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

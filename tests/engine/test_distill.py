@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ ROLES = ("generator", "fake")
 
 def make(**values: Any) -> Trainer:
     """A trainer on the tiny model. AdamW's epsilon is so large that rounding does not decide a direction."""
-    config = {
+    config: dict[str, Any] = {
         "batch": 2,
         "fake_per_generator": 2,
         "generator_lr": 0.01,
@@ -323,7 +324,12 @@ def test_both_turns_use_the_same_prompts() -> None:
     trainer = make(fake_per_generator=1)
     asked: list[list[int]] = []
     original = trainer.conditioning
-    trainer.conditioning = lambda indices: (asked.append(list(indices)), original(indices))[1]
+
+    def spy(indices: Sequence[int]) -> Conditioning:
+        asked.append(list(indices))
+        return original(indices)
+
+    trainer.conditioning = spy
     for iteration in range(3):
         iterate(trainer, iteration)
     assert asked[0::2] == asked[1::2] and len({tuple(a) for a in asked}) > 1

@@ -20,7 +20,12 @@ from tests.tiny_models import PROMPTS, load_sd3, sd3_config
 
 
 def preset(**values: Any) -> Preset:
-    config = {"iterations": 2, "batch": 1, "fake_per_generator": 1, "lora": LoraConfig(rank=2, alpha=4)}
+    config: dict[str, Any] = {
+        "iterations": 2,
+        "batch": 1,
+        "fake_per_generator": 1,
+        "lora": LoraConfig(rank=2, alpha=4),
+    }
     return Preset(name="tiny", model=sd3_config(), distill=DistillConfig(**(config | values)))
 
 
