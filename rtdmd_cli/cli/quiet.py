@@ -12,8 +12,8 @@ NOISE = {
 
 
 def is_wanted(record: logging.LogRecord) -> bool:
-    """False for the one message of a logger that NOISE names."""
-    return NOISE.get(record.name, "\0") not in record.getMessage()
+    """A filter for the loggers of NOISE: False for the message named there."""
+    return NOISE[record.name] not in record.getMessage()
 
 
 def quiet_libraries() -> None:

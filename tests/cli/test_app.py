@@ -22,6 +22,7 @@ from rtdmd_cli.cli import app, console, failures, quiet
 
 HEAVY = {"accelerate", "bitsandbytes", "diffusers", "numpy", "peft", "torch", "transformers"}
 MODULE = [sys.executable, "-m", "rtdmd_cli"]
+BUFFERED = os.environ | {"PYTHONUNBUFFERED": ""}  # stdout that still holds text when the program ends
 
 
 def run(*command: str, **environ: str) -> "subprocess.CompletedProcess[str]":
@@ -264,7 +265,7 @@ def test_a_wrong_command_line(
 
 def test_a_reader_that_leaves_is_no_error() -> None:
     with subprocess.Popen(
-        [*MODULE, "presets", "list"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [*MODULE, "presets", "list"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=BUFFERED
     ) as process:
         assert process.stdout and process.stderr
         process.stdout.close()
@@ -275,7 +276,9 @@ def test_a_reader_that_leaves_is_no_error() -> None:
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
 def test_a_full_disk_under_stdout() -> None:
     with open("/dev/full", "wb") as full:
-        result = subprocess.run([*MODULE, "--version"], stdout=full, stderr=subprocess.PIPE, text=True)
+        result = subprocess.run(
+            [*MODULE, "--version"], stdout=full, stderr=subprocess.PIPE, text=True, env=BUFFERED
+        )
     assert result.returncode == 3
     assert result.stderr == "error: No space left on device.\nhint: Free some space on that disk.\n"
 
@@ -291,6 +294,14 @@ def test_only_the_known_noise_of_libraries_is_dropped(caplog: pytest.LogCaptureF
     assert caplog.messages == [
         text for name in quiet.NOISE for text in (f"something else of {name}", "an error")
     ]
+
+
+def test_the_program_silences_it_before_anything_is_imported() -> None:
+    code = (
+        "import logging; from rtdmd_cli.cli import app, quiet; app.main(['--version']); "
+        "print(all(quiet.is_wanted in logging.getLogger(name).filters for name in quiet.NOISE))"
+    )
+    assert run(sys.executable, "-c", code).stdout.splitlines()[-1] == "True"
 
 
 def test_progress_bars_of_the_hub_are_off_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
