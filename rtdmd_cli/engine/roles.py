@@ -1,7 +1,12 @@
 """Teacher, fake score and generator as LoRA adapters on one shared, frozen base.
 
-    teacher = no adapter      fake = adapter "fake"      generator = adapter "generator"
-    EMA     = a plain dict of tensors, put in the generator's place by `swapped`
+    stage 1   teacher = no adapter      fake = "fake"                    generator = "generator"
+    stage 2   teacher = no adapter      fake = "stage1_fake" + "fake"    generator = "stage1_generator" + "generator"
+              start   = "stage1_generator"
+    EMA       a plain dict of tensors, put in the generator's place by `swapped`
+
+In stage 2 the stage-1 adapters stay frozen underneath fresh ones: what merging them into the base would give,
+while the base stays shared. A role's own adapter, the one that is trained, bears the role's name.
 
 A trap of peft: switching adapters between a role's forward and its backward loses gradients in silence, and
 peft's own `set_adapter` turns `requires_grad` on. So a role is entered with `Roles.role`, which restores all
@@ -26,56 +31,67 @@ from rtdmd_cli.engine.runtime import rng
 from rtdmd_cli.errors import DataError, UsageError
 
 TEACHER, FAKE, GENERATOR = "teacher", "fake", "generator"
-ADAPTERS = (GENERATOR, FAKE)
+START = "start"  # in stage 2: the generator that stage 1 left
+STAGE1_FAKE, STAGE1_GENERATOR = "stage1_fake", "stage1_generator"
+STAGE_1: dict[str, tuple[str, ...]] = {TEACHER: (), FAKE: (FAKE,), GENERATOR: (GENERATOR,)}
+"""Role -> its adapters, bottom first."""
+STAGE_2: dict[str, tuple[str, ...]] = {
+    TEACHER: (),
+    START: (STAGE1_GENERATOR,),
+    FAKE: (STAGE1_FAKE, FAKE),
+    GENERATOR: (STAGE1_GENERATOR, GENERATOR),
+}
 
 
 class Roles:
     """Adapters "generator" and "fake" on `transformer`; outside every context the base alone is active.
 
     LoRA weights are float32 whatever the base's dtype. `A ~ N(0, 1/r^2)` and `B = 0` (method, section 3), `A`
-    drawn by (seed, role, layer): both roles start as the teacher. Freezes the base.
-    transformer: a diffusers model without adapters. UsageError where a target of `lora` names no layer.
+    drawn by (seed, adapter, layer): both roles start as the teacher. Freezes the base.
+    transformer: a diffusers model without adapters. fresh: for stage 2, the LoRA of the new adapters; `lora` is
+    then that of the frozen stage-1 adapters, to be loaded with `load`, and the new ones start with `B = 0` and
+    `A ~ N(0, 1)` (section 4). UsageError where a target names no layer.
     """
 
-    def __init__(self, transformer: Any, lora: LoraConfig, seed: int) -> None:
-        _check_targets(transformer, lora)
+    def __init__(self, transformer: Any, lora: LoraConfig, seed: int, fresh: LoraConfig | None = None) -> None:
         self.transformer: nn.Module = transformer.requires_grad_(False)
-        for role in ADAPTERS:
-            config = peft.LoraConfig(
-                r=lora.rank,
-                lora_alpha=lora.alpha,
-                target_modules=[f"attn.{target}" for target in lora.targets],
-                init_lora_weights="gaussian",
-            )
-            with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "Already found a `peft_config`")  # two are what we want
-                transformer.add_adapter(config, role)  # its draws are replaced below by keyed ones
+        self._stacks = STAGE_1 if fresh is None else STAGE_2
+        if fresh is None:
+            adapters = {GENERATOR: (lora, 1 / lora.rank), FAKE: (lora, 1 / lora.rank)}
+        else:
+            adapters = {STAGE1_GENERATOR: (lora, 1 / lora.rank), STAGE1_FAKE: (lora, 1 / lora.rank)}
+            adapters |= {GENERATOR: (fresh, 1.0), FAKE: (fresh, 1.0)}
+        for config in {id(config): config for config, _ in adapters.values()}.values():
+            _check_targets(transformer, config)
+        for name, (config, _) in adapters.items():
+            _add_adapter(transformer, name, config)
         self._layers: list[BaseTunerLayer] = []
-        self._parameters: dict[str, dict[str, nn.Parameter]] = {role: {} for role in ADAPTERS}
+        self._parameters: dict[str, dict[str, nn.Parameter]] = {name: {} for name in adapters}
         for name, module in transformer.named_modules():
             if isinstance(module, BaseTunerLayer):
                 self._layers.append(module)
                 self._collect(name, module)
         self._all = [p for parameters in self._parameters.values() for p in parameters.values()]
-        self._initialise(lora.rank, seed)
+        for name, (_, std) in adapters.items():
+            self._initialise(name, std, seed)
         self._activate([])
         self._train(None)
 
     def _collect(self, name: str, layer: Any) -> None:
         """Cast the layer's LoRA weights to float32 (peft makes them in the base's dtype) and note them."""
-        for role, parameters in self._parameters.items():
-            parameters[f"{name}.lora_A.weight"] = layer.lora_A[role].float().weight
-            parameters[f"{name}.lora_B.weight"] = layer.lora_B[role].float().weight
+        for adapter, parameters in self._parameters.items():
+            if adapter in layer.lora_A:  # stage 2's adapters may have targets of their own
+                parameters[f"{name}.lora_A.weight"] = layer.lora_A[adapter].float().weight
+                parameters[f"{name}.lora_B.weight"] = layer.lora_B[adapter].float().weight
 
     @torch.no_grad()
-    def _initialise(self, rank: int, seed: int) -> None:
-        for role, parameters in self._parameters.items():
-            for name, parameter in parameters.items():
-                if name.endswith("lora_A.weight"):
-                    noise = torch.randn(parameter.shape, generator=rng.generator(seed, f"lora/{role}/{name}"))
-                    parameter.copy_(noise / rank)
-                else:
-                    parameter.zero_()
+    def _initialise(self, adapter: str, std: float, seed: int) -> None:
+        for name, parameter in self._parameters[adapter].items():
+            if name.endswith("lora_A.weight"):
+                noise = torch.randn(parameter.shape, generator=rng.generator(seed, f"lora/{adapter}/{name}"))
+                parameter.copy_(noise * std)
+            else:
+                parameter.zero_()
 
     @contextmanager
     def role(self, name: str, train: bool = False) -> Iterator[None]:
@@ -83,11 +99,11 @@ class Roles:
 
         Contexts nest. On leaving, active adapters, the disabled flag and every `requires_grad` are as before.
         """
-        assert name in (TEACHER, *ADAPTERS) and not (train and name == TEACHER), name
+        assert name in self._stacks and not (train and name not in self._parameters), name
         switches = [(layer, layer.active_adapters, layer.disable_adapters) for layer in self._layers]
         requires_grad = [parameter.requires_grad for parameter in self._all]
         try:
-            self._activate([] if name == TEACHER else [name])
+            self._activate(list(self._stacks[name]))
             self._train(name if train else None)
             yield
         finally:
@@ -107,7 +123,7 @@ class Roles:
 
     @contextmanager
     def swapped(self, name: str, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-        """Run with `tensors` (an EMA, say) in place of the role's weights, which come back bit for bit.
+        """Run with `tensors` (an EMA, say) in place of an adapter's weights, which come back bit for bit.
 
         A graph built before or inside can't be differentiated afterwards: torch reports the changed weights.
         """
@@ -119,16 +135,16 @@ class Roles:
             self.load(name, own)
 
     def named_parameters(self, name: str) -> list[tuple[str, nn.Parameter]]:
-        """The role's weights, named like `transformer_blocks.0.attn.to_q.lora_A.weight`, in a fixed order."""
+        """An adapter's weights, named like `transformer_blocks.0.attn.to_q.lora_A.weight`, in a fixed order."""
         return list(self._parameters[name].items())
 
     def state(self, name: str) -> dict[str, Tensor]:
-        """A copy of the role's weights, float32, on their device; names as in `named_parameters`."""
+        """A copy of an adapter's weights, float32, on their device; names as in `named_parameters`."""
         return {key: parameter.detach().clone() for key, parameter in self._parameters[name].items()}
 
     @torch.no_grad()
     def load(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Set the role's weights. DataError for a missing or unexpected name, another shape or dtype."""
+        """Set an adapter's weights. DataError for a missing or unexpected name, another shape or dtype."""
         own = self._parameters[name]
         problems = [f"{key} is missing" for key in own if key not in tensors]
         problems += [f"{key} is unexpected" for key in tensors if key not in own]
@@ -144,6 +160,18 @@ class Roles:
             )
         for key, parameter in own.items():
             parameter.copy_(tensors[key])
+
+
+def _add_adapter(transformer: Any, name: str, lora: LoraConfig) -> None:
+    config = peft.LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        target_modules=[f"attn.{target}" for target in lora.targets],
+        init_lora_weights="gaussian",
+    )
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several are what we want
+        transformer.add_adapter(config, name)  # its draws are replaced by keyed ones
 
 
 def _check_targets(transformer: nn.Module, lora: LoraConfig) -> None:
