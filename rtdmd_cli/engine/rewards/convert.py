@@ -50,8 +50,9 @@ class _Record:
 
 def converted_from(source: str, file: str, name: str, convert: Convert, entry: str = "") -> Path:
     """As `converted`, for `file` in a folder or a hub repository; errors of the hub as `hub_file`."""
-    if Path(source).is_dir():
-        return converted(Path(source) / file, name, convert, entry)
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return converted(folder / file, name, convert, entry)
     key = f"hub:{source}/{file}"
     record = _read_record(key)
     if record is not None and _is_whole(_target(name, record.sha256), record.sha256):

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import constants
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from rtdmd_cli.engine.rewards.convert import check_tensors, converted, converted_from
 from rtdmd_cli.engine.rewards.hub import hub_file
 from rtdmd_cli.errors import DataError, EnvironmentFailure
+from tests.tiny_hub import offline_hub, publish
 
 NAME = "tiny-1"
 
@@ -268,26 +268,11 @@ def test_check_tensors() -> None:
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The hub's own cache on disk, with the hub switched off. Returns its root."""
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    return tmp_path / "hub"
-
-
-def publish(hub: Path, file: Path, commit: str = "a" * 40) -> Path:
-    """Put `file` into the cache as a download of owner/name would be; returns its blob."""
-    repository = hub / "models--owner--name"
-    blob, link = repository / "blobs" / "0123", repository / "snapshots" / commit / file.name
-    for folder in (blob.parent, link.parent, repository / "refs"):
-        folder.mkdir(parents=True)
-    shutil.copy(file, blob)
-    link.symlink_to(os.path.relpath(blob, link.parent))
-    (repository / "refs" / "main").write_text(commit)
-    return blob
+    return offline_hub(tmp_path / "hub", monkeypatch)
 
 
 def test_a_file_of_a_folder_or_of_the_hub(file: Path, hub: Path) -> None:
-    publish(hub, file)
+    publish(hub, "owner/name", file)
     convert = Doubled()
     path = converted_from(str(file.parent), file.name, NAME, convert)
     assert converted_from("owner/name", file.name, NAME, convert) == path
@@ -295,7 +280,7 @@ def test_a_file_of_a_folder_or_of_the_hub(file: Path, hub: Path) -> None:
 
 
 def test_once_converted_the_hub_is_not_asked_again(file: Path, hub: Path) -> None:
-    publish(hub, file)
+    publish(hub, "owner/name", file)
     path = converted_from("owner/name", file.name, NAME, Doubled())
     shutil.rmtree(hub)
     assert converted_from("owner/name", file.name, NAME, Doubled()) == path
@@ -310,7 +295,7 @@ def test_what_the_hub_cannot_deliver(file: Path, hub: Path) -> None:
     with pytest.raises(EnvironmentFailure, match=r"x\.pt of owner/name is not in the local cache") as caught:
         hub_file("owner/name", "x.pt")
     assert "HF_HUB_OFFLINE" in caught.value.hint and "x.pt" in caught.value.hint
-    publish(hub, file)
+    publish(hub, "owner/name", file)
     assert hub_file("owner/name", file.name).read_bytes() == file.read_bytes()
     for wrong in ("./no/folder", "folder", "/no/such/folder", "a/b/c"):
         with pytest.raises(DataError, match="neither a folder nor a hub id"):
