@@ -11,8 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from rtdmd_cli.engine.rewards.convert import check_tensors, converted, converted_from
@@ -147,7 +154,8 @@ def test_the_same_contents_elsewhere_are_not_unpickled_again(file: Path) -> None
 def test_a_damaged_conversion_is_made_again(file: Path) -> None:
     path = converted(file, NAME, Doubled())
     whole = path.read_bytes()
-    for damaged in (whole[:-1], b"", whole.replace(b"source_sha256", b"source_sha255")):
+    foreign = save({"new.a": torch.zeros(2)}, {"source_sha256": "0" * 64})
+    for damaged in (whole[:-1], b"", save({"new.a": torch.zeros(2)}), foreign):
         path.write_bytes(damaged)
         assert converted(file, NAME, Doubled()) == path and values(path) == DOUBLED
 
@@ -300,3 +308,32 @@ def test_what_the_hub_cannot_deliver(file: Path, hub: Path) -> None:
     for wrong in ("./no/folder", "folder", "/no/such/folder", "a/b/c"):
         with pytest.raises(DataError, match="neither a folder nor a hub id"):
             converted_from(wrong, "x.pt", NAME, Doubled())
+
+
+def hub_error(kind: type[Exception]) -> Exception:
+    error = kind.__new__(kind)
+    error.args = ("the hub says no",)
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "hint"),
+    [
+        (hub_error(GatedRepoError), "is gated", "https://huggingface.co/owner/name"),
+        (hub_error(RepositoryNotFoundError), r"no public x\.pt of owner/name", "hf auth login"),
+        (hub_error(RemoteEntryNotFoundError), r"no public x\.pt of owner/name", "Check the name"),
+        (hub_error(OfflineModeIsEnabled), "hub can't be reached", "HF_HUB_OFFLINE"),
+        (hub_error(HfHubHTTPError), r"x\.pt of owner/name .*: the hub says no", "disk space"),
+        (OSError(28, "No space left on device"), "No space left", "disk space"),
+    ],
+)
+def test_hub_failures_say_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, message: str, hint: str
+) -> None:
+    def download(*_: object) -> str:
+        raise error
+
+    monkeypatch.setattr("rtdmd_cli.engine.rewards.hub.hf_hub_download", download)
+    with pytest.raises(EnvironmentFailure, match=message) as caught:
+        hub_file("owner/name", "x.pt")
+    assert hint in caught.value.hint

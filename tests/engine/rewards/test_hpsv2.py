@@ -209,6 +209,13 @@ def test_the_pickle_is_opened_once(hps: Path, tmp_path: Path) -> None:
         hpsv2.load(CPU, str(folder))
 
 
+def test_a_folder_below_the_home_folder(hps: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(hps.parent))
+    images = pictures(1, 36, 36)
+    scores = hpsv2.load(CPU, f"~/{hps.name}").score(images, PROMPTS[:1], NOTHING[:1])
+    assert torch.equal(scores, hpsv2.load(CPU, str(hps)).score(images, PROMPTS[:1], NOTHING[:1]))
+
+
 def test_weights_and_processor_from_two_repositories(
     hps: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
