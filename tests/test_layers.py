@@ -24,6 +24,7 @@ RULES = {
 """Layer -> what of the package it may import; the first layer that a module belongs to counts."""
 VERSION_READERS = ("rtdmd_cli.cli", "rtdmd_cli.engine")  # of `from rtdmd_cli import __version__`
 PICKLES = {"_pickle", "cloudpickle", "cPickle", "dill", "joblib", "marshal", "pickle", "shelve"}
+CONVERTER = "rtdmd_cli.engine.rewards.convert"  # of weights that are published as pickles only
 DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml"}  # import name -> name on the index, where they differ
 FILES = sorted((ROOT / PACKAGE).rglob("*.py"))
 
@@ -95,7 +96,18 @@ def test_imports_point_downwards(path: Path) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=module_name)
 def test_nothing_is_pickled(path: Path) -> None:
-    assert pickling(path.read_text("utf-8")) == []
+    """But for one call that reads published weights with the restricted loader."""
+    allowed = ["torch.load"] if module_name(path) == CONVERTER else []
+    assert pickling(path.read_text("utf-8")) == allowed
+
+
+def test_the_converter_names_the_restricted_loader() -> None:
+    source = (ROOT / f"{CONVERTER.replace('.', '/')}.py").read_text("utf-8")
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    loads = [node for node in calls if ast.unparse(node.func) == "torch.load"]
+    assert [{word.arg: ast.unparse(word.value) for word in node.keywords} for node in loads] == [
+        {"map_location": "'cpu'", "weights_only": "True"}
+    ]
 
 
 def test_third_party_imports_are_declared() -> None:

@@ -1,7 +1,8 @@
 """CLIP features and cosine scores that are differentiable to the pixels, and distances between sets of features."""
 
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import CLIPModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from rtdmd_cli.engine.runtime.quiet import quiet_loading
@@ -36,12 +37,22 @@ class Preprocess:
         short = min(height, width)
         if short != self.size:
             target_height, target_width = int(self.size * height / short), int(self.size * width / short)
-            images = _resize(_resize(images, height, target_width), target_height, target_width)
+            images = resize(images, target_height, target_width)
             height, width = target_height, target_width
         top, left = (height - self.crop) // 2, (width - self.crop) // 2
         images = images[..., top : top + self.crop, left : left + self.crop]
         mean, std = (images.new_tensor(v)[:, None, None] for v in (self.mean, self.std))
         return (images - mean) / std
+
+
+def resize(images: Tensor, height: int, width: int) -> Tensor:
+    """Bicubic with antialiasing, [B,3,H,W] -> [B,3,height,width] in 0..1: what PIL does, but for its 8-bit rounding.
+
+    PIL goes along the rows, then along the columns, and clips where the filter overshoots at edges. (Pillow 13 takes
+    some tall pictures the other way round, which shows only where the first pass was clipped.)
+    """
+    images = F.interpolate(images, (images.shape[-2], width), mode="bicubic", antialias=True).clamp(0, 1)
+    return F.interpolate(images, (height, width), mode="bicubic", antialias=True).clamp(0, 1)
 
 
 @dataclass(frozen=True)
@@ -50,50 +61,67 @@ class ClipScorer:
 
     model: CLIPModel
     tokenizer: CLIPTokenizer
-    preprocess: Preprocess
+    preprocess: Callable[[Tensor], Tensor]  # [B,3,H,W] in 0..1 -> pixel values; `Preprocess` as loaded
     device: torch.device
 
     @classmethod
-    def load(cls, source: str | Path, device: torch.device | str) -> "ClipScorer":
+    def load(
+        cls, source: str | Path, device: torch.device | str, processor: str | Path | None = None
+    ) -> "ClipScorer":
         """Loads model, tokenizer and preprocessor_config.json from a folder or hub id; weights as safetensors only.
 
+        processor: the folder or hub id of tokenizer and preprocessor_config.json, None where the model's has them.
         Raises DataError for a folder that is missing, incomplete, damaged or does not hold a CLIP, and
         EnvironmentFailure where a hub id can be had neither from the hub nor from the cache.
         """
-        name, local = str(source), Path(source).is_dir()
-        if not local and not re.fullmatch(HUB_ID, name):
-            raise DataError(f"{name} is neither a folder nor a hub id")
-        if (
-            local and not (Path(source) / "config.json").is_file()
-        ):  # transformers would build a full-size CLIP
+        name = str(Path(source).expanduser())
+        # Without a config.json transformers would build a full-size CLIP.
+        if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
             raise DataError(f"{name} is not a complete CLIP: it has no config.json")
-        try:
-            with quiet_loading():
-                processor = CLIPImageProcessorPil.from_pretrained(name, local_files_only=local)
-                tokenizer = CLIPTokenizer.from_pretrained(name, local_files_only=local)
-                loaded: Any = CLIPModel.from_pretrained(
-                    name,
-                    local_files_only=local,
-                    dtype=torch.float32,
-                    use_safetensors=True,
-                    ignore_mismatched_sizes=True,
-                    output_loading_info=True,
-                )
-        except SafetensorError as error:
-            raise DataError(f"the weights of {name} are damaged: {error}") from error
-        except OSError as error:
-            if local:
-                raise DataError(f"{name} is not a complete CLIP: {_first_line(error)}") from error
-            raise EnvironmentFailure(
-                f"cannot load {name}: {_first_line(error)}",
-                "Check the network and the name, or give a folder that holds the model.",
-            ) from error
+        reading = _load_processor(source if processor is None else processor)
+        with _loading(name) as local:
+            loaded: Any = CLIPModel.from_pretrained(
+                name,
+                local_files_only=local,
+                dtype=torch.float32,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+        return cls._assemble(name, loaded, reading, device)
+
+    @classmethod
+    def from_tensors(
+        cls,
+        name: str,
+        config: CLIPConfig,
+        tensors: dict[str, Tensor],
+        processor: str | Path,
+        device: torch.device | str,
+    ) -> "ClipScorer":
+        """As `load`, for weights at hand: tensors under the keys of transformers' CLIPModel. name: for messages."""
+        reading = _load_processor(processor)
+        with quiet_loading():
+            loaded: Any = CLIPModel.from_pretrained(
+                None,
+                config=config,
+                state_dict=tensors,
+                dtype=torch.float32,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+        return cls._assemble(name, loaded, reading, device)
+
+    @classmethod
+    def _assemble(
+        cls, name: str, loaded: Any, reading: "_Reading", device: torch.device | str
+    ) -> "ClipScorer":
         model, info = loaded
         _check_weights(name, info)
-        _check_tokenizer(name, model, tokenizer)
+        _check_tokenizer(reading.name, model, reading.tokenizer)
         model = model.to(device).eval().requires_grad_(False)
-        preprocess = _read_preprocess(name, processor, model.config.vision_config.image_size)
-        return cls(model, tokenizer, preprocess, torch.device(device))
+        preprocess = _read_preprocess(reading.name, reading.processor, model.config.vision_config.image_size)
+        return cls(model, reading.tokenizer, preprocess, torch.device(device))
 
     def image_features(self, images: Tensor) -> Tensor:
         """images [B,3,H,W], floating point in 0..1 -> features [B,D] of length 1, float32."""
@@ -116,7 +144,9 @@ class ClipScorer:
         """Cosine [B] in -1..1 of each picture (images [B,3,H,W] in 0..1) with its own prompt."""
         if len(images) != len(prompts):
             raise ValueError(f"{len(images)} images for {len(prompts)} prompts")
-        return (self.image_features(images) * self.text_features(prompts)).sum(-1)
+        rows = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}  # each is encoded once
+        texts = self.text_features(list(rows))[[rows[prompt] for prompt in prompts]]
+        return (self.image_features(images) * texts).sum(-1)
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
@@ -158,11 +188,6 @@ def mean_pairwise_cosine_distance(features: Tensor, groups: Sequence[Hashable]) 
     return float(torch.stack(distances).mean())
 
 
-def _resize(images: Tensor, height: int, width: int) -> Tensor:
-    """Bicubic, clipped where it overshoots at edges; one axis at a time this is what PIL does to 8-bit pictures."""
-    return F.interpolate(images, (height, width), mode="bicubic", antialias=True).clamp(0, 1)
-
-
 def _covariance(x: Tensor) -> Tensor:
     """x [N,D] -> [D,D], divisor N - 1."""
     centred = x - x.mean(0)
@@ -176,8 +201,49 @@ def _square_root(cov: Tensor) -> Tensor:
     return root
 
 
+@dataclass(frozen=True)
+class _Reading:
+    """What a model reads its pictures and texts with, and where it is from."""
+
+    name: str
+    processor: Any
+    tokenizer: CLIPTokenizer
+
+
+def _load_processor(source: str | Path) -> _Reading:
+    name = str(Path(source).expanduser())
+    with _loading(name) as local:
+        processor = CLIPImageProcessorPil.from_pretrained(name, local_files_only=local)
+        tokenizer = CLIPTokenizer.from_pretrained(name, local_files_only=local)
+    return _Reading(name, processor, tokenizer)
+
+
+@contextmanager
+def _loading(name: str) -> Iterator[bool]:
+    """Names the cause of what goes wrong while `name` is loaded; gives whether it is a folder."""
+    local = Path(name).is_dir()
+    if not local and not re.fullmatch(HUB_ID, name):
+        raise DataError(f"{name} is neither a folder nor a hub id")
+    try:
+        with quiet_loading():
+            yield local
+    except SafetensorError as error:
+        raise DataError(f"the weights of {name} are damaged: {error}") from error
+    except OSError as error:
+        if local:
+            raise DataError(f"{name} is not a complete CLIP: {_first_line(error)}") from error
+        raise EnvironmentFailure(
+            f"cannot load {name}: {_first_line(error)}",
+            "Check the network and the name, or give a folder that holds the model.",
+        ) from error
+
+
 def _check_weights(name: str, info: dict[str, Any]) -> None:
-    """transformers fills missing tensors with random numbers and goes on; here that is an error."""
+    """transformers fills missing tensors with random numbers and goes on; here that is an error.
+
+    It drops one kind of unexpected tensor before it reports any: the `position_ids` of older CLIPs (OpenAI's too),
+    which are 0, 1, 2, ... and no weights.
+    """
     missing = sorted(info["missing_keys"]) + sorted(key for key, *_ in info["mismatched_keys"])
     for kind, keys in (
         ("lack or do not fit", missing),

@@ -3,11 +3,143 @@
 from __future__ import annotations
 
 from difflib import get_close_matches
+from typing import TYPE_CHECKING
 
-from rtdmd_cli.engine.rewards.base import RewardEntry
+from rtdmd_cli.engine.rewards.base import Need, Reward, RewardEntry
 from rtdmd_cli.errors import UsageError
 
+if TYPE_CHECKING:
+    import torch
+
 REWARDS: dict[str, RewardEntry] = {}
+
+# The CLIP family ----------------------------------------------------------------------------------------------
+
+
+def _pickscore(device: torch.device, path: str | None) -> Reward:
+    from rtdmd_cli.engine.rewards import pickscore
+
+    return pickscore.load(device, path)
+
+
+def _clipscore(device: torch.device, path: str | None) -> Reward:
+    from rtdmd_cli.engine.rewards import clipscore
+
+    return clipscore.load(device, path)
+
+
+def _hpsv2(device: torch.device, path: str | None) -> Reward:
+    from rtdmd_cli.engine.rewards import hpsv2
+
+    return hpsv2.load(device, path)
+
+
+def _aesthetic(device: torch.device, path: str | None) -> Reward:
+    from rtdmd_cli.engine.rewards import aesthetic
+
+    return aesthetic.load(device, path)
+
+
+def _shapes_clip(device: torch.device, path: str | None) -> Reward:
+    from rtdmd_cli.engine.rewards import shapes_clip
+
+    return shapes_clip.load(device, path)
+
+
+def _shapes_clip_held_out(device: torch.device, path: str | None) -> Reward:
+    from rtdmd_cli.engine.rewards import shapes_clip
+
+    return shapes_clip.load_held_out(device, path)
+
+
+_CLIP_PROCESSOR = (
+    "tokenizer*",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "preprocessor_config.json",
+)
+_CLIP = ("config.json", "model.safetensors", *_CLIP_PROCESSOR)
+_VIT_H = Need("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", _CLIP_PROCESSOR, 3_600_000, "MIT")
+_VIT_L = Need("openai/clip-vit-large-patch14", _CLIP, 1_714_100_000, "MIT")
+_SHAPES_SIZE = 593_050
+
+REWARDS |= {
+    entry.name: entry
+    for entry in (
+        RewardEntry(
+            name="pickscore",
+            measures="Which picture of a prompt people choose, learned from the Pick-a-Pic choices.",
+            low=16.0,
+            high=24.0,
+            differentiable=True,
+            needs=(
+                Need(
+                    "yuvalkirstain/PickScore_v1",
+                    ("config.json", "model.safetensors"),
+                    3_944_500_000,
+                    "none stated",
+                ),
+                _VIT_H,
+            ),
+            load=_pickscore,
+            divisor=26.0,
+        ),
+        RewardEntry(
+            name="clipscore",
+            measures="How well the picture fits the prompt: the cosine of OpenAI's CLIP ViT-L/14.",
+            low=0.2,
+            high=0.35,
+            differentiable=True,
+            needs=(_VIT_L,),
+            load=_clipscore,
+        ),
+        RewardEntry(
+            name="hpsv2",
+            measures="Which picture of a prompt people prefer, learned from the rankings of HPD v2 (HPS v2.1).",
+            low=0.2,
+            high=0.36,
+            differentiable=True,
+            needs=(Need("xswu/HPSv2", ("HPS_v2.1_compressed.pt",), 1_972_400_000, "Apache-2.0"), _VIT_H),
+            load=_hpsv2,
+        ),
+        RewardEntry(
+            name="aesthetic",
+            measures="How much people like the look of the picture, whatever the prompt, on a scale of 1 to 10.",
+            low=4.0,
+            high=7.0,
+            differentiable=True,
+            needs=(
+                Need(
+                    "camenduru/improved-aesthetic-predictor",
+                    ("sac+logos+ava1-l14-linearMSE.pth",),
+                    3_714_000,
+                    "Apache-2.0",
+                ),
+                _VIT_L,
+            ),
+            load=_aesthetic,
+        ),
+        RewardEntry(
+            name="shapes-clip",
+            measures="How well a picture of the shapes world fits its caption: the cosine of the built-in CLIP.",
+            low=0.1,
+            high=0.85,
+            differentiable=True,
+            needs=(Need("", ("shapes/weights/clip/*",), _SHAPES_SIZE, "Apache-2.0"),),
+            load=_shapes_clip,
+        ),
+        RewardEntry(
+            name="shapes-clip-heldout",
+            measures="The same by a second built-in CLIP, trained apart: it judges and should not be trained on.",
+            low=0.1,
+            high=0.85,
+            differentiable=True,
+            needs=(Need("", ("shapes/weights/clip-judge/*",), _SHAPES_SIZE, "Apache-2.0"),),
+            load=_shapes_clip_held_out,
+        ),
+    )
+}
 
 
 def find_reward(name: str) -> RewardEntry:

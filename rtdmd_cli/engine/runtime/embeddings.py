@@ -20,12 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from platformdirs import user_cache_dir
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from rtdmd_cli.engine.backbones.base import Backbone, Conditioning
-from rtdmd_cli.engine.runtime.files import TMP_PREFIX, write_bytes
+from rtdmd_cli.engine.runtime.files import TMP_PREFIX, cache_folder, write_bytes
 from rtdmd_cli.errors import EnvironmentFailure, UsageError
 
 BLOCK = 64  # prompts
@@ -36,8 +35,7 @@ log = logging.getLogger(__name__)
 
 def open_cache(backbone: Backbone) -> EmbeddingCache:
     """The cache for a backbone, in RTDMD_CACHE or the user's cache folder, RTDMD_CACHE_GB large at most."""
-    folder = Path(os.environ.get("RTDMD_CACHE") or user_cache_dir("rtdmd")) / "embeddings"
-    return EmbeddingCache(folder, backbone.encoder_key, backbone.text_length, _max_gb())
+    return EmbeddingCache(cache_folder("embeddings"), backbone.encoder_key, backbone.text_length, _max_gb())
 
 
 def _max_gb() -> float:

@@ -15,6 +15,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from platformdirs import user_cache_dir
+
 from rtdmd_cli.errors import EnvironmentFailure
 
 TMP_PREFIX = ".tmp-"
@@ -28,6 +30,11 @@ _HINTS = {
     errno.EPERM: "Choose a folder you may write to.",
     errno.EROFS: "The disk is mounted read-only: choose another folder.",
 }
+
+
+def cache_folder(name: str) -> Path:
+    """The folder `name` in RTDMD_CACHE or the user's cache folder; it may not exist yet."""
+    return Path(os.environ.get("RTDMD_CACHE") or user_cache_dir("rtdmd")) / name
 
 
 @contextmanager

@@ -1,0 +1,58 @@
+"""One file of a hub repository, by way of the hub's own cache."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+
+from rtdmd_cli.errors import DataError, EnvironmentFailure
+
+REPOSITORY = r"[A-Za-z0-9][\w.-]*/[\w.-]+"
+
+
+def hub_file(repository: str, file: str) -> Path:
+    """Where `file` of `repository` ("owner/name") lies on disk; it is downloaded if it isn't cached.
+
+    DataError where `repository` is no hub id, EnvironmentFailure where the hub can't deliver.
+    """
+    if not re.fullmatch(REPOSITORY, repository):
+        raise DataError(f"{repository} is neither a folder nor a hub id.", "Check the path of the reward.")
+    try:
+        return Path(hf_hub_download(repository, file))
+    except (OSError, HTTPError, HFValidationError) as error:
+        raise _failure(repository, file, error) from error
+
+
+def _failure(repository: str, file: str, error: Exception) -> EnvironmentFailure:
+    instead = f"give a folder that holds {file}"
+    if isinstance(error, GatedRepoError):
+        return EnvironmentFailure(
+            f"{repository} is gated: its licence has to be accepted first.",
+            f"Accept it on https://huggingface.co/{repository}, then run `hf auth login`.",
+        )
+    if isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled):  # also without any network
+        return EnvironmentFailure(
+            f"{file} of {repository} is not in the local cache, and the hub can't be reached.",
+            f"Check the network and unset HF_HUB_OFFLINE, or {instead}.",
+        )
+    if isinstance(error, RepositoryNotFoundError | EntryNotFoundError):
+        return EnvironmentFailure(
+            f"The hub has no public {file} of {repository}.",
+            f"Check the name, run `hf auth login` for a private repository, or {instead}.",
+        )
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    return EnvironmentFailure(
+        f"{file} of {repository} could not be fetched from the hub: {reason}",
+        f"Check network and disk space and try again, or {instead}.",
+    )

@@ -1,0 +1,28 @@
+"""The hub's own cache on disk, filled by hand, with the hub switched off."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+
+
+def offline_hub(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Make `root` the hub's cache and switch the hub off; returns `root`."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(root))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return root
+
+
+def publish(root: Path, repository: str, *files: Path) -> None:
+    """Put files into the cache as downloads of "owner/name" would be."""
+    folder = root / f"models--{repository.replace('/', '--')}"
+    commit = "a" * 40
+    for part in ("blobs", "refs", f"snapshots/{commit}"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    (folder / "refs" / "main").write_text(commit)
+    for number, file in enumerate(files):
+        blob, link = folder / "blobs" / f"{number:064x}", folder / "snapshots" / commit / file.name
+        shutil.copy(file, blob)
+        link.symlink_to(os.path.relpath(blob, link.parent))
