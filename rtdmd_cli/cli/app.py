@@ -37,6 +37,12 @@ def _distill() -> Callable[..., Any]:
     return distill
 
 
+def _tune_reward() -> Callable[..., Any]:
+    from rtdmd_cli.cli.tune_reward import tune_reward
+
+    return tune_reward
+
+
 def _sample() -> Callable[..., Any]:
     from rtdmd_cli.cli.sample import sample
 
@@ -65,6 +71,7 @@ class Entry:
 
 COMMANDS = {
     "distill": Entry(_distill, "Turn a model into a 4-step generator (stage 1)."),
+    "tune-reward": Entry(_tune_reward, "Raise a generator's rewards (stage 2)."),
     "sample": Entry(_sample, "Make pictures of a prompt, or of a file of prompts."),
     "eval": Entry(_eval, "Measure a model on a benchmark: strict score, interval, and what it cost."),
     "presets": Entry(_presets, "List, show, copy and check presets: one YAML file is one recipe."),

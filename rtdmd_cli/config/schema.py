@@ -242,7 +242,9 @@ class TuneRewardConfig(Section):
     epochs: int = Field(
         default=1000, ge=1, le=MAX_COUNT, description="length of the training, epochs of one generator step"
     )
-    images_per_epoch: int = Field(default=512, ge=2, le=1_000_000, description="images rolled out in an epoch")
+    images_per_epoch: int = Field(
+        default=512, ge=2, le=1_000_000, description="images rolled out in an epoch"
+    )
     images_per_prompt: int = Field(
         default=16, ge=2, le=100_000, description="images of a group, divides images_per_epoch"
     )
@@ -263,7 +265,10 @@ class TuneRewardConfig(Section):
     )
     fake_lr: float = Field(default=3e-5, gt=0, le=1, description="learning rate of the fake score, no unit")
     lr_warmup: int = Field(
-        default=0, ge=0, le=MAX_COUNT, description="linear learning-rate warm-up, optimiser steps of each role"
+        default=0,
+        ge=0,
+        le=MAX_COUNT,
+        description="linear learning-rate warm-up, optimiser steps of each role",
     )
     generator_weight_decay: float = Field(
         default=1e-4, ge=0, le=1, description="AdamW's weight decay of the generator, no unit"
@@ -275,7 +280,10 @@ class TuneRewardConfig(Section):
         default=1.0, gt=0, le=1e6, description="largest gradient norm of a role, no unit"
     )
     policy_weight: float = Field(
-        default=1.0, ge=0, le=1e6, description="weight of the clipped surrogate of each chosen step; 0 turns it off"
+        default=1.0,
+        ge=0,
+        le=1e6,
+        description="weight of the clipped surrogate of each chosen step; 0 turns it off",
     )
     policy_clip: float = Field(
         default=1e-5, gt=0, lt=1, description="clip range of the probability ratio around 1, no unit"
@@ -291,7 +299,10 @@ class TuneRewardConfig(Section):
         default=0.0, ge=0, le=1e6, description="weight of the KL to stage 1's generator on the chosen steps"
     )
     dmd_weight: float = Field(
-        default=1e-3, ge=0, le=1e6, description="weight of distribution matching on the last step; 0 turns it off"
+        default=1e-3,
+        ge=0,
+        le=1e6,
+        description="weight of distribution matching on the last step; 0 turns it off",
     )
     backprop_weight: float = Field(
         default=1e-4, ge=0, le=1e6, description="weight of reward back-propagation; 0 turns it off"
@@ -306,7 +317,10 @@ class TuneRewardConfig(Section):
         description="last steps of the rollout that the reward's gradient flows through; published: 1",
     )
     consistency_weight: float = Field(
-        default=0.01, ge=0, le=100, description="weight of the consistency regulariser, no unit; 0 turns it off"
+        default=0.01,
+        ge=0,
+        le=100,
+        description="weight of the consistency regulariser, no unit; 0 turns it off",
     )
     ema_decay: float = Field(
         default=0.9, ge=0, lt=1, description="decay of the generator's average per optimiser step, no unit"
@@ -327,7 +341,10 @@ class TuneRewardConfig(Section):
         default=64, ge=0, le=1_000_000, description="pictures of each measurement; 0 leaves it out"
     )
     eval_every: int = Field(
-        default=0, ge=0, le=MAX_COUNT, description="distance of measurements, epochs; 0 for start and end only"
+        default=0,
+        ge=0,
+        le=MAX_COUNT,
+        description="distance of measurements, epochs; 0 for start and end only",
     )
     seed: int = Field(default=42, ge=0, le=MAX_SEED, description="seed of every random stream, no unit")
     lora: LoraConfig = LoraConfig()

@@ -121,7 +121,7 @@ def update_fake_score(trainer: Trainer, iteration: int, prompts: Tensor) -> None
                 loss = fake_loss(trainer, draws, number, boundary, cond, share / len(boundaries))
                 optim.check_finite("The fake-score loss", loss, iteration + 1)
                 loss.backward()
-    step(trainer, "fake", trainer.fake_optimizer, trainer.config.fake_lr, iteration, iteration)
+    move_role(trainer, "fake", trainer.fake_optimizer, trainer.config.fake_lr, iteration, iteration)
 
 
 def fake_loss(
@@ -187,7 +187,7 @@ def update_generator(trainer: Trainer, iteration: int, prompts: Tensor) -> None:
                 optim.check_finite("The generator loss", loss, iteration + 1)
                 loss.backward()
     config, done = trainer.config, trainer.generator_updates
-    step(trainer, "generator", trainer.generator_optimizer, config.generator_lr, done, iteration)
+    move_role(trainer, "generator", trainer.generator_optimizer, config.generator_lr, done, iteration)
     decay = optim.ema_decay_at(done, config.ema_decay, config.ema_warmup)
     optim.ema_update(trainer.ema, trainer.roles.named_parameters("generator"), decay)
     trainer.generator_updates += 1
@@ -261,7 +261,7 @@ def micro_batches(
         yield draws, cond.to(trainer.backbone.device, trainer.backbone.dtype), size / len(prompts)
 
 
-def step(
+def move_role(
     trainer: Trainer, role: str, optimizer: torch.optim.Optimizer, lr: float, done: int, iteration: int
 ) -> None:
     """Check, clip and move one role, which has taken `done` steps; it stays if a gradient is not finite."""

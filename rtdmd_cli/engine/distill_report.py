@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from rtdmd_cli.config.schema import Preset
 from rtdmd_cli.engine.report.html import RunReport, Status, write_report
 from rtdmd_cli.engine.report.page import Picture
-from rtdmd_cli.engine.runtime.run_folder import RunFolder
+from rtdmd_cli.engine.runtime.run_folder import ENVIRONMENT, RunFolder
 
 
 def write_run_report(
@@ -19,14 +19,7 @@ def write_run_report(
 ) -> None:
     """Write report.html from what lies in the run folder, and the fake score's figures of this moment."""
     metrics = run.metrics.read()
-    environment = json.loads((run.path / "environment.json").read_text(encoding="utf-8"))
-    command = " ".join(environment.pop("command"))
-    packages = environment.pop("packages")
-    facts = {key: str(value) for key, value in {**environment, **packages}.items() if value is not None}
-    grids = [
-        Picture(path, f"Iteration {int(path.stem.removeprefix('step-'))}: generator above, teacher below")
-        for path in sorted(run.samples.glob("step-*.png"))
-    ]
+    command, environment = recorded_environment(run)
     report = RunReport(
         title=f"{run.name}: distillation to {len(preset.sampler.raw_steps)} steps",
         status=status,
@@ -36,16 +29,32 @@ def write_run_report(
         verdict=_verdict(health),
         facts=_facts(preset),
         metrics=metrics,
-        grids=grids,
+        grids=grids(run, "generator above, teacher below", "Iteration"),
         health=Picture(
             run.path / "health.png", "The same noisy points, seen by generator, fake score and teacher"
         ),
-        lag=_lag(metrics, iteration, health),
+        lag=lag_curves(metrics, iteration, health),
         preset_yaml=run.preset.read_text(encoding="utf-8"),
-        environment=list(facts.items()),
+        environment=environment,
         command=command,
     )
     write_report(run.report, report)
+
+
+def recorded_environment(run: RunFolder) -> tuple[str, list[tuple[str, str]]]:
+    """The command that made a run, and its machine and versions."""
+    environment = json.loads((run.path / ENVIRONMENT).read_text(encoding="utf-8"))
+    command = " ".join(environment.pop("command"))
+    packages = environment.pop("packages")
+    return command, [(k, str(v)) for k, v in {**environment, **packages}.items() if v is not None]
+
+
+def grids(run: RunFolder, rows: str, unit: str) -> list[Picture]:
+    """The sample grids of a run, oldest first. rows: what stands above what; unit: what the steps count."""
+    return [
+        Picture(path, f"{unit} {int(path.stem.removeprefix('step-'))}: {rows}")
+        for path in sorted(run.samples.glob("step-*.png"))
+    ]
 
 
 def _verdict(health: Mapping[str, float]) -> str:
@@ -60,10 +69,7 @@ def _verdict(health: Mapping[str, float]) -> str:
 def _facts(preset: Preset) -> list[tuple[str, str]]:
     config = preset.distill
     return [
-        ("Model", preset.model.path),
-        ("Picture", f"{preset.model.resolution} x {preset.model.resolution} px"),
-        ("Teacher", f"{preset.model.teacher_steps} steps, guidance {preset.model.guidance:g}"),
-        ("Generator", f"{len(preset.sampler.raw_steps)} steps, eta {preset.sampler.eta:g}"),
+        *sampler_facts(preset),
         ("Batch", f"{config.batch} images, {config.boundaries} boundary per rollout"),
         ("Updates", f"one generator step for {config.fake_per_generator} fake-score steps"),
         ("Learning rates", f"generator {config.generator_lr:g}, fake score {config.fake_lr:g}"),
@@ -71,7 +77,17 @@ def _facts(preset: Preset) -> list[tuple[str, str]]:
     ]
 
 
-def _lag(
+def sampler_facts(preset: Preset) -> list[tuple[str, str]]:
+    """Model, picture size, and how teacher and generator are sampled."""
+    return [
+        ("Model", preset.model.path),
+        ("Picture", f"{preset.model.resolution} x {preset.model.resolution} px"),
+        ("Teacher", f"{preset.model.teacher_steps} steps, guidance {preset.model.guidance:g}"),
+        ("Generator", f"{len(preset.sampler.raw_steps)} steps, eta {preset.sampler.eta:g}"),
+    ]
+
+
+def lag_curves(
     metrics: list[dict[str, object]], iteration: int, health: Mapping[str, float]
 ) -> dict[str, tuple[list[float], list[float]]]:
     """The lag curves: the values noted on the way, and the last one."""

@@ -1,67 +1,30 @@
 """A run of stage 1: what surrounds the recipe in `distill.py`, from a preset to a finished run folder."""
 
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from rtdmd_cli import __version__
-from rtdmd_cli.config.loader import Resolved, dump_resolved
-from rtdmd_cli.config.schema import Preset
+from rtdmd_cli.config.loader import Resolved
+from rtdmd_cli.config.schema import DistillConfig, Preset
 from rtdmd_cli.engine import previews as pictures
 from rtdmd_cli.engine.backbones.base import Backbone, Conditioning, load_backbone
-from rtdmd_cli.engine.distill import ROLES, Trainer, iterate
+from rtdmd_cli.engine.distill import Trainer, iterate
 from rtdmd_cli.engine.distill_report import write_run_report
 from rtdmd_cli.engine.distill_start import Start
 from rtdmd_cli.engine.roles import Roles
-from rtdmd_cli.engine.runtime import files, optim
-from rtdmd_cli.engine.runtime.checkpoint import Checkpoint, newest_valid, remove_after, save_checkpoint
+from rtdmd_cli.engine.runtime import optim
 from rtdmd_cli.engine.runtime.device import resolve_device, resolve_dtype
 from rtdmd_cli.engine.runtime.embeddings import open_cache
-from rtdmd_cli.engine.runtime.progress import training_progress
-from rtdmd_cli.engine.runtime.run_folder import RunFolder, State, create_run
-from rtdmd_cli.engine.runtime.signals import StopRequest, stop_on_signals
-from rtdmd_cli.engine.runtime.trackers import Tracker, open_tracker
+from rtdmd_cli.engine.runtime.run_folder import State, create_run
+from rtdmd_cli.engine.runtime.trackers import open_tracker
 from rtdmd_cli.engine.sample import few_step_levels
-from rtdmd_cli.errors import DataError, UsageError
+from rtdmd_cli.engine.training_run import Outcome, Schedule, Session, Stage, finish, restore, rewind, train
+from rtdmd_cli.errors import UsageError
 
-STATE_KEYS = {"stage", "generator_updates", "optimizers", "seconds"}
-OTHER_HINT = "Resume from another checkpoint, or start another run with --name OTHER."
+STAGE = "distill"
 PRELOAD_BYTES = 2_000_000_000
 """Encoded prompts up to this size are held in memory; more are read from the cache batch by batch."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What came out. `signal_exit_code` is 0 unless a signal ended the run early."""
-
-    run: Path
-    iterations: int
-    seconds: float
-    checkpoint: Path
-    signal_exit_code: int
-
-
-@dataclass
-class Session:
-    """A run in progress. `seconds` counts training time of all parts, `last` is the newest checkpoint."""
-
-    run: RunFolder
-    resolved: Resolved
-    trainer: Trainer
-    previews: pictures.Previews
-    tracker: Tracker
-    iteration: int
-    seconds: float
-    last: Path | None = None
-
-    @property
-    def preset(self) -> Preset:
-        """The preset in force."""
-        return self.resolved.preset
 
 
 def run_distill(
@@ -92,20 +55,46 @@ def run_distill(
     say(f"model {resolved.preset.model.path} on {device}, {backbone.dtype}".replace("torch.", ""))
     conditioning, empty = encode_prompts(backbone, prompts, say)
     trainer = build_trainer(backbone, resolved.preset, len(prompts), conditioning, empty)
-    if start.checkpoint:
-        restore(trainer, start.checkpoint)
+    saved = start.checkpoint
+    if saved:
+        restore(trainer, saved, STAGE)
     run = start.run or create_run(out, name, resolved, command, device)
     with run.lock(), open_tracker(hardware.tracker, run.path) as tracker:
-        done, seconds = rewind(run, resolved, start.checkpoint)
+        done = rewind(run, resolved, saved, resolved.preset.distill.iterations)
         shown = pictures.make_previews(backbone, trainer.roles, resolved.preset, prompts, conditioning, empty)
-        session = Session(run, resolved, trainer, shown, tracker, done, seconds)
-        session.last = start.checkpoint.path if start.run and start.checkpoint else None
+        seconds = float(saved.state["seconds"]) if saved else 0.0
+        session = Session(run, resolved, trainer, stage(trainer, shown), tracker, done, seconds, records={})
+        session.last = saved.path if start.run and saved else None
         try:
             stop = train(session, quiet)
         except BaseException as error:
             run.set_status("failed", iteration=session.iteration, reason=str(error))
             raise
-        return finish(session, stop, quiet)
+        return finish(session, stop)
+
+
+def stage(trainer: Trainer, previews: pictures.Previews) -> Stage:
+    """Stage 1 as a training run knows it."""
+
+    def end(session: Session, state: State) -> None:
+        run, preset = session.run, session.resolved.preset
+        pictures.save_health_panel(previews, run.path / "health.png", session.iteration)
+        figures = pictures.lag(previews)
+        write_run_report(run, preset, state, session.iteration, session.seconds, figures)
+
+    return Stage(
+        name=STAGE,
+        schedule=schedule(trainer.config),
+        advance=lambda iteration: iterate(trainer, iteration),
+        figures=lambda: pictures.lag(previews),
+        sample=lambda path, iteration: pictures.save_sample_grid(previews, trainer.ema, path, iteration),
+        finish=end,
+    )
+
+
+def schedule(config: DistillConfig) -> Schedule:
+    """The distances of a stage-1 run."""
+    return Schedule(config.iterations, config.save_every, config.log_every, config.sample_every, config.keep)
 
 
 def encode_prompts(
@@ -164,130 +153,3 @@ def build_trainer(
         generator_optimizer=generator,
         ema=optim.ema_start(roles.named_parameters("generator")),
     )
-
-
-def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
-    """Put a checkpoint's weights, optimiser states and EMA into a trainer; DataError if one doesn't fit."""
-    groups = {"ema", *ROLES, *(f"optimizer_{role}" for role in ROLES)}
-    if checkpoint.tensors.keys() != groups or STATE_KEYS - checkpoint.state.keys():
-        raise DataError(f"{checkpoint.path} is no full checkpoint of rtdmd distill.", OTHER_HINT)
-    base, made_on = trainer.backbone.model_id, checkpoint.meta.get("base_hash")
-    if made_on != base.hash:
-        raise DataError(f"{checkpoint.path} was trained on another version of {base.path}.", OTHER_HINT)
-    trainer.roles.load("generator", checkpoint.tensors["ema"])  # so that its names and shapes are checked
-    trainer.ema = optim.ema_start(trainer.roles.named_parameters("generator"))
-    for role in ROLES:
-        trainer.roles.load(role, checkpoint.tensors[role])
-        names = [name for name, _ in trainer.roles.named_parameters(role)]
-        group = checkpoint.tensors[f"optimizer_{role}"]
-        optim.load_optimizer(optimizer_of(trainer, role), names, group, checkpoint.state["optimizers"][role])
-    trainer.generator_updates = checkpoint.state["generator_updates"]
-
-
-def rewind(run: RunFolder, resolved: Resolved, checkpoint: Checkpoint | None) -> tuple[int, float]:
-    """Make the run folder look as it did at a checkpoint (None: at the start); iterations and seconds done.
-
-    The run is locked. UsageError if another process has continued it since the checkpoint was chosen.
-    """
-    newest, _ = newest_valid(run.checkpoints)
-    if newest and (checkpoint is None or newest.resolve() != checkpoint.path.resolve()):
-        raise UsageError(f"{run.path} has been continued by another process.", "Look at it, then try again.")
-    done = checkpoint.step if checkpoint else 0
-    run.metrics.truncate_after(done)
-    remove_after(run.checkpoints, done)
-    files.write_text(run.preset, dump_resolved(resolved.preset))
-    run.set_status("running", iteration=done)
-    run.log(f"start at iteration {done} of {resolved.preset.distill.iterations}")
-    return done, float(checkpoint.state["seconds"]) if checkpoint else 0.0
-
-
-def optimizer_of(trainer: Trainer, role: str) -> torch.optim.Optimizer:
-    """The optimiser of "fake" or "generator"."""
-    return trainer.fake_optimizer if role == "fake" else trainer.generator_optimizer
-
-
-def train(session: Session, quiet: bool) -> StopRequest:
-    """Iterate to the end or to the first signal; every save, metric line and grid on the way."""
-    config, trainer = session.preset.distill, session.trainer
-    with (
-        stop_on_signals() as stop,
-        training_progress(config.iterations, session.iteration, quiet) as show,
-    ):
-        while session.iteration < config.iterations and stop.received is None:
-            began = time.monotonic()
-            iterate(trainer, session.iteration)
-            session.iteration += 1
-            took = time.monotonic() - began
-            session.seconds += took
-            show(session.iteration, trainer.metrics)
-            note(session, took)
-        if session.last is None or session.last.name != f"step-{session.iteration:06d}":
-            save(session)
-    return stop
-
-
-def note(session: Session, took: float) -> None:
-    """After an iteration: metrics, checkpoint and grid, each at its own distance."""
-    config, done = session.preset.distill, session.iteration
-    if done % config.log_every == 0 or done == config.iterations:
-        row: dict[str, Any] = {"iteration": done, **session.trainer.metrics}
-        if config.sample_every and done % config.sample_every == 0:
-            row |= pictures.lag(session.previews)
-        session.tracker.log(row)
-        session.run.metrics.append(row | {"seconds": session.seconds, "iterations_per_second": 1 / took})
-    if done % config.save_every == 0:
-        save(session)
-    if config.sample_every and done % config.sample_every == 0 and done != config.iterations:
-        sample_grid(session)
-
-
-def save(session: Session) -> None:
-    """Write a checkpoint of everything that the next iteration depends on."""
-    trainer, preset = session.trainer, session.preset
-    tensors: dict[str, dict[str, torch.Tensor]] = {"ema": trainer.ema}
-    scalars = {}
-    for role in ROLES:
-        named = trainer.roles.named_parameters(role)
-        tensors[role] = {name: parameter.detach() for name, parameter in named}
-        for name, tensor in tensors[role].items():
-            optim.check_finite(f"The weight {role}/{name}", tensor, session.iteration)
-        names = [name for name, _ in named]
-        saved = optim.optimizer_tensors(optimizer_of(trainer, role), names)
-        tensors[f"optimizer_{role}"], scalars[role] = saved
-    state: dict[str, Any] = {
-        "stage": "distill",
-        "generator_updates": trainer.generator_updates,
-        "optimizers": scalars,
-        "seconds": round(session.seconds, 3),
-    }
-    assert state.keys() == STATE_KEYS
-    meta = {
-        "preset_sha256": session.resolved.sha256,
-        "rtdmd": __version__,
-        "base_model": preset.model.path,
-        "base_hash": trainer.backbone.model_id.hash,
-    }
-    run, keep = session.run, preset.distill.keep
-    session.last = save_checkpoint(run.checkpoints, session.iteration, tensors, state, keep, meta)
-    run.set_status("running", iteration=session.iteration)
-
-
-def sample_grid(session: Session) -> Path:
-    """Write the grid of this iteration."""
-    path = session.run.samples / f"step-{session.iteration:06d}.png"
-    pictures.save_sample_grid(session.previews, session.trainer.ema, path, session.iteration)
-    return path
-
-
-def finish(session: Session, stop: StopRequest, quiet: bool) -> Outcome:
-    """Final grid, health panel, report and status."""
-    run, config = session.run, session.preset.distill
-    assert session.last is not None
-    sample_grid(session)
-    pictures.save_health_panel(session.previews, run.path / "health.png", session.iteration)
-    state: State = "finished" if session.iteration >= config.iterations else "interrupted"
-    figures = pictures.lag(session.previews)
-    write_run_report(run, session.preset, state, session.iteration, session.seconds, figures)
-    run.set_status(state, iteration=session.iteration, seconds=round(session.seconds, 3))
-    run.log(f"{state} at iteration {session.iteration}")
-    return Outcome(run.path, session.iteration, session.seconds, session.last, stop.exit_code)

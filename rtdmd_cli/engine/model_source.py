@@ -19,8 +19,8 @@ from torch import Tensor
 from rtdmd_cli.config.loader import list_presets, load_preset, preset_path
 from rtdmd_cli.config.schema import Preset
 from rtdmd_cli.engine.backbones.base import Backbone, load_backbone
-from rtdmd_cli.engine.roles import GENERATOR, Roles
-from rtdmd_cli.engine.runtime.checkpoint import load_checkpoint, newest_valid, verify_checkpoint
+from rtdmd_cli.engine.roles import GENERATOR, STAGE1_GENERATOR, Roles
+from rtdmd_cli.engine.runtime.checkpoint import Checkpoint, load_checkpoint, newest_valid, verify_checkpoint
 from rtdmd_cli.engine.runtime.files import os_errors
 from rtdmd_cli.engine.runtime.run_folder import RunFolder, find_newest_finished, is_run, open_run, resolve_run
 from rtdmd_cli.engine.sample import Kind, SamplingPlan, sampling_plan
@@ -179,7 +179,7 @@ def open_model(source: Source, device: torch.device, dtype: torch.dtype) -> Mode
     if loaded is not None and EMA not in loaded.tensors:
         raise DataError(
             f"The checkpoint {loaded.path} holds no generator: {EMA}.safetensors is missing.",
-            "Choose a checkpoint of `rtdmd distill`.",
+            "Choose a checkpoint of `rtdmd distill` or `rtdmd tune-reward`.",
         )
     backbone = load_backbone(source.preset.model, device, dtype)
     base = backbone.model_id.hash
@@ -190,14 +190,29 @@ def open_model(source: Source, device: torch.device, dtype: torch.dtype) -> Mode
             f"The checkpoint {loaded.path} was trained on another version of {source.preset.model.path}.",
             "Sample it with the very base model it was trained on.",
         )
-    lora, ema = source.preset.distill.lora, loaded.tensors[EMA]
-    roles = Roles(backbone.transformer, lora, source.preset.distill.seed)
-    try:
-        roles.load(GENERATOR, ema)
-    except DataError as error:
-        file = loaded.path / f"{EMA}.safetensors"
-        raise DataError(f"{file} belongs to another model. {error.message}", error.hint) from error
-    return Model(source, backbone, roles, model_hash(base, ema, lora.alpha))
+    roles, hashed = open_generator(backbone, source.preset, loaded)
+    return Model(source, backbone, roles, hashed)
+
+
+def open_generator(backbone: Backbone, preset: Preset, checkpoint: Checkpoint) -> tuple[Roles, str]:
+    """The generator of a checkpoint of either stage, with its EMA weights, and the model's hash.
+
+    DataError where the weights don't fit.
+    """
+    base, ema, lora = backbone.model_id.hash, checkpoint.tensors[EMA], preset.distill.lora
+    tuned = checkpoint.state.get("stage") == "tune-reward"
+    fresh = preset.tune_reward.lora if tuned else None
+    roles = Roles(backbone.transformer, lora, preset.distill.seed, fresh)
+    hashed = model_hash(base, ema, (fresh or lora).alpha)
+    for adapter, group in ((GENERATOR, EMA), *([(STAGE1_GENERATOR, STAGE1_GENERATOR)] if tuned else [])):
+        try:
+            roles.load(adapter, checkpoint.tensors.get(group, {}))
+        except DataError as error:
+            file = checkpoint.path / f"{group}.safetensors"
+            raise DataError(f"{file} belongs to another model. {error.message}", error.hint) from error
+    if tuned:
+        hashed = model_hash(hashed, checkpoint.tensors[STAGE1_GENERATOR], lora.alpha)
+    return roles, hashed
 
 
 def model_hash(base: str, ema: Mapping[str, Tensor], alpha: int) -> str:

@@ -1,7 +1,7 @@
 """Pictures of a run in progress: fixed prompts and seeds, generator beside teacher, and the fake score's health."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from rtdmd_cli.engine.backbones.base import Backbone, Conditioning
 from rtdmd_cli.engine.report.grid import GridRow, picture_grid, save_png
 from rtdmd_cli.engine.roles import Roles
 from rtdmd_cli.engine.runtime import rng
-from rtdmd_cli.engine.sample import SamplingPlan, decode_all, generate, guided, sampling_plan
+from rtdmd_cli.engine.sample import Kind, SamplingPlan, decode_all, generate, guided, sampling_plan
 
 COUNT = 8
 """Fixed prompts of a run, evenly spread over the prompt set."""
@@ -24,7 +24,10 @@ HEALTH_LEVEL = 0.6
 
 @dataclass(frozen=True)
 class Previews:
-    """Fixed prompts, their conditioning, the empty prompt's, and the teacher's pictures [COUNT,3,H,W], made once."""
+    """Fixed prompts, their conditioning, the empty prompt's, and the pictures [COUNT,3,H,W] to compare with, made once.
+
+    reference: the teacher's pictures in stage 1, the starting generator's in stage 2.
+    """
 
     backbone: Backbone
     roles: Roles
@@ -35,17 +38,18 @@ class Previews:
     prompts: list[str]
     cond: Conditioning
     empty: Conditioning
-    teacher: Tensor
+    reference: Tensor
+    reference_label: str
 
-    def generator_latents(self) -> Tensor:
-        """Latents [COUNT,C,H,W] of the generator's current weights, always from the same noise."""
+    def latents(self, plan: SamplingPlan | None = None) -> Tensor:
+        """Latents [COUNT,C,H,W] of the generator's current weights (or as `plan` says), always from the same noise."""
         keys = [(i, 0) for i in range(len(self.prompts))]
         return generate(
             self.backbone,
             self.roles,
-            self.plan,
+            plan or self.plan,
             self.cond,
-            None,
+            self.empty,
             keys,
             shape=self.shape,
             seed=self.seed,
@@ -65,40 +69,40 @@ def make_previews(
     prompts: Sequence[str],
     conditioning: Callable[[Sequence[int]], Conditioning],
     empty: Conditioning,
+    reference: Kind = "teacher",
+    reference_label: str = "teacher",
 ) -> Previews:
-    """Choose the prompts and sample the teacher's pictures, as `rtdmd sample --from PRESET` would."""
+    """Choose the prompts and sample the reference: the teacher as `rtdmd sample --from PRESET` would, or the
+    generator as it is now.
+    """
     chosen = pick(len(prompts))
-    cond = conditioning(chosen)
-    shape = backbone.latent_shape(preset.model.resolution, preset.model.resolution)
-    plan = sampling_plan("teacher", backbone, preset.model, preset.sampler)
-    keys = [(i, 0) for i in range(len(chosen))]
-    latents = generate(
-        backbone, roles, plan, cond, empty, keys, shape=shape, seed=preset.evaluate.seed, batch=COUNT
-    )
-    return Previews(
+    previews = Previews(
         backbone,
         roles,
         sampling_plan("generator", backbone, preset.model, preset.sampler),
         preset.model.guidance,
-        shape,
+        backbone.latent_shape(preset.model.resolution, preset.model.resolution),
         preset.evaluate.seed,
         [prompts[i] for i in chosen],
-        cond,
+        conditioning(chosen),
         empty,
-        decode_all(backbone, latents, COUNT),
+        torch.empty(0),
+        reference_label,
     )
+    plan = sampling_plan(reference, backbone, preset.model, preset.sampler)
+    return replace(previews, reference=decode_all(backbone, previews.latents(plan), COUNT))
 
 
 def save_sample_grid(previews: Previews, ema: dict[str, Tensor], path: Path, iteration: int) -> None:
-    """Write the grid of generator (EMA weights) beside teacher."""
+    """Write the grid of generator (EMA weights) beside the reference."""
     with previews.roles.swapped("generator", ema):
-        latents = previews.generator_latents()
+        latents = previews.latents()
     rows = [
         GridRow(
             f"generator, {previews.plan.evaluations} evaluations",
             decode_all(previews.backbone, latents, COUNT),
         ),
-        GridRow("teacher", previews.teacher),
+        GridRow(previews.reference_label, previews.reference),
     ]
     save_png(picture_grid(rows, previews.prompts), path, {"iteration": str(iteration)})
 
@@ -125,7 +129,7 @@ def health_points(previews: Previews) -> tuple[Tensor, Tensor, Tensor]:
     Both predict from the same point, x0 diffused to HEALTH_LEVEL with fixed noise.
     """
     backbone, count = previews.backbone, len(previews.prompts)
-    x0 = previews.generator_latents()
+    x0 = previews.latents()
     noise = rng.normal(previews.shape, previews.seed, "health", 0, range(count))
     x_t = renoise(x0, 0.0, HEALTH_LEVEL, noise).to(backbone.device)
     level = x_t.new_full((count,), HEALTH_LEVEL)

@@ -1,14 +1,17 @@
 """Reads prompts: a text file, standard input, or the training captions of the built-in world. No torch."""
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from rtdmd_cli.engine.runtime.files import os_errors
 from rtdmd_cli.errors import DataError, UsageError
-from rtdmd_cli.shapes.prompts import training_captions
+from rtdmd_cli.shapes.prompts import benchmark, training_captions
 
 BUILTIN = "builtin:shapes"
+BUILTIN_BENCHMARK = "builtin:shapes-benchmark"
 BUILTIN_DRAWS, BUILTIN_SEED = 4_000, 0
 MAX_CHARACTERS = 10_000
 """Longest line of a prompt file."""
@@ -17,10 +20,50 @@ _MAX_BYTES = (
     4 * MAX_CHARACTERS + 8
 )  # of a line: UTF-8 takes four at most; byte order mark and line end beside
 _HINT = "A prompt file is UTF-8 text with one prompt a line."
+_JSONL_HINT = 'A .jsonl file holds one object a line, as in {"prompt": "a photo of a dog"}.'
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Prompts, and what else is known of each: a mapping that is empty for plain text."""
+
+    texts: Sequence[str]
+    metadata: Sequence[Mapping[str, Any]]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def pick(self, indices: Sequence[int]) -> "PromptSet":
+        """These prompts, in this order."""
+        return PromptSet([self.texts[i] for i in indices], [self.metadata[i] for i in indices])
+
+
+def read_prompt_set(source: str) -> PromptSet:
+    """As `read_prompts`, and from a .jsonl file: one object a line, its `prompt` the text, the rest metadata.
+
+    Raises as `read_prompts`, and DataError, naming the line, for one that is no object with a text `prompt`.
+    """
+    lines = read_prompts(source)
+    if not source.endswith(".jsonl"):
+        return PromptSet(lines, [{}] * len(lines))
+    texts, metadata = [], []
+    for number, line in enumerate(lines, 1):
+        try:
+            entry = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{source}: prompt {number} is not JSON.", _JSONL_HINT) from error
+        prompt = entry.pop("prompt", None) if isinstance(entry, dict) else None
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise DataError(f"{source}: prompt {number} has no text `prompt`.", _JSONL_HINT)
+        texts.append(prompt.strip())
+        metadata.append(entry)
+    return PromptSet(texts, metadata)
 
 
 def read_prompts(source: str, stdin: BinaryIO | None = None) -> list[str]:
-    """The prompts of "builtin:shapes", of a text file, or of `stdin` where it is given and `source` is "-".
+    """The prompts of a built-in set, of a text file, or of `stdin` where it is given and `source` is "-".
+
+    Built in are "builtin:shapes" (training) and "builtin:shapes-benchmark" (held out).
 
     In a file: UTF-8, one prompt a line; blanks around it, blank lines and a byte order mark are dropped.
     Raises DataError, naming the line, for text that is not UTF-8, a NUL character or a line of more than
@@ -29,8 +72,12 @@ def read_prompts(source: str, stdin: BinaryIO | None = None) -> list[str]:
     """
     if source == BUILTIN:
         return builtin_prompts()
+    if source == BUILTIN_BENCHMARK:
+        return [caption.text for caption in benchmark()]
     if source.startswith("builtin:"):
-        raise UsageError(f"There are no built-in prompts {source}.", f"Built in: {BUILTIN}.")
+        raise UsageError(
+            f"There are no built-in prompts {source}.", f"Built in: {BUILTIN}, {BUILTIN_BENCHMARK}."
+        )
     if source == "-" and stdin is not None:
         return _prompts(stdin, "standard input")
     path = Path(source).expanduser()

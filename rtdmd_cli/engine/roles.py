@@ -53,7 +53,9 @@ class Roles:
     `A ~ N(0, 1)` (section 4). UsageError where a target names no layer.
     """
 
-    def __init__(self, transformer: Any, lora: LoraConfig, seed: int, fresh: LoraConfig | None = None) -> None:
+    def __init__(
+        self, transformer: Any, lora: LoraConfig, seed: int, fresh: LoraConfig | None = None
+    ) -> None:
         self.transformer: nn.Module = transformer.requires_grad_(False)
         self._stacks = STAGE_1 if fresh is None else STAGE_2
         if fresh is None:

@@ -22,7 +22,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rtdmd_cli.cli.distill import find_start
+from rtdmd_cli.cli.starting import DISTILL, find_start
 from rtdmd_cli.config.loader import Resolved, load_preset
 from rtdmd_cli.engine.runtime.checkpoint import load_checkpoint, save_checkpoint
 from rtdmd_cli.engine.runtime.run_folder import RunFolder
@@ -359,7 +359,7 @@ def resolved(run: RunFolder) -> Resolved:
 
 def found(run: RunFolder, resume: str, name: str | None = None) -> tuple[Path | None, int | None]:
     """The run to continue and the iteration to start at, with `run`'s folder as --out."""
-    begin = find_start(resume, run.path.parent, name, name or "mine", resolved(run), False)
+    begin = find_start(resume, run.path.parent, name, name or "mine", resolved(run), False, DISTILL)
     return (begin.run.path if begin.run else None, begin.checkpoint.step if begin.checkpoint else None)
 
 
@@ -409,4 +409,4 @@ def test_a_damaged_preset_in_the_run(run: RunFolder) -> None:
     preset = resolved(run)
     run.preset.write_text("model: [", encoding="utf-8")
     with pytest.raises(DataError, match="damaged"):
-        find_start("auto", run.path.parent, None, "mine", preset, False)
+        find_start("auto", run.path.parent, None, "mine", preset, False, DISTILL)

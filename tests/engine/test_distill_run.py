@@ -11,10 +11,11 @@ import torch
 
 from rtdmd_cli.config.loader import Resolved, preset_sha256
 from rtdmd_cli.config.schema import DistillConfig, LoraConfig, Preset
-from rtdmd_cli.engine.distill_run import Outcome, build_trainer, restore, run_distill
+from rtdmd_cli.engine.distill_run import STAGE, build_trainer, run_distill
 from rtdmd_cli.engine.distill_start import Start
 from rtdmd_cli.engine.runtime.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from rtdmd_cli.engine.runtime.run_folder import RunFolder
+from rtdmd_cli.engine.training_run import Outcome, restore
 from rtdmd_cli.errors import DataError, UsageError
 from tests.tiny_models import PROMPTS, load_sd3, sd3_config
 
@@ -89,8 +90,8 @@ def test_checkpoints_that_do_not_fit(finished: Outcome) -> None:
     bad += [replace(good, state={k: v for k, v in good.state.items() if k != "generator_updates"})]
     for checkpoint in bad:
         with pytest.raises(DataError):
-            restore(trainer, checkpoint)
-    restore(trainer, good)
+            restore(trainer, checkpoint, STAGE)
+    restore(trainer, good, STAGE)
     assert trainer.generator_updates == 2
     assert all(torch.equal(trainer.ema[name], tensor) for name, tensor in good.tensors["ema"].items())
 

@@ -72,6 +72,17 @@ class Curve:
 
 CURVES = (
     Curve(
+        "Reward back-propagation",
+        {"hinge_loss": "hinge"},
+        "Falls while the differentiable rewards rise; flat at zero once they all reach the margin.",
+    ),
+    Curve(
+        "Drift of the log-probability",
+        {"drift": "drift"},
+        "Between rollout and update, the same weights: anything but a tiny value is a fault.",
+        log=True,
+    ),
+    Curve(
         "Fake-score loss",
         {"fake_loss": "fake score"},
         "Settles, but does not reach zero: the noise in its target cannot be predicted.",

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
+from rtdmd_cli.errors import DataError
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -67,3 +69,13 @@ class RewardEntry:
     divisor: float = 1.0
     metadata: str = ""
     extra: str = ""
+
+
+def require_metadata(entry: RewardEntry, metadata: Sequence[Metadata]) -> None:
+    """DataError, naming the first prompt, if one lacks the key that a reward needs."""
+    for number, known in enumerate(metadata, 1):
+        if entry.metadata and entry.metadata not in known:
+            raise DataError(
+                f"The reward {entry.name} needs `{entry.metadata}` for every prompt; prompt {number} has none.",
+                "Give the prompts as .jsonl, one object a line with `prompt` and that key, or leave the reward out.",
+            )

@@ -33,6 +33,7 @@ State: TypeAlias = Literal["running", "finished", "interrupted", "failed"]
 
 PRESET = "preset.resolved.yaml"
 STATUS = "status.json"
+ENVIRONMENT = "environment.json"
 PACKAGES = (
     "accelerate",
     "bitsandbytes",
@@ -122,6 +123,15 @@ class RunFolder:
         return self.path / PRESET
 
     @property
+    def stage(self) -> str:
+        """The command that made it: "distill" or "tune-reward". DataError if environment.json is damaged."""
+        path = self.path / ENVIRONMENT
+        try:
+            return str(json.loads(path.read_bytes()).get("stage", "distill"))
+        except (OSError, ValueError, AttributeError) as error:
+            raise DataError(f"{path} is missing or damaged.", "Restore it, or take another run.") from error
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
@@ -195,7 +205,12 @@ class RunReference:
 
 
 def create_run(
-    out: Path, name: str, resolved: Resolved, command: Sequence[str], device: torch.device
+    out: Path,
+    name: str,
+    resolved: Resolved,
+    command: Sequence[str],
+    device: torch.device,
+    stage: str = "distill",
 ) -> RunFolder:
     """Make <out>/<name>, whole or not at all, with preset, environment and status "running".
 
@@ -213,7 +228,7 @@ def create_run(
     files.make_folder(building.checkpoints)
     files.make_folder(building.samples)
     files.write_text(building.preset, dump_resolved(resolved.preset))
-    files.write_json(building.path / "environment.json", describe_environment(command, device))
+    files.write_json(building.path / ENVIRONMENT, {"stage": stage, **describe_environment(command, device)})
     building.set_status("running", iteration=0)
     files.rename_folder(building.path, run.path)
     return run
@@ -246,15 +261,16 @@ def open_run(path: Path) -> RunFolder:
     return RunFolder(path)
 
 
-def find_newest_finished(out: Path) -> RunFolder | None:
-    """The run under `out` that finished last, by the time in its status; None if there is none."""
+def find_newest_finished(out: Path, stage: str | None = None) -> RunFolder | None:
+    """The run under `out` (of that stage) that finished last, by the time in its status; None if there is none."""
     found: list[tuple[str, str, Path]] = []
     if out.is_dir():
         with files.os_errors(out, "list"):
             folders = [path for path in out.iterdir() if not path.name.startswith(".") and is_run(path)]
         for path in folders:
             status = _read_status(path)
-            if status is not None and status["state"] == "finished":
+            wanted = stage is None or RunFolder(path).stage == stage
+            if status is not None and status["state"] == "finished" and wanted:
                 found.append((str(status["time"]), path.name, path))
     return RunFolder(max(found)[2]) if found else None
 

@@ -1,0 +1,232 @@
+"""`rtdmd tune-reward`: stage 2."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rtdmd_cli.cli import console
+from rtdmd_cli.cli.starting import TUNE_REWARD, find_start
+from rtdmd_cli.config.loader import Resolved, load_preset
+from rtdmd_cli.config.schema import split_weights
+from rtdmd_cli.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from rtdmd_cli.engine.distill_start import Start
+    from rtdmd_cli.engine.prompts import PromptSet
+    from rtdmd_cli.engine.runtime.checkpoint import Checkpoint
+    from rtdmd_cli.engine.runtime.run_folder import RunFolder
+    from rtdmd_cli.engine.training_run import Outcome
+
+SUFFIX = "-tuned"
+
+
+def tune_reward(
+    reward: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[=WEIGHT]",
+            help="Reward to train on, in place of the preset's; repeatable. MODULE:CLASS loads your own.",
+        ),
+    ] = None,
+    from_: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="RUN|CHECKPOINT",
+            help="Stage-1 run or checkpoint to start from. Default: the newest finished distill run.",
+        ),
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Preset with the recipe: a name or a file. Default: the stage-1 run's.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a preset value; repeatable."),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help=f"Name of the run. Default: the stage-1 run's, with {SUFFIX}.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder that holds the runs.")] = Path("runs"),
+    resume: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|never|PATH",
+            help="auto: continue the run, if there is one. PATH: a run or checkpoint.",
+        ),
+    ] = "never",
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, fp32 or bf16.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, say what would run, stop.")
+    ] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="End with one JSON object on stdout.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Nothing on stderr but errors.")] = False,
+) -> None:
+    """Raise a generator's rewards (stage 2).
+
+    Example: rtdmd tune-reward --reward shapes-clip --reward shapes-geneval-soft
+    """
+    run, checkpoint = stage_1_of(from_, out, quiet)
+    settings = settings_of(reward, overrides or [], device, dtype)
+    resolved = load_preset(preset or str(run.preset), settings, environ=None if preset else {})
+    require_same_model(run, resolved)
+    from rtdmd_cli.engine.prompts import read_prompt_set
+
+    config = resolved.preset.tune_reward
+    prompts = read_prompt_set(config.prompts)
+    eval_prompts = read_prompt_set(config.eval_prompts) if config.eval_prompts else prompts
+    check_rewards(resolved, prompts)
+    run_name = name or run.path.resolve().name + SUFFIX
+    start = find_start(resume, out, name or run_name, run_name, resolved, quiet, TUNE_REWARD)
+    if dry_run:
+        console.show(plan(resolved, checkpoint, len(prompts), out / run_name, start), json_output)
+        return
+    console.quiet_libraries()
+    from rtdmd_cli.engine.tune_run import run_tune, stage_1_state
+
+    def say(text: str) -> None:
+        console.say(text, quiet)
+
+    say(f"from {run.path}, {checkpoint.path.name}")
+    begin = stage_1_state(checkpoint)
+    outcome = run_tune(resolved, prompts, eval_prompts, begin, start, out, run_name, sys.argv, say, quiet)
+    console.show(result(outcome, resolved), json_output)
+    finish(outcome, quiet)
+
+
+def settings_of(
+    rewards: list[str] | None, overrides: list[str], device: str | None, dtype: str | None
+) -> list[str]:
+    """The command line as overrides of preset keys. UsageError for a reward that can't be read."""
+    settings = list(overrides)
+    if rewards:
+        try:
+            split_weights(rewards)
+        except ValueError as error:
+            raise UsageError(
+                f"--reward {error}.", "Write it as --reward NAME or --reward NAME=0.5"
+            ) from error
+        settings.append(f"tune_reward.rewards=[{', '.join(rewards)}]")
+    return [
+        *settings,
+        *(f"hardware.{key}={text}" for key, text in (("device", device), ("dtype", dtype)) if text),
+    ]
+
+
+def stage_1_of(reference: str | None, out: Path, quiet: bool) -> tuple["RunFolder", "Checkpoint"]:
+    """The stage-1 run that `reference` names (None: the newest finished one) and the checkpoint to start from.
+
+    UsageError if there is none; DataError for a run of another stage or without a good checkpoint.
+    """
+    from rtdmd_cli.engine.runtime import checkpoint, run_folder
+
+    if reference is None:
+        newest = run_folder.find_newest_finished(out, "distill")
+        if newest is None:
+            raise UsageError(
+                f"There is no finished stage-1 run under {out}/ to start from.",
+                "Make one first: rtdmd distill --preset shapes-4step",
+            )
+        reference = str(newest.path)
+    named = run_folder.resolve_run(reference, out)
+    if named is None or named.run is None:
+        raise UsageError(
+            f"`{reference}` is neither a run nor a checkpoint of one.", f"Look at the folders under {out}/."
+        )
+    if named.run.stage != "distill":
+        raise DataError(
+            f"{named.run.path} is a run of rtdmd {named.run.stage}, not of rtdmd distill.",
+            "To continue it, give --resume and its name.",
+        )
+    path, skipped = (
+        (named.checkpoint, []) if named.checkpoint else checkpoint.newest_valid(named.run.checkpoints)
+    )
+    for bad, reason in skipped:
+        console.say(f"skipped the checkpoint {bad.name}: {reason}", quiet)
+    if path is None:
+        raise DataError(
+            f"{named.run.path} has no good checkpoint.", "Continue it with rtdmd distill --resume."
+        )
+    return named.run, checkpoint.load_checkpoint(path)
+
+
+def require_same_model(run: "RunFolder", resolved: Resolved) -> None:
+    """DataError if the recipe is for another model than stage 1's: its adapters would not fit."""
+    made_with, now = load_preset(str(run.preset), environ={}).preset, resolved.preset
+    pairs = {
+        "model.family": (made_with.model.family, now.model.family),
+        "model.path": (made_with.model.path, now.model.path),
+        "distill.lora": (made_with.distill.lora, now.distill.lora),
+    }
+    for key, (before, after) in pairs.items():
+        if before != after:
+            raise DataError(
+                f"{run.path} was distilled with another `{key}` than the preset has.",
+                "Leave --preset out: the run's own recipe is then used.",
+            )
+
+
+def check_rewards(resolved: Resolved, prompts: "PromptSet") -> None:
+    """UsageError for an unknown reward, DataError where the prompts lack what one needs; nothing is loaded."""
+    from rtdmd_cli.engine.rewards.base import require_metadata
+    from rtdmd_cli.engine.rewards.registry import find_reward
+
+    config = resolved.preset.tune_reward
+    for name in (*split_weights(config.rewards), *config.held_out):
+        require_metadata(find_reward(name), prompts.metadata)
+
+
+def plan(
+    resolved: Resolved, checkpoint: "Checkpoint", prompts: int, run: Path, start: "Start"
+) -> dict[str, object]:
+    """What a dry run prints: nothing has been loaded but prompts and checkpoints."""
+    preset, config = resolved.preset, resolved.preset.tune_reward
+    return {
+        "run": str(start.run.path if start.run else run),
+        "from": str(checkpoint.path),
+        "preset": preset.name,
+        "preset_sha256": resolved.sha256,
+        "model": preset.model.path,
+        "rewards": ", ".join(config.rewards),
+        "held_out": ", ".join(config.held_out),
+        "prompts": prompts,
+        "start": start.checkpoint.step if start.checkpoint else 0,
+        "epochs": config.epochs,
+        "images_per_epoch": config.images_per_epoch,
+        "images_per_prompt": config.images_per_prompt,
+        "micro_batch": config.micro_batch or config.images_per_epoch,
+        "device": preset.hardware.device,
+        "dtype": preset.hardware.dtype,
+    }
+
+
+def result(outcome: "Outcome", resolved: Resolved) -> dict[str, Any]:
+    """What the command prints at its end."""
+    config = resolved.preset.tune_reward
+    before, after = outcome.records["rewards_before"], outcome.records["rewards_after"]
+    return {
+        "run": str(outcome.run),
+        "epochs": outcome.iterations,
+        "seconds": round(outcome.seconds, 1),
+        "checkpoint": str(outcome.checkpoint),
+        "report": str(outcome.run / "report.html"),
+        "finished": outcome.iterations >= config.epochs,
+        "rewards": {
+            name: {"before": before[name], "after": after[name], "trained_on": name not in config.held_out}
+            for name in before
+        },
+    }
+
+
+def finish(outcome: "Outcome", quiet: bool) -> None:
+    """Say what to do next; leave with the signal's exit code after a signal."""
+    if outcome.signal_exit_code:
+        again = shlex.join(["--resume", str(outcome.run)])
+        console.say(f"Stopped and saved. Go on with the same command and {again}", quiet)
+        raise typer.Exit(outcome.signal_exit_code)
+    console.say(
+        f"Look at {outcome.run / 'report.html'}, or draw: rtdmd sample PROMPT --from {outcome.run}", quiet
+    )

@@ -1,0 +1,133 @@
+"""Several rewards at once, as stage 2 uses them: trained on, held out, one after another where memory is short."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from rtdmd_cli.engine.prompts import PromptSet
+from rtdmd_cli.engine.rewards.base import Reward, RewardEntry, require_metadata
+from rtdmd_cli.engine.rewards.registry import find_reward
+from rtdmd_cli.errors import NumericalError, UsageError
+
+SCORE_BATCH = 64
+"""Pictures a reward sees at once."""
+
+
+class RewardMixture:
+    """See `tune_reward.Rewards`.
+
+    weights: of the rewards trained on. held_out: names of those that `measure` adds. paths: name -> folder or hub id
+    instead of the published source. in_memory: "all" keeps loaded rewards, "one" loads each when its turn comes.
+    Made by `open_mixture`, which checks all of it.
+    """
+
+    def __init__(
+        self,
+        entries: Mapping[str, RewardEntry],
+        weights: Mapping[str, float],
+        held_out: Sequence[str],
+        paths: Mapping[str, str],
+        prompts: PromptSet,
+        device: torch.device,
+        in_memory: str,
+    ) -> None:
+        self.weights = dict(weights)
+        self.held_out = tuple(held_out)
+        self.prompts = prompts
+        self._entries = dict(entries)
+        self._paths = dict(paths)
+        self._device = device
+        self._keep = in_memory == "all"
+        self._loaded: dict[str, Reward] = {}
+
+    @property
+    def differentiable(self) -> tuple[str, ...]:
+        """Names of the rewards trained on that have a gradient."""
+        return tuple(name for name in self.weights if self._entries[name].differentiable)
+
+    def check_loading(self) -> None:
+        """Load every reward once, so that one whose weights are missing is an error before anything is trained."""
+        for name in (*self.weights, *self.held_out):
+            with self._hold([name]):
+                pass
+
+    def score(self, images: Tensor, prompts: Sequence[int]) -> dict[str, Tensor]:
+        """Each reward trained on, undivided: float32 [N] on the CPU, of images [N,3,H,W] in 0..1 and prompt indices."""
+        return self._score(tuple(self.weights), images, self.prompts.pick(prompts))
+
+    def measure(self, images: Tensor, prompts: PromptSet) -> dict[str, Tensor]:
+        """Every reward, those held out first, of one image [N,3,H,W] a prompt."""
+        return self._score((*self.held_out, *self.weights), images, prompts)
+
+    def _score(self, names: Sequence[str], images: Tensor, prompts: PromptSet) -> dict[str, Tensor]:
+        scores = {}
+        for name in names:
+            with self._hold([name]) as (reward,), torch.no_grad():
+                parts = []
+                for start in range(0, len(images), SCORE_BATCH):
+                    rows = slice(start, start + SCORE_BATCH)
+                    pictures = images[rows].to(self._device)
+                    some = prompts.texts[rows], prompts.metadata[rows]
+                    parts.append(reward.score(pictures, *some).float().cpu())
+            scores[name] = torch.cat(parts)
+            if not bool(torch.isfinite(scores[name]).all()):
+                raise NumericalError(
+                    f"The reward {name} is not finite.", "Check it: rtdmd rewards check " + name
+                )
+        return scores
+
+    def differentiable_sum(self, images: Tensor, prompts: Sequence[int]) -> Tensor:
+        """Weighted sum [B] of the differentiable rewards, each over its divisor, with gradient to images [B,3,H,W]."""
+        chosen = self.prompts.pick(prompts)
+        total = images.new_zeros(len(images))
+        with self._hold(self.differentiable) as rewards:
+            for name, reward in zip(self.differentiable, rewards, strict=True):
+                scale = self.weights[name] / self._entries[name].divisor
+                total = total + scale * reward.score(images, chosen.texts, chosen.metadata)
+        return total
+
+    @contextmanager
+    def _hold(self, names: Sequence[str]) -> Iterator[list[Reward]]:
+        """The loaded rewards of these names; freed afterwards unless all are kept."""
+        for name in names:
+            if name not in self._loaded:
+                self._loaded[name] = self._entries[name].load(self._device, self._paths.get(name))
+        try:
+            yield [self._loaded[name] for name in names]
+        finally:
+            if not self._keep:
+                for name in names:
+                    self._loaded.pop(name, None)
+                if self._device.type == "cuda":
+                    torch.cuda.empty_cache()
+
+
+def open_mixture(
+    weights: Mapping[str, float],
+    held_out: Sequence[str],
+    paths: Mapping[str, str],
+    prompts: PromptSet,
+    device: torch.device,
+    in_memory: str,
+    find: Callable[[str], RewardEntry] = find_reward,
+) -> RewardMixture:
+    """The rewards of those names; nothing is loaded yet.
+
+    UsageError for an unknown name (the nearest is named) or a path for a reward that is not used; DataError where a
+    prompt lacks the metadata that a reward needs.
+    """
+    names = (*weights, *held_out)
+    entries = {name: find(name) for name in names}
+    unused = sorted(paths.keys() - entries.keys())
+    if unused:
+        raise UsageError(
+            f"`tune_reward.reward_paths` names {unused[0]}, which is neither trained on nor held out.",
+            f"Used: {', '.join(names)}.",
+        )
+    for entry in entries.values():
+        require_metadata(entry, prompts.metadata)
+    return RewardMixture(entries, weights, held_out, paths, prompts, device, in_memory)

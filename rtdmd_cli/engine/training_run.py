@@ -1,0 +1,233 @@
+"""What surrounds a recipe, for both stages: restoring, the loop, checkpoints, metric lines, grids, signals.
+
+The recipes themselves, `distill.iterate` and `tune_reward.tune`, are explicit and share nothing but formulas.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rtdmd_cli import __version__
+from rtdmd_cli.config.loader import Resolved, dump_resolved
+from rtdmd_cli.engine.distill import ROLES, Trainer
+from rtdmd_cli.engine.roles import Roles
+from rtdmd_cli.engine.runtime import files, optim
+from rtdmd_cli.engine.runtime.checkpoint import Checkpoint, newest_valid, remove_after, save_checkpoint
+from rtdmd_cli.engine.runtime.progress import training_progress
+from rtdmd_cli.engine.runtime.run_folder import RunFolder, State
+from rtdmd_cli.engine.runtime.signals import StopRequest, stop_on_signals
+from rtdmd_cli.engine.runtime.trackers import Tracker
+from rtdmd_cli.errors import DataError, UsageError
+
+STATE_KEYS = {"stage", "generator_updates", "optimizers", "seconds", "records"}
+OTHER_HINT = "Resume from another checkpoint, or start another run with --name OTHER."
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came out. `signal_exit_code` is 0 unless a signal ended the run early."""
+
+    run: Path
+    iterations: int
+    seconds: float
+    checkpoint: Path
+    signal_exit_code: int
+    records: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The length of a training and the distances of what is written on the way, in iterations (epochs)."""
+
+    total: int
+    save_every: int
+    log_every: int
+    sample_every: int
+    keep: int
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What differs between the stages.
+
+    name: in checkpoints and run folders. advance(i): one iteration (0-based). figures(): measured where a grid is
+    made, beside the metrics. sample(path, iteration): writes a grid. finish(session, state): health panel and report.
+    after(session): called after each iteration, for measurements of the stage's own.
+    frozen: adapters that belong into every checkpoint although they don't change.
+    """
+
+    name: str
+    schedule: Schedule
+    advance: Callable[[int], None]
+    figures: Callable[[], Mapping[str, float]]
+    sample: Callable[[Path, int], None]
+    finish: Callable[["Session", State], None]
+    after: Callable[["Session"], None] = lambda session: None
+    frozen: tuple[str, ...] = ()
+
+
+@dataclass
+class Session:
+    """A run in progress.
+
+    `seconds` counts training time of all parts, `last` is the newest checkpoint, `records` are JSON values of the
+    stage's own that survive a resume.
+    """
+
+    run: RunFolder
+    resolved: Resolved
+    trainer: Trainer
+    stage: Stage
+    tracker: Tracker
+    iteration: int
+    seconds: float
+    records: dict[str, Any]
+    last: Path | None = None
+
+
+def groups(frozen: tuple[str, ...]) -> set[str]:
+    """Names of a checkpoint's groups of tensors."""
+    return {"ema", *ROLES, *frozen, *(f"optimizer_{role}" for role in ROLES)}
+
+
+def restore(trainer: Trainer, checkpoint: Checkpoint, stage: str, frozen: tuple[str, ...] = ()) -> None:
+    """Put a checkpoint's weights, optimiser states and EMA into a trainer; DataError if one doesn't fit."""
+    if checkpoint.tensors.keys() != groups(frozen) or STATE_KEYS - {"records"} - checkpoint.state.keys():
+        raise DataError(f"{checkpoint.path} is no full checkpoint of rtdmd {stage}.", OTHER_HINT)
+    require_base(trainer, checkpoint)
+    for adapter in frozen:
+        trainer.roles.load(adapter, checkpoint.tensors[adapter])
+    trainer.ema = checked_average(trainer.roles, checkpoint.tensors["ema"])
+    for role in ROLES:
+        trainer.roles.load(role, checkpoint.tensors[role])
+        names = [name for name, _ in trainer.roles.named_parameters(role)]
+        group = checkpoint.tensors[f"optimizer_{role}"]
+        optim.load_optimizer(optimizer_of(trainer, role), names, group, checkpoint.state["optimizers"][role])
+    trainer.generator_updates = checkpoint.state["generator_updates"]
+
+
+def require_base(trainer: Trainer, checkpoint: Checkpoint) -> None:
+    """Raise DataError if a checkpoint was made on other weights of the base model."""
+    base, made_on = trainer.backbone.model_id, checkpoint.meta.get("base_hash")
+    if made_on != base.hash:
+        raise DataError(f"{checkpoint.path} was trained on another version of {base.path}.", OTHER_HINT)
+
+
+def checked_average(roles: Roles, ema: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A copy of an EMA on the model's device; DataError if a name or shape differs. Leaves it in the generator."""
+    roles.load("generator", ema)
+    return optim.ema_start(roles.named_parameters("generator"))
+
+
+def rewind(run: RunFolder, resolved: Resolved, checkpoint: Checkpoint | None, total: int) -> int:
+    """Make the run folder look as it did at a checkpoint (None: at the start); the iterations done.
+
+    The run is locked. UsageError if another process has continued it since the checkpoint was chosen.
+    """
+    newest, _ = newest_valid(run.checkpoints)
+    if newest and (checkpoint is None or newest.resolve() != checkpoint.path.resolve()):
+        raise UsageError(f"{run.path} has been continued by another process.", "Look at it, then try again.")
+    done = checkpoint.step if checkpoint else 0
+    run.metrics.truncate_after(done)
+    remove_after(run.checkpoints, done)
+    files.write_text(run.preset, dump_resolved(resolved.preset))
+    run.set_status("running", iteration=done)
+    run.log(f"start at iteration {done} of {total}")
+    return done
+
+
+def optimizer_of(trainer: Trainer, role: str) -> torch.optim.Optimizer:
+    """The optimiser of "fake" or "generator"."""
+    return trainer.fake_optimizer if role == "fake" else trainer.generator_optimizer
+
+
+def train(session: Session, quiet: bool) -> StopRequest:
+    """Iterate to the end or to the first signal; every save, metric line and grid on the way."""
+    stage, total = session.stage, session.stage.schedule.total
+    with stop_on_signals() as stop, training_progress(total, session.iteration, quiet) as show:
+        while session.iteration < total and stop.received is None:
+            began = time.monotonic()
+            stage.advance(session.iteration)
+            session.iteration += 1
+            took = time.monotonic() - began
+            session.seconds += took
+            show(session.iteration, session.trainer.metrics)
+            stage.after(session)
+            note(session, took)
+        if session.last is None or session.last.name != f"step-{session.iteration:06d}":
+            save(session)
+    return stop
+
+
+def note(session: Session, took: float) -> None:
+    """After an iteration: metrics, checkpoint and grid, each at its own distance."""
+    schedule, done = session.stage.schedule, session.iteration
+    grid_due = bool(schedule.sample_every) and done % schedule.sample_every == 0
+    if done % schedule.log_every == 0 or done == schedule.total:
+        row: dict[str, Any] = {"iteration": done, **session.trainer.metrics}
+        if grid_due:
+            row |= session.stage.figures()
+        session.tracker.log(row)
+        session.run.metrics.append(row | {"seconds": session.seconds, "iterations_per_second": 1 / took})
+    if done % schedule.save_every == 0:
+        save(session)
+    if grid_due and done != schedule.total:
+        sample_grid(session)
+
+
+def save(session: Session) -> None:
+    """Write a checkpoint of everything that the next iteration depends on."""
+    trainer, stage = session.trainer, session.stage
+    tensors: dict[str, dict[str, torch.Tensor]] = {"ema": trainer.ema}
+    for adapter in stage.frozen:
+        tensors[adapter] = {name: p.detach() for name, p in trainer.roles.named_parameters(adapter)}
+    scalars = {}
+    for role in ROLES:
+        named = trainer.roles.named_parameters(role)
+        tensors[role] = {name: parameter.detach() for name, parameter in named}
+        for name, tensor in tensors[role].items():
+            optim.check_finite(f"The weight {role}/{name}", tensor, session.iteration)
+        names = [name for name, _ in named]
+        saved = optim.optimizer_tensors(optimizer_of(trainer, role), names)
+        tensors[f"optimizer_{role}"], scalars[role] = saved
+    state: dict[str, Any] = {
+        "stage": stage.name,
+        "generator_updates": trainer.generator_updates,
+        "optimizers": scalars,
+        "seconds": round(session.seconds, 3),
+        "records": session.records,
+    }
+    assert state.keys() == STATE_KEYS and tensors.keys() == groups(stage.frozen)
+    meta = {
+        "preset_sha256": session.resolved.sha256,
+        "rtdmd": __version__,
+        "base_model": session.resolved.preset.model.path,
+        "base_hash": trainer.backbone.model_id.hash,
+    }
+    run, keep = session.run, stage.schedule.keep
+    session.last = save_checkpoint(run.checkpoints, session.iteration, tensors, state, keep, meta)
+    run.set_status("running", iteration=session.iteration)
+
+
+def sample_grid(session: Session) -> None:
+    """Write the grid of this iteration."""
+    path = session.run.samples / f"step-{session.iteration:06d}.png"
+    session.stage.sample(path, session.iteration)
+
+
+def finish(session: Session, stop: StopRequest) -> Outcome:
+    """Final grid, the stage's own panel and report, and the status."""
+    run = session.run
+    assert session.last is not None
+    sample_grid(session)
+    state: State = "finished" if session.iteration >= session.stage.schedule.total else "interrupted"
+    session.stage.finish(session, state)
+    run.set_status(state, iteration=session.iteration, seconds=round(session.seconds, 3))
+    run.log(f"{state} at iteration {session.iteration}")
+    return Outcome(
+        run.path, session.iteration, session.seconds, session.last, stop.exit_code, session.records
+    )

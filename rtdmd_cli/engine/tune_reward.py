@@ -1,0 +1,295 @@
+"""Stage 2: raise a few-step generator's rewards inside the teacher's distribution (method, section 4).
+
+    rtdmd tune-reward --reward shapes-clip
+
+One epoch, one optimiser step of each role:
+
+    SubGRPO            choose M of the stochastic steps
+    roll out           K images a prompt; chosen steps draw fresh noise, the others noise that the group shares
+    rewards            of the decoded images, several at once
+    fake's turn        section 3's loss on these images (s = 0)
+    advantages         per reward against the prompt's group, weighted, whitened, clipped
+    generator's turn   clipped surrogate on the chosen steps; on the last step distribution matching and the
+                       reward's own gradient
+
+The generator is stage 1's, frozen, with a fresh adapter on top (`roles.py`). Random numbers are keyed by (seed,
+stream, epoch, image), so that micro-batches and resumed runs see the same ones.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from rtdmd_cli.config.schema import TuneRewardConfig
+from rtdmd_cli.engine.algo.advantages import group_advantages
+from rtdmd_cli.engine.algo.flow import cps_logprob, cps_mean_std, to_x0
+from rtdmd_cli.engine.algo.losses import clipped_policy_loss, gaussian_kl, reward_hinge_loss
+from rtdmd_cli.engine.backbones.base import Conditioning
+from rtdmd_cli.engine.distill import (
+    Boundary,
+    Draws,
+    Trainer,
+    add,
+    check_weights,
+    fake_loss,
+    matching_loss,
+    move_role,
+)
+from rtdmd_cli.engine.runtime import optim, rng
+
+FAKE, GENERATOR, ROLLOUT = "tune/fake", "tune/generator", "tune/rollout"
+"""Names of the random streams; stage 1's are others."""
+
+
+class Rewards(Protocol):
+    """What the recipe needs of the rewards; `rewards.mixture.RewardMixture` is the real one."""
+
+    weights: dict[str, float]
+
+    def score(self, images: Tensor, prompts: Sequence[int]) -> dict[str, Tensor]:
+        """Each reward, undivided, of images [N,3,H,W] on the CPU and their prompts' indices: float32 [N]."""
+        ...
+
+    def differentiable_sum(self, images: Tensor, prompts: Sequence[int]) -> Tensor:
+        """Weighted sum [B] of the differentiable rewards, each over its divisor, with gradient to the images."""
+        ...
+
+
+@dataclass
+class Tuner:
+    """What the recipe works on. `core` holds roles, optimisers and EMA; its settings are section 3's."""
+
+    core: Trainer
+    config: TuneRewardConfig
+    rewards: Rewards
+
+    @property
+    def stochastic(self) -> int:
+        """Number of stochastic steps: all but the last."""
+        return len(self.core.sigmas) - 2
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """The images of an epoch, on the CPU.
+
+    x [N,T+1,C,H,W] float32: x[:, k] at `sigmas[k]`, the last the clean latent. logp [N,T-1] of the stochastic
+    steps. prompts [N]: prompt indices, group after group. steps: the chosen ones.
+    """
+
+    x: Tensor
+    logp: Tensor
+    prompts: Tensor
+    steps: tuple[int, ...]
+    parts: tuple[range, ...] = field(repr=False)
+
+
+def tune(tuner: Tuner, epoch: int) -> None:
+    """One epoch (0-based; errors count from 1). Leaves its figures in `tuner.core.metrics`.
+
+    Raises NumericalError before a role moves by a value that is not finite.
+    """
+    core, config = tuner.core, tuner.config
+    core.metrics = {}
+    rollouts = roll_out(tuner, epoch)
+    rewards = score(tuner, rollouts)
+    update_fake_score(tuner, epoch, rollouts)
+    groups = torch.arange(len(rollouts.prompts)) // config.images_per_prompt
+    advantages = group_advantages(rewards, tuner.rewards.weights, groups, config.advantage_clip)
+    optim.check_finite("The advantages", advantages, epoch + 1)
+    update_generator(tuner, epoch, rollouts, advantages)
+    core.metrics |= {f"reward/{name}": float(values.mean()) for name, values in rewards.items()}
+
+
+def chosen_steps(tuner: Tuner, epoch: int) -> tuple[int, ...]:
+    """SubGRPO: M of the stochastic steps, one subset for the whole epoch, in order."""
+    order = rng.permutation(tuner.stochastic, tuner.config.seed, "tune/steps", epoch)
+    return tuple(sorted(order[: tuner.config.subset_steps].tolist()))
+
+
+def chosen_prompts(tuner: Tuner, epoch: int) -> Tensor:
+    """Prompt index of each image [N]: distinct prompts, each `images_per_prompt` times in a row."""
+    config = tuner.config
+    order = rng.permutation(tuner.core.prompts, config.seed, "tune/prompts", epoch)
+    return order[: config.images_per_epoch // config.images_per_prompt].repeat_interleave(
+        config.images_per_prompt
+    )
+
+
+def roll_out(tuner: Tuner, epoch: int) -> Rollouts:
+    """Roll the generator out with the epoch's noise; see `Rollouts`."""
+    core, steps, prompts = tuner.core, chosen_steps(tuner, epoch), chosen_prompts(tuner, epoch)
+    size = tuner.config.micro_batch or len(prompts)
+    parts = tuple(range(start, start + size) for start in range(0, len(prompts), size))
+    latents, logps = [], []
+    for part in parts:
+        draws, cond = Draws(core, ROLLOUT, epoch, part), conditioning(core, prompts[list(part)])
+        with core.roles.role("generator"), torch.no_grad():
+            x, logp = roll_out_part(tuner, draws, cond, steps)
+        latents.append(x.cpu())
+        logps.append(logp.cpu())
+    return Rollouts(torch.cat(latents), torch.cat(logps), prompts, steps, parts)
+
+
+def roll_out_part(
+    tuner: Tuner, draws: Draws, cond: Conditioning, steps: tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
+    """Every latent [b,T+1,C,H,W] and the log-probability of every stochastic step [b,T-1]."""
+    core, x = tuner.core, draws.normal("initial")
+    latents, logps = [x], []
+    for k in range(tuner.stochastic):
+        mean, std = transition(core, x, k, cond)
+        x = mean + std * (draws.normal(f"{k}/step") if k in steps else shared_noise(tuner, draws, k))
+        logps.append(cps_logprob(x, mean, std, tuner.config.logprob))
+        latents.append(x)
+    return torch.stack([*latents, last_step(core, x, cond)], dim=1), torch.stack(logps, dim=1)
+
+
+def shared_noise(tuner: Tuner, draws: Draws, k: int) -> Tensor:
+    """Noise of a step that was not chosen: the same for all images of a prompt, [b,C,H,W]."""
+    groups = [index // tuner.config.images_per_prompt for index in draws.indices]
+    noise = rng.normal(tuner.core.shape, tuner.config.seed, f"{ROLLOUT}/{k}/shared", draws.iteration, groups)
+    return noise.to(tuner.core.backbone.device)
+
+
+def transition(core: Trainer, x: Tensor, k: int, cond: Conditioning) -> tuple[Tensor, Tensor]:
+    """Mean and std of the active role's stochastic step `k` from x [b,C,H,W]."""
+    sigma, sigma_next = core.sigmas[k], core.sigmas[k + 1]
+    v = core.backbone.velocity(x, x.new_full(x.shape[:1], sigma), cond)
+    return cps_mean_std(x, v, sigma, sigma_next, core.eta)
+
+
+def last_step(core: Trainer, x: Tensor, cond: Conditioning) -> Tensor:
+    """The active role's clean latent, from x [b,C,H,W] at the last level above 0."""
+    sigma = core.sigmas[-2]
+    return to_x0(x, sigma, core.backbone.velocity(x, x.new_full(x.shape[:1], sigma), cond))
+
+
+@torch.no_grad()
+def score(tuner: Tuner, rollouts: Rollouts) -> dict[str, Tensor]:
+    """Every reward [N] of the decoded images."""
+    backbone = tuner.core.backbone
+    images = [
+        backbone.decode(rollouts.x[list(part), -1].to(backbone.device)).cpu() for part in rollouts.parts
+    ]
+    return tuner.rewards.score(torch.cat(images), rollouts.prompts.tolist())
+
+
+def update_fake_score(tuner: Tuner, epoch: int, rollouts: Rollouts) -> None:
+    """The fake score's turn: one optimiser step of section 3's loss on the epoch's images, s = 0."""
+    core, last = tuner.core, tuner.stochastic
+    check_weights(core, epoch)
+    core.fake_optimizer.zero_grad(set_to_none=True)
+    for part, cond, share in micro_batches(core, rollouts):
+        x0 = rollouts.x[list(part), -1].to(core.backbone.device)
+        with core.roles.role("fake", train=True):
+            loss = fake_loss(core, Draws(core, FAKE, epoch, part), last, Boundary(0.0, x0, x0), cond, share)
+            optim.check_finite("The fake-score loss", loss, epoch + 1)
+            loss.backward()
+    move_role(core, "fake", core.fake_optimizer, core.config.fake_lr, epoch, epoch)
+
+
+def update_generator(tuner: Tuner, epoch: int, rollouts: Rollouts, advantages: Tensor) -> None:
+    """The generator's turn, accumulated over the epoch: (sum of the chosen steps + last step) / (M + 1)."""
+    core, config = tuner.core, tuner.config
+    check_weights(core, epoch)
+    core.generator_optimizer.zero_grad(set_to_none=True)
+    for part, cond, share in micro_batches(core, rollouts):
+        share_of_term = share / (len(rollouts.steps) + 1)
+        with core.roles.role("generator", train=True):
+            if config.policy_weight or config.kl_weight:
+                for k in rollouts.steps:
+                    loss = policy_loss(tuner, rollouts, part, k, cond, advantages, share)
+                    optim.check_finite("The policy loss", loss, epoch + 1)
+                    (share_of_term * loss).backward()
+            if config.dmd_weight or config.backprop_weight:
+                draws = Draws(core, GENERATOR, epoch, part)
+                loss = last_step_loss(tuner, rollouts, draws, cond, share)
+                optim.check_finite("The loss of the last step", loss, epoch + 1)
+                (share_of_term * loss).backward()
+    move_role(core, "generator", core.generator_optimizer, core.config.generator_lr, epoch, epoch)
+    decay = optim.ema_decay_at(epoch, config.ema_decay, warmup=False)
+    optim.ema_update(core.ema, core.roles.named_parameters("generator"), decay)
+    core.generator_updates += 1
+
+
+def policy_loss(
+    tuner: Tuner,
+    rollouts: Rollouts,
+    part: range,
+    k: int,
+    cond: Conditioning,
+    advantages: Tensor,
+    share: float,
+) -> Tensor:
+    """Clipped surrogate of step `k`, and the KL to stage 1's generator; the generator is active.
+
+    On-policy: the old log-probability is this one, detached. The recorded one shows the drift.
+    """
+    core, config, rows = tuner.core, tuner.config, list(part)
+    x, x_next = (rollouts.x[rows, step].to(core.backbone.device) for step in (k, k + 1))
+    mean, std = transition(core, x, k, cond)
+    logp = cps_logprob(x_next, mean, std, config.logprob)
+    output = clipped_policy_loss(logp, logp.detach(), advantages[rows].to(logp.device), config.policy_clip)
+    drift = (logp.detach() - rollouts.logp[rows, k].to(logp.device)).abs().mean()
+    add(core, {"drift": drift / len(rollouts.steps)}, share)
+    loss = config.policy_weight * output.loss
+    if config.kl_weight:
+        with torch.no_grad(), core.roles.role("start"):
+            reference, _ = transition(core, x, k, cond)
+        kl = gaussian_kl(mean, reference, std).mean()
+        add(core, {"kl": kl / len(rollouts.steps)}, share)
+        loss = loss + config.kl_weight * kl
+    return loss
+
+
+def last_step_loss(
+    tuner: Tuner, rollouts: Rollouts, draws: Draws, cond: Conditioning, share: float
+) -> Tensor:
+    """Distribution matching at s = 0 and reward back-propagation; the generator is active."""
+    core, config = tuner.core, tuner.config
+    x0 = clean_latent(tuner, rollouts, draws.indices, cond)
+    loss = x0.new_zeros(())
+    if config.dmd_weight:
+        boundary = Boundary(0.0, x0, x0.detach())
+        matching = matching_loss(core, draws, tuner.stochastic, boundary, cond, share) / share
+        loss = loss + config.dmd_weight * matching
+    if config.backprop_weight:
+        prompts = rollouts.prompts[list(draws.indices)].tolist()
+        reward = tuner.rewards.differentiable_sum(core.backbone.decode(x0), prompts)
+        hinge = reward_hinge_loss(reward, config.backprop_margin)
+        add(core, {"hinge_loss": hinge.loss, "hinge_active": hinge.metrics["active"]}, share)
+        loss = loss + config.backprop_weight * hinge.loss
+    return loss
+
+
+def clean_latent(tuner: Tuner, rollouts: Rollouts, part: range, cond: Conditioning) -> Tensor:
+    """The clean latent [b,C,H,W] with gradient through the last `backprop_steps` evaluations.
+
+    A stochastic step on the way keeps its recorded value: the noise is a constant, the gradient is the mean's.
+    """
+    core, rows = tuner.core, list(part)
+    first = tuner.stochastic + 1 - tuner.config.backprop_steps
+    x = rollouts.x[rows, first].to(core.backbone.device)
+    for k in range(first, tuner.stochastic):
+        mean, _ = transition(core, x, k, cond)
+        x = rollouts.x[rows, k + 1].to(mean.device) + (mean - mean.detach())
+    return last_step(core, x, cond)
+
+
+def micro_batches(core: Trainer, rollouts: Rollouts) -> Iterator[tuple[range, Conditioning, float]]:
+    """The images in equal parts: their indices, encoded prompts on the device, the part's share of the epoch."""
+    for part in rollouts.parts:
+        yield (
+            part,
+            conditioning(core, rollouts.prompts[list(part)]),
+            len(part) / len(rollouts.prompts),
+        )
+
+
+def conditioning(core: Trainer, prompts: Tensor) -> Conditioning:
+    """Encoded prompts of prompt indices [b], on the model's device."""
+    return core.conditioning(prompts.tolist()).to(core.backbone.device, core.backbone.dtype)
