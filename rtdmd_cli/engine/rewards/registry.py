@@ -142,6 +142,34 @@ REWARDS |= {
 }
 
 
+# Models that read the prompt while they look at the picture ------------------------------------------------------
+
+
+def _imagereward(device: torch.device, path: str | None) -> Reward:
+    from rtdmd_cli.engine.rewards.imagereward import ImageReward
+
+    return ImageReward.load(device, path)
+
+
+REWARDS |= {
+    entry.name: entry
+    for entry in (
+        RewardEntry(
+            name="imagereward",
+            measures="Which picture of a prompt people prefer (ImageReward v1.0); 0 is the average of its training.",
+            low=-2.0,
+            high=2.0,
+            differentiable=True,
+            needs=(
+                Need("THUDM/ImageReward", ("ImageReward.pt", "med_config.json"), 1_790_000_000, "Apache-2.0"),
+                Need("google-bert/bert-base-uncased", ("vocab.txt",), 231_508, "Apache-2.0"),
+            ),
+            load=_imagereward,
+        ),
+    )
+}
+
+
 def find_reward(name: str) -> RewardEntry:
     """The row of that name. UsageError, with the nearest name, if there is none."""
     if name in REWARDS:
