@@ -151,6 +151,21 @@ def _imagereward(device: torch.device, path: str | None) -> Reward:
     return ImageReward.load(device, path)
 
 
+def _vqascore(device: torch.device, path: str | None) -> Reward:
+    from rtdmd_cli.engine.rewards.vqascore import VqaScore
+
+    return VqaScore.load(device, path)
+
+
+def _geneval2(device: torch.device, path: str | None) -> Reward:
+    from rtdmd_cli.engine.rewards.geneval2 import GenEval2
+
+    return GenEval2.load(device, path)
+
+
+_QWEN_INPUTS = ("*.json", "*.jinja", "merges.txt")
+_QWEN3 = Need("Qwen/Qwen3-VL-8B-Instruct", ("*.safetensors", *_QWEN_INPUTS), 17_546_000_000, "Apache-2.0")
+
 REWARDS |= {
     entry.name: entry
     for entry in (
@@ -165,6 +180,25 @@ REWARDS |= {
                 Need("google-bert/bert-base-uncased", ("vocab.txt",), 231_508, "Apache-2.0"),
             ),
             load=_imagereward,
+        ),
+        RewardEntry(
+            name="vqascore",
+            measures="Whether the picture shows its prompt: the probability of Qwen3-VL-8B's Yes.",
+            low=0.0,
+            high=1.0,
+            differentiable=True,
+            needs=(_QWEN3,),
+            load=_vqascore,
+        ),
+        RewardEntry(
+            name="geneval2",
+            measures="Whether Qwen3-VL-8B sees each thing of a GenEval2 prompt: Soft-TIFA, the geometric mean.",
+            low=0.0,
+            high=1.0,
+            differentiable=False,
+            needs=(_QWEN3,),
+            load=_geneval2,
+            metadata="vqa_list",
         ),
     )
 }
