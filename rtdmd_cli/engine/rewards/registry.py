@@ -151,6 +151,12 @@ def _imagereward(device: torch.device, path: str | None) -> Reward:
     return ImageReward.load(device, path)
 
 
+def _hpsv3(device: torch.device, path: str | None) -> Reward:
+    from rtdmd_cli.engine.rewards.hpsv3 import HpsV3
+
+    return HpsV3.load(device, path)
+
+
 def _vqascore(device: torch.device, path: str | None) -> Reward:
     from rtdmd_cli.engine.rewards.vqascore import VqaScore
 
@@ -180,6 +186,18 @@ REWARDS |= {
                 Need("google-bert/bert-base-uncased", ("vocab.txt",), 231_508, "Apache-2.0"),
             ),
             load=_imagereward,
+        ),
+        RewardEntry(
+            name="hpsv3",
+            measures="How people rate the picture for its prompt: HPSv3, a fine-tuned Qwen2-VL-7B.",
+            low=0.0,
+            high=16.0,
+            differentiable=True,
+            needs=(
+                Need("MizzenAI/HPSv3", ("HPSv3.safetensors",), 16_592_000_000, "Apache-2.0"),
+                Need("Qwen/Qwen2-VL-7B-Instruct", _QWEN_INPUTS, 11_500_000, "Apache-2.0"),
+            ),
+            load=_hpsv3,
         ),
         RewardEntry(
             name="vqascore",
