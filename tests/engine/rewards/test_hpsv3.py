@@ -78,6 +78,23 @@ def published(folder: Path, images: Sequence[Tensor], prompts: Sequence[str]) ->
     return x
 
 
+def test_the_file_has_published_names(folder: Path) -> None:
+    """Those of Qwen/Qwen2-VL-7B-Instruct's index and of HPSv3's head."""
+    names = load_file(folder / "HPSv3.safetensors").keys()
+    assert names >= {
+        "visual.patch_embed.proj.weight",
+        "visual.blocks.1.attn.qkv.bias",
+        "visual.merger.ln_q.weight",
+        "visual.merger.mlp.2.weight",
+        "model.embed_tokens.weight",
+        "model.layers.1.self_attn.q_proj.bias",
+        "model.norm.weight",
+        "lm_head.weight",
+        "rm_head.0.weight",
+        "rm_head.5.bias",
+    }
+
+
 def test_the_text_is_the_published_one() -> None:
     """sha256 of INSTRUCTION.format(text_prompt="PROMPT") + prompt_with_special_token of the published collator."""
     text = TEMPLATE.format(prompt="PROMPT").encode()
