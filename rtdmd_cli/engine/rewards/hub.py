@@ -1,11 +1,12 @@
-"""One file of a hub repository, by way of the hub's own cache."""
+"""Files of a hub repository, by way of the hub's own cache."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -26,12 +27,28 @@ def hub_file(repository: str, file: str) -> Path:
 
     DataError where `repository` is no hub id, EnvironmentFailure where the hub can't deliver.
     """
-    if not re.fullmatch(REPOSITORY, repository):
-        raise DataError(f"{repository} is neither a folder nor a hub id.", "Check the path of the reward.")
+    _check_id(repository)
     try:
         return Path(hf_hub_download(repository, file))
     except (OSError, HTTPError, HFValidationError) as error:
         raise _failure(repository, file, error) from error
+
+
+def hub_folder(repository: str, patterns: Sequence[str], file: str) -> Path:
+    """The folder where the files of `repository` that match `patterns` lie; what isn't cached is downloaded.
+
+    Offline it may hold a part of them: check what you need. file: the one that is named in errors, as `hub_file`.
+    """
+    _check_id(repository)
+    try:
+        return Path(snapshot_download(repository, allow_patterns=list(patterns)))
+    except (OSError, HTTPError, HFValidationError) as error:
+        raise _failure(repository, file, error) from error
+
+
+def _check_id(repository: str) -> None:
+    if not re.fullmatch(REPOSITORY, repository):
+        raise DataError(f"{repository} is neither a folder nor a hub id.", "Check the path of the reward.")
 
 
 def _failure(repository: str, file: str, error: Exception) -> EnvironmentFailure:

@@ -142,6 +142,86 @@ REWARDS |= {
 }
 
 
+# Models that read the prompt while they look at the picture ------------------------------------------------------
+
+
+def _imagereward(device: torch.device, path: str | None) -> Reward:
+    from rtdmd_cli.engine.rewards.imagereward import ImageReward
+
+    return ImageReward.load(device, path)
+
+
+def _hpsv3(device: torch.device, path: str | None) -> Reward:
+    from rtdmd_cli.engine.rewards.hpsv3 import HpsV3
+
+    return HpsV3.load(device, path)
+
+
+def _vqascore(device: torch.device, path: str | None) -> Reward:
+    from rtdmd_cli.engine.rewards.vqascore import VqaScore
+
+    return VqaScore.load(device, path)
+
+
+def _geneval2(device: torch.device, path: str | None) -> Reward:
+    from rtdmd_cli.engine.rewards.geneval2 import GenEval2
+
+    return GenEval2.load(device, path)
+
+
+_QWEN_INPUTS = ("*.json", "*.jinja", "merges.txt")
+_QWEN3 = Need("Qwen/Qwen3-VL-8B-Instruct", ("*.safetensors", *_QWEN_INPUTS), 17_546_000_000, "Apache-2.0")
+
+REWARDS |= {
+    entry.name: entry
+    for entry in (
+        RewardEntry(
+            name="imagereward",
+            measures="Which picture of a prompt people prefer (ImageReward v1.0); 0 is the average of its training.",
+            low=-2.0,
+            high=2.0,
+            differentiable=True,
+            needs=(
+                Need("THUDM/ImageReward", ("ImageReward.pt", "med_config.json"), 1_790_000_000, "Apache-2.0"),
+                Need("google-bert/bert-base-uncased", ("vocab.txt",), 231_508, "Apache-2.0"),
+            ),
+            load=_imagereward,
+        ),
+        RewardEntry(
+            name="hpsv3",
+            measures="How people rate the picture for its prompt: HPSv3, a fine-tuned Qwen2-VL-7B.",
+            low=0.0,
+            high=16.0,
+            differentiable=True,
+            needs=(
+                Need("MizzenAI/HPSv3", ("HPSv3.safetensors",), 16_592_000_000, "Apache-2.0"),
+                Need("Qwen/Qwen2-VL-7B-Instruct", _QWEN_INPUTS, 11_500_000, "Apache-2.0"),
+            ),
+            load=_hpsv3,
+        ),
+        RewardEntry(
+            name="vqascore",
+            measures="Whether the picture shows its prompt: the probability of Qwen3-VL-8B's Yes.",
+            low=0.0,
+            high=1.0,
+            differentiable=True,
+            needs=(_QWEN3,),
+            load=_vqascore,
+        ),
+        RewardEntry(
+            name="geneval2",
+            measures="Whether Qwen3-VL-8B sees each thing of a GenEval2 prompt: Soft-TIFA, the geometric mean.",
+            low=0.0,
+            high=1.0,
+            differentiable=False,
+            needs=(_QWEN3,),
+            load=_geneval2,
+            metadata="vqa_list",
+        ),
+    )
+}
+
+
 def find_reward(name: str) -> RewardEntry:
     """The row of that name. UsageError, with the nearest name, if there is none."""
     if name in REWARDS:
