@@ -56,7 +56,7 @@ def distill(
     if dry_run:
         console.show(plan(resolved, len(prompts), out / run_name, start), json_output)
         return
-    console.quiet_libraries()
+    console.quiet_libraries(quiet)
     from rtdmd_cli.engine.distill_run import run_distill
 
     def say(text: str) -> None:

@@ -69,6 +69,7 @@ def eval_command(
             f"There is no benchmark `{benchmark}`; the nearest is `{close}`.", f"Run: rtdmd eval {close}"
         )
     folder = _free(out) if out is not None else None
+    console.quiet_libraries(quiet)
     from rtdmd_cli.engine.evaluation.shapes import chosen_prompts, evaluate, open_judge
 
     source, model = load_model(from_, guidance, device, dtype, quiet)

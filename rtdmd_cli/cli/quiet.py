@@ -16,8 +16,14 @@ def is_wanted(record: logging.LogRecord) -> bool:
     return NOISE[record.name] not in record.getMessage()
 
 
-def quiet_libraries() -> None:
-    """Call before the libraries are imported. The user's own HF_HUB_DISABLE_PROGRESS_BARS=0 keeps their bars."""
+def quiet_libraries(warnings: bool = False) -> None:
+    """Call before the libraries are imported; warnings: silence those as well, as --quiet wants.
+
+    The user's own HF_HUB_DISABLE_PROGRESS_BARS=0 and *_VERBOSITY are kept.
+    """
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if warnings:
+        for library in ("DIFFUSERS", "TRANSFORMERS"):
+            os.environ.setdefault(f"{library}_VERBOSITY", "error")
     for name in NOISE:
         logging.getLogger(name).addFilter(is_wanted)

@@ -88,6 +88,7 @@ def sample(
 
     The same seed, prompt index and picture index give the same picture, whatever the batch.
     """
+    console.quiet_libraries(quiet)
     texts = _texts(prompt, prompts)
     from rtdmd_cli.engine.pictures import Job, choose_folder, default_batch, write_grid, write_pictures
 

@@ -84,7 +84,7 @@ def tune_reward(
     if dry_run:
         console.show(plan(resolved, checkpoint, len(prompts), out / run_name, start), json_output)
         return
-    console.quiet_libraries()
+    console.quiet_libraries(quiet)
     from rtdmd_cli.engine.tune_run import run_tune, stage_1_state
 
     def say(text: str) -> None:

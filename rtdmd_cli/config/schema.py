@@ -127,6 +127,10 @@ class DistillConfig(Section):
     generator_lr: float = Field(
         default=3e-5, gt=0, le=1, description="learning rate of the generator, no unit"
     )
+    generator_lr_decay: Literal["none", "cosine"] = Field(
+        default="none",
+        description="fall of the generator's learning rate to 0 over the whole length: none, or a half cosine",
+    )
     fake_lr: float = Field(default=3e-5, gt=0, le=1, description="learning rate of the fake score, no unit")
     lr_warmup: int = Field(
         default=0,
@@ -262,6 +266,10 @@ class TuneRewardConfig(Section):
     )
     generator_lr: float = Field(
         default=3e-6, gt=0, le=1, description="learning rate of the generator, no unit"
+    )
+    generator_lr_decay: Literal["none", "cosine"] = Field(
+        default="none",
+        description="fall of the generator's learning rate to 0 over the whole length: none, or a half cosine",
     )
     fake_lr: float = Field(default=3e-5, gt=0, le=1, description="learning rate of the fake score, no unit")
     lr_warmup: int = Field(

@@ -121,7 +121,8 @@ def update_fake_score(trainer: Trainer, iteration: int, prompts: Tensor) -> None
                 loss = fake_loss(trainer, draws, number, boundary, cond, share / len(boundaries))
                 optim.check_finite("The fake-score loss", loss, iteration + 1)
                 loss.backward()
-    move_role(trainer, "fake", trainer.fake_optimizer, trainer.config.fake_lr, iteration, iteration)
+    rate = optim.learning_rate_at(iteration, trainer.config.fake_lr, trainer.config.lr_warmup)
+    move_role(trainer, "fake", trainer.fake_optimizer, rate, iteration)
 
 
 def fake_loss(
@@ -187,7 +188,9 @@ def update_generator(trainer: Trainer, iteration: int, prompts: Tensor) -> None:
                 optim.check_finite("The generator loss", loss, iteration + 1)
                 loss.backward()
     config, done = trainer.config, trainer.generator_updates
-    move_role(trainer, "generator", trainer.generator_optimizer, config.generator_lr, done, iteration)
+    total = config.iterations // config.fake_per_generator if config.generator_lr_decay == "cosine" else None
+    rate = optim.learning_rate_at(done, config.generator_lr, config.lr_warmup, total)
+    move_role(trainer, "generator", trainer.generator_optimizer, rate, iteration)
     decay = optim.ema_decay_at(done, config.ema_decay, config.ema_warmup)
     optim.ema_update(trainer.ema, trainer.roles.named_parameters("generator"), decay)
     trainer.generator_updates += 1
@@ -262,13 +265,13 @@ def micro_batches(
 
 
 def move_role(
-    trainer: Trainer, role: str, optimizer: torch.optim.Optimizer, lr: float, done: int, iteration: int
+    trainer: Trainer, role: str, optimizer: torch.optim.Optimizer, rate: float, iteration: int
 ) -> None:
-    """Check, clip and move one role, which has taken `done` steps; it stays if a gradient is not finite."""
+    """Check, clip and move one role at this learning rate; it stays if a gradient is not finite."""
     parameters = [(f"{role}/{name}", parameter) for name, parameter in trainer.roles.named_parameters(role)]
     norm = optim.clip_and_check(parameters, trainer.config.grad_clip, iteration + 1)
     trainer.metrics[f"{role}_grad_norm"] = norm
-    optim.set_learning_rate(optimizer, optim.learning_rate_at(done, lr, trainer.config.lr_warmup))
+    optim.set_learning_rate(optimizer, rate)
     optimizer.step()
 
 

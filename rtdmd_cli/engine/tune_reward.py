@@ -189,7 +189,8 @@ def update_fake_score(tuner: Tuner, epoch: int, rollouts: Rollouts) -> None:
             loss = fake_loss(core, Draws(core, FAKE, epoch, part), last, Boundary(0.0, x0, x0), cond, share)
             optim.check_finite("The fake-score loss", loss, epoch + 1)
             loss.backward()
-    move_role(core, "fake", core.fake_optimizer, core.config.fake_lr, epoch, epoch)
+    rate = optim.learning_rate_at(epoch, tuner.config.fake_lr, tuner.config.lr_warmup)
+    move_role(core, "fake", core.fake_optimizer, rate, epoch)
 
 
 def update_generator(tuner: Tuner, epoch: int, rollouts: Rollouts, advantages: Tensor) -> None:
@@ -210,7 +211,9 @@ def update_generator(tuner: Tuner, epoch: int, rollouts: Rollouts, advantages: T
                 loss = last_step_loss(tuner, rollouts, draws, cond, share)
                 optim.check_finite("The loss of the last step", loss, epoch + 1)
                 (share_of_term * loss).backward()
-    move_role(core, "generator", core.generator_optimizer, core.config.generator_lr, epoch, epoch)
+    total = config.epochs if config.generator_lr_decay == "cosine" else None
+    rate = optim.learning_rate_at(epoch, config.generator_lr, config.lr_warmup, total)
+    move_role(core, "generator", core.generator_optimizer, rate, epoch)
     decay = optim.ema_decay_at(epoch, config.ema_decay, warmup=False)
     optim.ema_update(core.ema, core.roles.named_parameters("generator"), decay)
     core.generator_updates += 1

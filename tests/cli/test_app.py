@@ -335,3 +335,11 @@ def test_messages_go_to_stderr_unless_quiet(capsys: pytest.CaptureFixture[str]) 
 
 def test_nearest() -> None:
     assert failures.nearest("iteration", ["batch", "iterations", "seed"]) == "iterations"
+
+
+def test_quiet_silences_the_libraries_remarks_on_a_prompt_that_is_cut(tmp_path: Path) -> None:
+    long = "a photo of a red circle and " * 12 + "a ring"  # longer than the encoders read
+    command = [*MODULE, "sample", long, "--from", "shapes-4step", "--steps", "1", "--out", str(tmp_path)]
+    spoken, silent = run(*command), run(*command, "--quiet")
+    assert spoken.returncode == silent.returncode == 0
+    assert "truncated" in spoken.stderr and silent.stderr == ""

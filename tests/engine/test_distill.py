@@ -426,6 +426,18 @@ def test_a_boundary_holds_what_it_says() -> None:
     assert last.s == 0 and torch.equal(last.x_s, last.x0)
 
 
+def test_the_generators_rate_falls_along_a_cosine() -> None:
+    trainer = make(iterations=8, generator_lr_decay="cosine")
+    rates = []
+    for iteration in range(8):
+        iterate(trainer, iteration)
+        optimizers = (trainer.generator_optimizer, trainer.fake_optimizer)
+        rates.append([optimizer.param_groups[0]["lr"] for optimizer in optimizers])
+    expected = [0.01 * 0.5 * (1 + math.cos(math.pi * update / 4)) for update in range(4)]
+    assert [rate for rate, _ in rates[1::2]] == pytest.approx(expected)
+    assert {rate for _, rate in rates} == {0.01}
+
+
 if __name__ == "__main__":
     figures = {variant: losses(variant) for variant in VARIANTS}
     REFERENCE.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")

@@ -32,9 +32,15 @@ def build_optimizer(
     )
 
 
-def learning_rate_at(step: int, lr: float, warmup: int) -> float:
-    """The rate of optimiser step `step` (0-based): lr (step + 1) / warmup during the warm-up, lr after it."""
-    return lr * min(1.0, (step + 1) / warmup) if warmup > 0 else lr
+def learning_rate_at(step: int, lr: float, warmup: int, total: int | None = None) -> float:
+    """The rate of optimiser step `step` (0-based): lr, times (step + 1) / warmup during the warm-up.
+
+    total: the number of steps over which the rate falls to 0 along a half cosine, lr (1 + cos(pi step/total))/2;
+    None for a constant rate.
+    """
+    warm = min(1.0, (step + 1) / warmup) if warmup > 0 else 1.0
+    fall = 0.5 * (1 + math.cos(math.pi * min(step / total, 1.0))) if total else 1.0
+    return lr * warm * fall
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -51,6 +51,12 @@ def test_the_first_step_of_adamw_by_hand() -> None:
         assert torch.allclose(parameter.detach(), old * (1 - 0.1 * 0.01) - 0.1 * sign, atol=1e-6)
 
 
+def test_cosine_decay() -> None:
+    rates = [optim.learning_rate_at(step, 0.4, 0, 4) for step in range(6)]
+    assert rates == pytest.approx([0.4, 0.4 * (2 + 2**0.5) / 4, 0.2, 0.4 * (2 - 2**0.5) / 4, 0.0, 0.0])
+    assert optim.learning_rate_at(1, 0.4, 4, 4) == pytest.approx(0.5 * rates[1])  # warm-up and fall multiply
+
+
 def test_warm_up() -> None:
     rates = [optim.learning_rate_at(step, 0.4, 4) for step in range(6)]
     assert rates == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4, 0.4])
