@@ -55,6 +55,12 @@ def _presets() -> typer.Typer:
     return app
 
 
+def _rewards() -> typer.Typer:
+    from rtdmd_cli.cli.rewards import app
+
+    return app
+
+
 @dataclass(frozen=True)
 class Entry:
     """A command of the program: how to import its function or Typer app, and the first sentence of its help."""
@@ -67,6 +73,7 @@ COMMANDS = {
     "distill": Entry(_distill, "Turn a model into a 4-step generator (stage 1)."),
     "sample": Entry(_sample, "Make pictures of a prompt, or of a file of prompts."),
     "eval": Entry(_eval, "Measure a model on a benchmark: strict score, interval, and what it cost."),
+    "rewards": Entry(_rewards, "List the rewards, and check that they work: order, range, gradient."),
     "presets": Entry(_presets, "List, show, copy and check presets: one YAML file is one recipe."),
 }
 

@@ -6,6 +6,7 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 from rtdmd_cli.engine.rewards.base import Need, Reward, RewardEntry
+from rtdmd_cli.engine.rewards.user import user_entry
 from rtdmd_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -121,9 +122,11 @@ REWARDS |= {entry.name: entry for entry in _RULES}
 
 
 def find_reward(name: str) -> RewardEntry:
-    """The row of that name. UsageError, with the nearest name, if there is none."""
+    """The row of that name, or of the user's own reward `module:Class`. UsageError, with the nearest name, for none."""
     if name in REWARDS:
         return REWARDS[name]
+    if ":" in name:
+        return user_entry(name)
     near = get_close_matches(name, REWARDS, n=1)
     raise UsageError(
         f"There is no reward `{name}`.",
