@@ -81,7 +81,7 @@ _RULES = (
     ),
     RewardEntry(
         name="geneval-soft",
-        measures="The same with partial credit for each thing that is right: for training, not for reports.",
+        measures="GenEval with partial credit for each thing that is right: for training, not for reports.",
         low=0.0,
         high=1.0,
         differentiable=False,
@@ -100,7 +100,7 @@ _RULES = (
     ),
     RewardEntry(
         name="shapes-geneval-soft",
-        measures="The same with partial credit for each thing that is right.",
+        measures="How much of its caption a picture of the shapes world shows: partial credit, as geneval-soft.",
         low=0.0,
         high=1.0,
         differentiable=False,
