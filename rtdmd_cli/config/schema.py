@@ -127,9 +127,9 @@ class DistillConfig(Section):
     generator_lr: float = Field(
         default=3e-5, gt=0, le=1, description="learning rate of the generator, no unit"
     )
-    generator_lr_decay: Literal["none", "cosine"] = Field(
+    lr_decay: Literal["none", "cosine"] = Field(
         default="none",
-        description="fall of the generator's learning rate to 0 over the whole length: none, or a half cosine",
+        description="fall of both learning rates to 0 over the whole length: none, or a half cosine",
     )
     fake_lr: float = Field(default=3e-5, gt=0, le=1, description="learning rate of the fake score, no unit")
     lr_warmup: int = Field(
@@ -168,6 +168,12 @@ class DistillConfig(Section):
         default=0.904, ge=0, lt=1, description="decay of the generator's average per generator step, no unit"
     )
     ema_warmup: bool = Field(default=False, description="start the decay at min((1+n)/(10+n), ema_decay)")
+    guidance: float | None = Field(
+        default=None,
+        ge=1,
+        le=100,
+        description="the teacher's guidance inside the generator loss, in both stages; null for model.guidance",
+    )
     boundaries: Literal["one", "every"] = Field(
         default="one",
         description="boundaries of a rollout that become training points: one drawn, or every one",
@@ -267,9 +273,9 @@ class TuneRewardConfig(Section):
     generator_lr: float = Field(
         default=3e-6, gt=0, le=1, description="learning rate of the generator, no unit"
     )
-    generator_lr_decay: Literal["none", "cosine"] = Field(
+    lr_decay: Literal["none", "cosine"] = Field(
         default="none",
-        description="fall of the generator's learning rate to 0 over the whole length: none, or a half cosine",
+        description="fall of both learning rates to 0 over the whole length: none, or a half cosine",
     )
     fake_lr: float = Field(default=3e-5, gt=0, le=1, description="learning rate of the fake score, no unit")
     lr_warmup: int = Field(
@@ -479,6 +485,11 @@ class Preset(Section):
     tune_reward: TuneRewardConfig = TuneRewardConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     hardware: HardwareConfig = HardwareConfig()
+
+    @property
+    def matching_guidance(self) -> float:
+        """The teacher's guidance scale in the generator loss."""
+        return self.model.guidance if self.distill.guidance is None else self.distill.guidance
 
     @field_validator("name")
     @classmethod

@@ -121,7 +121,9 @@ def update_fake_score(trainer: Trainer, iteration: int, prompts: Tensor) -> None
                 loss = fake_loss(trainer, draws, number, boundary, cond, share / len(boundaries))
                 optim.check_finite("The fake-score loss", loss, iteration + 1)
                 loss.backward()
-    rate = optim.learning_rate_at(iteration, trainer.config.fake_lr, trainer.config.lr_warmup)
+    config = trainer.config
+    total = config.iterations if config.lr_decay == "cosine" else None
+    rate = optim.learning_rate_at(iteration, config.fake_lr, config.lr_warmup, total)
     move_role(trainer, "fake", trainer.fake_optimizer, rate, iteration)
 
 
@@ -188,7 +190,7 @@ def update_generator(trainer: Trainer, iteration: int, prompts: Tensor) -> None:
                 optim.check_finite("The generator loss", loss, iteration + 1)
                 loss.backward()
     config, done = trainer.config, trainer.generator_updates
-    total = config.iterations // config.fake_per_generator if config.generator_lr_decay == "cosine" else None
+    total = config.iterations // config.fake_per_generator if config.lr_decay == "cosine" else None
     rate = optim.learning_rate_at(done, config.generator_lr, config.lr_warmup, total)
     move_role(trainer, "generator", trainer.generator_optimizer, rate, iteration)
     decay = optim.ema_decay_at(done, config.ema_decay, config.ema_warmup)

@@ -144,7 +144,7 @@ def build_trainer(
         config=config,
         sigmas=sigmas,
         eta=preset.sampler.eta,
-        guidance=preset.model.guidance,
+        guidance=preset.matching_guidance,
         shape=backbone.latent_shape(preset.model.resolution, preset.model.resolution),
         prompts=prompts,
         conditioning=conditioning,

@@ -80,7 +80,7 @@ def make_previews(
         backbone,
         roles,
         sampling_plan("generator", backbone, preset.model, preset.sampler),
-        preset.model.guidance,
+        preset.matching_guidance,
         backbone.latent_shape(preset.model.resolution, preset.model.resolution),
         preset.evaluate.seed,
         [prompts[i] for i in chosen],

@@ -189,7 +189,9 @@ def update_fake_score(tuner: Tuner, epoch: int, rollouts: Rollouts) -> None:
             loss = fake_loss(core, Draws(core, FAKE, epoch, part), last, Boundary(0.0, x0, x0), cond, share)
             optim.check_finite("The fake-score loss", loss, epoch + 1)
             loss.backward()
-    rate = optim.learning_rate_at(epoch, tuner.config.fake_lr, tuner.config.lr_warmup)
+    config = tuner.config
+    total = config.epochs if config.lr_decay == "cosine" else None
+    rate = optim.learning_rate_at(epoch, config.fake_lr, config.lr_warmup, total)
     move_role(core, "fake", core.fake_optimizer, rate, epoch)
 
 
@@ -211,7 +213,7 @@ def update_generator(tuner: Tuner, epoch: int, rollouts: Rollouts, advantages: T
                 loss = last_step_loss(tuner, rollouts, draws, cond, share)
                 optim.check_finite("The loss of the last step", loss, epoch + 1)
                 (share_of_term * loss).backward()
-    total = config.epochs if config.generator_lr_decay == "cosine" else None
+    total = config.epochs if config.lr_decay == "cosine" else None
     rate = optim.learning_rate_at(epoch, config.generator_lr, config.lr_warmup, total)
     move_role(core, "generator", core.generator_optimizer, rate, epoch)
     decay = optim.ema_decay_at(epoch, config.ema_decay, warmup=False)

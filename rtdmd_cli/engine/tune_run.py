@@ -186,7 +186,7 @@ def build_tuner(
         config=stage_1_settings(preset),
         sigmas=sigmas,
         eta=preset.sampler.eta,
-        guidance=preset.model.guidance,
+        guidance=preset.matching_guidance,
         shape=backbone.latent_shape(preset.model.resolution, preset.model.resolution),
         prompts=prompts,
         conditioning=conditioning,
