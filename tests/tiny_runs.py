@@ -40,8 +40,9 @@ def generator_weights(seed: int, rank: int = RANK) -> dict[str, Tensor]:
 def add_checkpoint(
     run: RunFolder, step: int, weights: dict[str, Tensor], base_hash: str | None = None
 ) -> Path:
-    """Save a checkpoint whose EMA is `weights`, and whose raw generator is something else."""
+    """Save a checkpoint whose EMA is `weights`, and whose raw generator and fake score are something else."""
     tensors = {"ema": weights, "generator": {name: -tensor for name, tensor in weights.items()}}
+    tensors["fake"] = {name: tensor.flip(0) for name, tensor in weights.items()}
     meta = {"base_hash": base_hash or folder_hash(sd3_folder())}
     return save_checkpoint(run.checkpoints, step, tensors, {"stage": "distill"}, 3, meta)
 
