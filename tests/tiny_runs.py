@@ -47,11 +47,17 @@ def add_checkpoint(
     return save_checkpoint(run.checkpoints, step, tensors, {"stage": "distill"}, 3, meta)
 
 
-def make_run(out: Path, name: str, steps: tuple[int, ...] = (10,), state: State = "finished") -> RunFolder:
+def make_run(
+    out: Path,
+    name: str,
+    steps: tuple[int, ...] = (10,),
+    state: State = "finished",
+    stage: str = "distill",
+) -> RunFolder:
     """A run with a checkpoint for each of `steps`, its EMA drawn from the step."""
     out.mkdir(parents=True, exist_ok=True)
     preset = write_preset(out / f".{name}.yaml")
-    run = create_run(out, name, load_preset(str(preset), environ={}), ["rtdmd"], torch.device("cpu"))
+    run = create_run(out, name, load_preset(str(preset), environ={}), ["rtdmd"], torch.device("cpu"), stage)
     for step in steps:
         add_checkpoint(run, step, generator_weights(step))
     run.set_status(state)

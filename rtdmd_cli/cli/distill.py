@@ -51,7 +51,7 @@ def distill(
     from rtdmd_cli.engine.prompts import known_by, read_prompt_set
 
     prompts = read_prompt_set(resolved.preset.distill.prompts)
-    run_name = name or resolved.preset.name
+    run_name = resolved.preset.name if name is None else name
     start = find_start(resume, out, name, run_name, resolved, known_by(prompts), quiet, DISTILL)
     if dry_run:
         console.show(plan(resolved, len(prompts), out / run_name, start), json_output)

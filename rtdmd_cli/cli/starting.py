@@ -68,7 +68,7 @@ def find_start(
     from rtdmd_cli.engine.distill_start import Start
     from rtdmd_cli.engine.runtime import checkpoint, run_folder
 
-    if name or resume in ("auto", "never"):
+    if name is not None or resume in ("auto", "never"):
         run_folder.check_name(run_name)
     if resume == "never":
         run_folder.refuse_existing(out / run_name)

@@ -80,7 +80,7 @@ def tune_reward(
     prompts = read_prompt_set(config.prompts)
     eval_prompts = read_prompt_set(config.eval_prompts) if config.eval_prompts else prompts
     check_rewards(resolved, prompts)
-    run_name = name or run.path.resolve().name + SUFFIX
+    run_name = run.path.resolve().name + SUFFIX if name is None else name
     known = known_by(prompts, eval_prompts)
     start = find_start(resume, out, name, run_name, resolved, known, quiet, TUNE_REWARD)
     if dry_run:
