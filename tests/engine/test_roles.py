@@ -353,7 +353,7 @@ def merged(*parts: tuple[dict[str, Tensor], LoraConfig]) -> Tensor:
 @pytest.mark.parametrize("role", ["generator", "fake"])
 def test_stacked_adapters_are_merged_weights(stacked: Roles, role: str) -> None:
     below, own = (stacked.state(f"stage1_{role}"), LORA), (stacked.state(role), FRESH)
-    torch.testing.assert_close(output(stacked, role), merged(below, own), rtol=0, atol=1e-5)
+    torch.testing.assert_close(output(stacked, role), merged(below, own), rtol=1e-6, atol=2e-6)
     assert (output(stacked, role) - merged(below)).abs().max() > 1e-2
     assert (output(stacked, role) - merged(own)).abs().max() > 1e-2
 

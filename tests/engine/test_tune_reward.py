@@ -271,10 +271,11 @@ def test_an_inactive_hinge_has_no_gradient() -> None:
     assert tuner.core.metrics["hinge_active"] == 0
 
 
-def test_rewards_without_a_gradient_leave_the_other_terms() -> None:
+@pytest.mark.parametrize("matching", [0.0, 0.5])
+def test_rewards_without_a_gradient_leave_the_other_terms(matching: float) -> None:
     found = []
     for weight in (0.0, 1.0):
-        tuner = stir(make_tuner(rewards=("rule",), dmd_weight=0.0, backprop_weight=weight))
+        tuner = stir(make_tuner(rewards=("rule",), dmd_weight=matching, backprop_weight=weight))
         rollouts, _, advantages = epoch_of(tuner)
         update_generator(tuner, 1, rollouts, advantages)
         assert "hinge_loss" not in tuner.core.metrics
