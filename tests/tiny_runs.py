@@ -40,17 +40,24 @@ def generator_weights(seed: int, rank: int = RANK) -> dict[str, Tensor]:
 def add_checkpoint(
     run: RunFolder, step: int, weights: dict[str, Tensor], base_hash: str | None = None
 ) -> Path:
-    """Save a checkpoint whose EMA is `weights`, and whose raw generator is something else."""
+    """Save a checkpoint whose EMA is `weights`, and whose raw generator and fake score are something else."""
     tensors = {"ema": weights, "generator": {name: -tensor for name, tensor in weights.items()}}
+    tensors["fake"] = {name: tensor.flip(0) for name, tensor in weights.items()}
     meta = {"base_hash": base_hash or folder_hash(sd3_folder())}
     return save_checkpoint(run.checkpoints, step, tensors, {"stage": "distill"}, 3, meta)
 
 
-def make_run(out: Path, name: str, steps: tuple[int, ...] = (10,), state: State = "finished") -> RunFolder:
+def make_run(
+    out: Path,
+    name: str,
+    steps: tuple[int, ...] = (10,),
+    state: State = "finished",
+    stage: str = "distill",
+) -> RunFolder:
     """A run with a checkpoint for each of `steps`, its EMA drawn from the step."""
     out.mkdir(parents=True, exist_ok=True)
     preset = write_preset(out / f".{name}.yaml")
-    run = create_run(out, name, load_preset(str(preset), environ={}), ["rtdmd"], torch.device("cpu"))
+    run = create_run(out, name, load_preset(str(preset), environ={}), ["rtdmd"], torch.device("cpu"), stage)
     for step in steps:
         add_checkpoint(run, step, generator_weights(step))
     run.set_status(state)

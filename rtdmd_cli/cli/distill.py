@@ -48,11 +48,11 @@ def distill(
     """
     hardware = [f"hardware.{key}={value}" for key, value in (("device", device), ("dtype", dtype)) if value]
     resolved = load_preset(preset, [*(overrides or []), *hardware])
-    from rtdmd_cli.engine.prompts import read_prompts
+    from rtdmd_cli.engine.prompts import known_by, read_prompt_set
 
-    prompts = read_prompts(resolved.preset.distill.prompts)
-    run_name = name or resolved.preset.name
-    start = find_start(resume, out, name, run_name, resolved, quiet, DISTILL)
+    prompts = read_prompt_set(resolved.preset.distill.prompts)
+    run_name = resolved.preset.name if name is None else name
+    start = find_start(resume, out, name, run_name, resolved, known_by(prompts), quiet, DISTILL)
     if dry_run:
         console.show(plan(resolved, len(prompts), out / run_name, start), json_output)
         return

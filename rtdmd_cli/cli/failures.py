@@ -21,7 +21,8 @@ BROKEN_PIPE = 141  # 128 + SIGPIPE
 DEBUG = "RTDMD_DEBUG"
 OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
 OUT_OF_MEMORY_HINT = (
-    "Use less at once: --set distill.micro_batch=1 to train, --batch 1 to sample, or close other programs."
+    "Use less at once: --set distill.micro_batch=1 or tune_reward.micro_batch=1 to train, --batch 1 to sample, "
+    "or close other programs."
 )
 MACHINE = {
     errno.ENOSPC: "Free some space on that disk.",

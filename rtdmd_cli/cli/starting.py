@@ -23,30 +23,53 @@ class Stage:
 
 
 _SCHEDULE = ("save_every", "keep", "log_every", "sample_every")
-DISTILL = Stage(
-    "distill",
-    ("name", "description", "distill.iterations", *(f"distill.{key}" for key in _SCHEDULE)),
-    ("evaluate.", "hardware.", "tune_reward."),
+_FREE_DISTILL = (
+    "name",
+    "description",
+    "distill.iterations",
+    "distill.micro_batch",
+    "distill.consistency_batched",
+    *(f"distill.{key}" for key in _SCHEDULE),
 )
+DISTILL = Stage("distill", _FREE_DISTILL, ("evaluate.", "hardware.", "tune_reward."))
 TUNE_REWARD = Stage(
     "tune-reward",
-    ("name", "description", "tune_reward.epochs", *(f"tune_reward.{key}" for key in _SCHEDULE)),
-    ("evaluate.", "hardware."),
+    (
+        *_FREE_DISTILL,
+        "tune_reward.epochs",
+        "tune_reward.micro_batch",
+        "tune_reward.rewards_in_memory",
+        *(f"tune_reward.{key}" for key in _SCHEDULE),
+        "evaluate.images_per_prompt",
+        "evaluate.batch",  # not evaluate.seed: rewards are measured with it before and after
+    ),
+    ("hardware.",),
 )
 
 
 def find_start(
-    resume: str, out: Path, name: str | None, run_name: str, resolved: Resolved, quiet: bool, stage: Stage
+    resume: str,
+    out: Path,
+    name: str | None,
+    run_name: str,
+    resolved: Resolved,
+    prompts: str,
+    quiet: bool,
+    stage: Stage,
 ) -> "Start":
     """What --resume asks for; nothing is made or loaded but the checkpoint.
 
+    name: as given; run_name: with the default in its place. prompts: `prompts.known_by` of the prompts.
+
     Raises:
-        UsageError: the run exists and is not to be resumed, or PATH names no run. DataError: no good
-        checkpoint, or one that was made with other settings.
+        UsageError: the run exists and is not to be resumed, or PATH names no run; a name that no run can have.
+        DataError: no good checkpoint, or one that was made with other settings or prompts.
     """
     from rtdmd_cli.engine.distill_start import Start
     from rtdmd_cli.engine.runtime import checkpoint, run_folder
 
+    if name is not None or resume in ("auto", "never"):
+        run_folder.check_name(run_name)
     if resume == "never":
         run_folder.refuse_existing(out / run_name)
         return Start(None, None)
@@ -69,6 +92,16 @@ def find_start(
     if loaded and loaded.state.get("stage") != stage.name:
         raise DataError(
             f"{path} was not made by rtdmd {stage.name}.", f"Choose a checkpoint of rtdmd {stage.name}."
+        )
+    if run and run.stage != stage.name:
+        raise DataError(
+            f"{run.path} is a run of rtdmd {run.stage}, not of rtdmd {stage.name}.",
+            "Start another run with --name OTHER.",
+        )
+    if loaded and loaded.meta.get("prompts_sha256", prompts) != prompts:
+        raise DataError(
+            f"{path} was trained on other prompts than these.",
+            "Restore the prompt file, or start a run of its own: --name OTHER, without --resume.",
         )
     if run:
         require_same_recipe(run.preset, resolved, stage)

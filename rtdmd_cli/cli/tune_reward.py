@@ -1,5 +1,6 @@
 """`rtdmd tune-reward`: stage 2."""
 
+import json
 import shlex
 import sys
 from pathlib import Path
@@ -73,14 +74,15 @@ def tune_reward(
     settings = settings_of(reward, overrides or [], device, dtype)
     resolved = load_preset(preset or str(run.preset), settings, environ=None if preset else {})
     require_same_model(run, resolved)
-    from rtdmd_cli.engine.prompts import read_prompt_set
+    from rtdmd_cli.engine.prompts import known_by, read_prompt_set
 
     config = resolved.preset.tune_reward
     prompts = read_prompt_set(config.prompts)
     eval_prompts = read_prompt_set(config.eval_prompts) if config.eval_prompts else prompts
     check_rewards(resolved, prompts)
-    run_name = name or run.path.resolve().name + SUFFIX
-    start = find_start(resume, out, name or run_name, run_name, resolved, quiet, TUNE_REWARD)
+    run_name = run.path.resolve().name + SUFFIX if name is None else name
+    known = known_by(prompts, eval_prompts)
+    start = find_start(resume, out, name, run_name, resolved, known, quiet, TUNE_REWARD)
     if dry_run:
         console.show(plan(resolved, checkpoint, len(prompts), out / run_name, start), json_output)
         return
@@ -109,7 +111,7 @@ def settings_of(
             raise UsageError(
                 f"--reward {error}.", "Write it as --reward NAME or --reward NAME=0.5"
             ) from error
-        settings.append(f"tune_reward.rewards=[{', '.join(rewards)}]")
+        settings.append(f"tune_reward.rewards={json.dumps(rewards)}")
     return [
         *settings,
         *(f"hardware.{key}={text}" for key, text in (("device", device), ("dtype", dtype)) if text),

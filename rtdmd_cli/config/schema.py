@@ -247,7 +247,8 @@ class TuneRewardConfig(Section):
         description="where a reward's weights are, NAME=FOLDER or NAME=HUB_ID, instead of the published source",
     )
     rewards_in_memory: Literal["all", "one"] = Field(
-        default="all", description="reward models held at a time; one loads each anew for every epoch"
+        default="all",
+        description="reward models held at a time; one loads each when its turn comes, those with a gradient together",
     )
     epochs: int = Field(
         default=1000, ge=1, le=MAX_COUNT, description="length of the training, epochs of one generator step"

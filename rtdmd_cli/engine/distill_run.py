@@ -12,6 +12,7 @@ from rtdmd_cli.engine.backbones.base import Backbone, Conditioning, load_backbon
 from rtdmd_cli.engine.distill import Trainer, iterate
 from rtdmd_cli.engine.distill_report import write_run_report
 from rtdmd_cli.engine.distill_start import Start
+from rtdmd_cli.engine.prompts import PromptSet, known_by
 from rtdmd_cli.engine.roles import Roles
 from rtdmd_cli.engine.runtime import optim
 from rtdmd_cli.engine.runtime.device import resolve_device, resolve_dtype
@@ -29,7 +30,7 @@ PRELOAD_BYTES = 2_000_000_000
 
 def run_distill(
     resolved: Resolved,
-    prompts: Sequence[str],
+    prompts: PromptSet,
     start: Start,
     out: Path,
     name: str,
@@ -53,7 +54,7 @@ def run_distill(
     device = resolve_device(hardware.device)
     backbone = load_backbone(resolved.preset.model, device, resolve_dtype(hardware.dtype, device))
     say(f"model {resolved.preset.model.path} on {device}, {backbone.dtype}".replace("torch.", ""))
-    conditioning, empty = encode_prompts(backbone, prompts, say)
+    conditioning, empty = encode_prompts(backbone, prompts.texts, say)
     trainer = build_trainer(backbone, resolved.preset, len(prompts), conditioning, empty)
     saved = start.checkpoint
     if saved:
@@ -61,9 +62,13 @@ def run_distill(
     run = start.run or create_run(out, name, resolved, command, device)
     with run.lock(), open_tracker(hardware.tracker, run.path) as tracker:
         done = rewind(run, resolved, saved, resolved.preset.distill.iterations)
-        shown = pictures.make_previews(backbone, trainer.roles, resolved.preset, prompts, conditioning, empty)
+        shown = pictures.make_previews(
+            backbone, trainer.roles, resolved.preset, prompts.texts, conditioning, empty
+        )
         seconds = float(saved.state["seconds"]) if saved else 0.0
-        session = Session(run, resolved, trainer, stage(trainer, shown), tracker, done, seconds, records={})
+        session = Session(
+            run, resolved, trainer, stage(trainer, shown), tracker, done, seconds, {}, known_by(prompts)
+        )
         session.last = saved.path if start.run and saved else None
         try:
             stop = train(session, quiet)

@@ -1,5 +1,6 @@
 """Reads prompts: a text file, standard input, or the training captions of the built-in world. No torch."""
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,10 +39,17 @@ class PromptSet:
         return PromptSet([self.texts[i] for i in indices], [self.metadata[i] for i in indices])
 
 
+def known_by(*sets: PromptSet) -> str:
+    """The sha256 of sets of prompts: texts and metadata, in their order."""
+    everything = [[list(prompts.texts), [dict(known) for known in prompts.metadata]] for prompts in sets]
+    return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()
+
+
 def read_prompt_set(source: str) -> PromptSet:
     """As `read_prompts`, and from a .jsonl file: one object a line, its `prompt` the text, the rest metadata.
 
-    Raises as `read_prompts`, and DataError, naming the line, for one that is no object with a text `prompt`.
+    Raises as `read_prompts`, and DataError, naming the prompt by its number, for a line that is no object with a text
+    `prompt`, and for a text with a NUL character or half a surrogate pair.
     """
     lines = read_prompts(source)
     if not source.endswith(".jsonl"):
@@ -50,11 +58,13 @@ def read_prompt_set(source: str) -> PromptSet:
     for number, line in enumerate(lines, 1):
         try:
             entry = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{source}: prompt {number} is not JSON.", _JSONL_HINT) from error
         prompt = entry.pop("prompt", None) if isinstance(entry, dict) else None
         if not isinstance(prompt, str) or not prompt.strip():
             raise DataError(f"{source}: prompt {number} has no text `prompt`.", _JSONL_HINT)
+        if "\0" in prompt or any("\ud800" <= letter <= "\udfff" for letter in prompt):
+            raise DataError(f"{source}: prompt {number} holds a character that is no text.", _JSONL_HINT)
         texts.append(prompt.strip())
         metadata.append(entry)
     return PromptSet(texts, metadata)

@@ -63,8 +63,9 @@ class Roles:
         else:
             adapters = {STAGE1_GENERATOR: (lora, 1 / lora.rank), STAGE1_FAKE: (lora, 1 / lora.rank)}
             adapters |= {GENERATOR: (fresh, 1.0), FAKE: (fresh, 1.0)}
-        for config in {id(config): config for config, _ in adapters.values()}.values():
-            _check_targets(transformer, config)
+        _check_targets(transformer, lora, "distill")
+        if fresh is not None:
+            _check_targets(transformer, fresh, "tune_reward")
         for name, (config, _) in adapters.items():
             _add_adapter(transformer, name, config)
         self._layers: list[BaseTunerLayer] = []
@@ -176,14 +177,14 @@ def _add_adapter(transformer: Any, name: str, lora: LoraConfig) -> None:
         transformer.add_adapter(config, name)  # its draws are replaced by keyed ones
 
 
-def _check_targets(transformer: nn.Module, lora: LoraConfig) -> None:
+def _check_targets(transformer: nn.Module, lora: LoraConfig, section: str) -> None:
     """UsageError unless each of `lora.targets` ends the name of a linear layer in a module `attn`."""
     linear = [f".{name}" for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
     missing = [t for t in lora.targets if not any(name.endswith(f".attn.{t}") for name in linear)]
     if missing:
         there = sorted({name.rpartition(".attn.")[2] for name in linear if ".attn." in name})
         raise UsageError(
-            f"distill.lora.targets: no attention layer of the model is called {', '.join(missing)}.",
+            f"{section}.lora.targets: no attention layer of the model is called {', '.join(missing)}.",
             f"It has {', '.join(there)}.",
         )
 

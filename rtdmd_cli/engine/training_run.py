@@ -56,7 +56,7 @@ class Stage:
 
     name: in checkpoints and run folders. advance(i): one iteration (0-based). figures(): measured where a grid is
     made, beside the metrics. sample(path, iteration): writes a grid. finish(session, state): health panel and report.
-    after(session): called after each iteration, for measurements of the stage's own.
+    after(iteration): measured by the stage after an iteration; a metric line is written where there is any.
     frozen: adapters that belong into every checkpoint although they don't change.
     """
 
@@ -66,7 +66,7 @@ class Stage:
     figures: Callable[[], Mapping[str, float]]
     sample: Callable[[Path, int], None]
     finish: Callable[["Session", State], None]
-    after: Callable[["Session"], None] = lambda session: None
+    after: Callable[[int], Mapping[str, float]] = lambda iteration: {}
     frozen: tuple[str, ...] = ()
 
 
@@ -75,7 +75,7 @@ class Session:
     """A run in progress.
 
     `seconds` counts training time of all parts, `last` is the newest checkpoint, `records` are JSON values of the
-    stage's own that survive a resume.
+    stage's own that survive a resume, `prompts` is what `prompts.known_by` says of the prompts.
     """
 
     run: RunFolder
@@ -86,6 +86,7 @@ class Session:
     iteration: int
     seconds: float
     records: dict[str, Any]
+    prompts: str
     last: Path | None = None
 
 
@@ -156,19 +157,18 @@ def train(session: Session, quiet: bool) -> StopRequest:
             took = time.monotonic() - began
             session.seconds += took
             show(session.iteration, session.trainer.metrics)
-            stage.after(session)
-            note(session, took)
+            note(session, took, stage.after(session.iteration))
         if session.last is None or session.last.name != f"step-{session.iteration:06d}":
             save(session)
     return stop
 
 
-def note(session: Session, took: float) -> None:
+def note(session: Session, took: float, measured: Mapping[str, float]) -> None:
     """After an iteration: metrics, checkpoint and grid, each at its own distance."""
     schedule, done = session.stage.schedule, session.iteration
     grid_due = bool(schedule.sample_every) and done % schedule.sample_every == 0
-    if done % schedule.log_every == 0 or done == schedule.total:
-        row: dict[str, Any] = {"iteration": done, **session.trainer.metrics}
+    if done % schedule.log_every == 0 or done == schedule.total or measured:
+        row: dict[str, Any] = {"iteration": done, **session.trainer.metrics, **measured}
         if grid_due:
             row |= session.stage.figures()
         session.tracker.log(row)
@@ -207,6 +207,7 @@ def save(session: Session) -> None:
         "rtdmd": __version__,
         "base_model": session.resolved.preset.model.path,
         "base_hash": trainer.backbone.model_id.hash,
+        "prompts_sha256": session.prompts,
     }
     run, keep = session.run, stage.schedule.keep
     session.last = save_checkpoint(run.checkpoints, session.iteration, tensors, state, keep, meta)

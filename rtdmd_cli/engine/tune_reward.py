@@ -17,6 +17,7 @@ stream, epoch, image), so that micro-batches and resumed runs see the same ones.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -49,6 +50,15 @@ class Rewards(Protocol):
 
     weights: dict[str, float]
 
+    @property
+    def differentiable(self) -> tuple[str, ...]:
+        """Names of those with a gradient."""
+        ...
+
+    def hold_differentiable(self) -> AbstractContextManager[None]:
+        """Within the block the differentiable rewards stay loaded."""
+        ...
+
     def score(self, images: Tensor, prompts: Sequence[int]) -> dict[str, Tensor]:
         """Each reward, undivided, of images [N,3,H,W] on the CPU and their prompts' indices: float32 [N]."""
         ...
@@ -70,6 +80,11 @@ class Tuner:
     def stochastic(self) -> int:
         """Number of stochastic steps: all but the last."""
         return len(self.core.sigmas) - 2
+
+    @property
+    def backprop_weight(self) -> float:
+        """Weight of reward back-propagation: 0 where no reward has a gradient."""
+        return self.config.backprop_weight if self.rewards.differentiable else 0.0
 
 
 @dataclass(frozen=True)
@@ -96,11 +111,12 @@ def tune(tuner: Tuner, epoch: int) -> None:
     core.metrics = {}
     rollouts = roll_out(tuner, epoch)
     rewards = score(tuner, rollouts)
-    update_fake_score(tuner, epoch, rollouts)
     groups = torch.arange(len(rollouts.prompts)) // config.images_per_prompt
     advantages = group_advantages(rewards, tuner.rewards.weights, groups, config.advantage_clip)
     optim.check_finite("The advantages", advantages, epoch + 1)
-    update_generator(tuner, epoch, rollouts, advantages)
+    update_fake_score(tuner, epoch, rollouts)
+    with tuner.rewards.hold_differentiable() if tuner.backprop_weight else nullcontext():
+        update_generator(tuner, epoch, rollouts, advantages)
     core.metrics |= {f"reward/{name}": float(values.mean()) for name, values in rewards.items()}
 
 
@@ -145,7 +161,8 @@ def roll_out_part(
         x = mean + std * (draws.normal(f"{k}/step") if k in steps else shared_noise(tuner, draws, k))
         logps.append(cps_logprob(x, mean, std, tuner.config.logprob))
         latents.append(x)
-    return torch.stack([*latents, last_step(core, x, cond)], dim=1), torch.stack(logps, dim=1)
+    logp = torch.stack(logps, dim=1) if logps else x.new_zeros(len(x), 0)
+    return torch.stack([*latents, last_step(core, x, cond)], dim=1), logp
 
 
 def shared_noise(tuner: Tuner, draws: Draws, k: int) -> Tensor:
@@ -208,7 +225,7 @@ def update_generator(tuner: Tuner, epoch: int, rollouts: Rollouts, advantages: T
                     loss = policy_loss(tuner, rollouts, part, k, cond, advantages, share)
                     optim.check_finite("The policy loss", loss, epoch + 1)
                     (share_of_term * loss).backward()
-            if config.dmd_weight or config.backprop_weight:
+            if config.dmd_weight or tuner.backprop_weight:
                 draws = Draws(core, GENERATOR, epoch, part)
                 loss = last_step_loss(tuner, rollouts, draws, cond, share)
                 optim.check_finite("The loss of the last step", loss, epoch + 1)
@@ -254,15 +271,20 @@ def policy_loss(
 def last_step_loss(
     tuner: Tuner, rollouts: Rollouts, draws: Draws, cond: Conditioning, share: float
 ) -> Tensor:
-    """Distribution matching at s = 0 and reward back-propagation; the generator is active."""
-    core, config = tuner.core, tuner.config
-    x0 = clean_latent(tuner, rollouts, draws.indices, cond)
-    loss = x0.new_zeros(())
+    """Distribution matching at s = 0, through the last step alone, and reward back-propagation.
+
+    The generator is active.
+    """
+    core, config, x0 = tuner.core, tuner.config, None
+    loss = torch.zeros((), device=core.backbone.device)
     if config.dmd_weight:
+        x0 = clean_latent(tuner, rollouts, draws.indices, cond, 1)
         boundary = Boundary(0.0, x0, x0.detach())
         matching = matching_loss(core, draws, tuner.stochastic, boundary, cond, share) / share
         loss = loss + config.dmd_weight * matching
-    if config.backprop_weight:
+    if tuner.backprop_weight:
+        if x0 is None or config.backprop_steps > 1:
+            x0 = clean_latent(tuner, rollouts, draws.indices, cond, config.backprop_steps)
         prompts = rollouts.prompts[list(draws.indices)].tolist()
         reward = tuner.rewards.differentiable_sum(core.backbone.decode(x0), prompts)
         hinge = reward_hinge_loss(reward, config.backprop_margin)
@@ -271,13 +293,13 @@ def last_step_loss(
     return loss
 
 
-def clean_latent(tuner: Tuner, rollouts: Rollouts, part: range, cond: Conditioning) -> Tensor:
-    """The clean latent [b,C,H,W] with gradient through the last `backprop_steps` evaluations.
+def clean_latent(tuner: Tuner, rollouts: Rollouts, part: range, cond: Conditioning, steps: int) -> Tensor:
+    """The clean latent [b,C,H,W] with gradient through the last `steps` evaluations.
 
     A stochastic step on the way keeps its recorded value: the noise is a constant, the gradient is the mean's.
     """
     core, rows = tuner.core, list(part)
-    first = tuner.stochastic + 1 - tuner.config.backprop_steps
+    first = tuner.stochastic + 1 - steps
     x = rollouts.x[rows, first].to(core.backbone.device)
     for k in range(first, tuner.stochastic):
         mean, _ = transition(core, x, k, cond)

@@ -14,7 +14,7 @@ from rtdmd_cli.engine.backbones.base import Backbone, Conditioning, load_backbon
 from rtdmd_cli.engine.distill import ROLES, Trainer
 from rtdmd_cli.engine.distill_run import encode_prompts
 from rtdmd_cli.engine.distill_start import Start
-from rtdmd_cli.engine.prompts import PromptSet
+from rtdmd_cli.engine.prompts import PromptSet, known_by
 from rtdmd_cli.engine.rewards.mixture import RewardMixture, open_mixture
 from rtdmd_cli.engine.roles import FAKE, GENERATOR, STAGE1_FAKE, STAGE1_GENERATOR, Roles
 from rtdmd_cli.engine.runtime import optim
@@ -66,6 +66,8 @@ def run_tune(
 ) -> Outcome:
     """Train from `start`, on top of stage 1's checkpoint `begin`, to `tune_reward.epochs`.
 
+    A run that is continued has its own copy of stage 1's adapters, which is used instead.
+
     Args:
         resolved: the preset; prompts, eval_prompts: for training and for measuring the rewards; out, name: where a
             new run goes; command: the command line, for the record; say: prints a line for people.
@@ -86,32 +88,35 @@ def run_tune(
     conditioning, empty = encode_prompts(backbone, both, say)
     tuner = build_tuner(backbone, preset, mixture, len(prompts), conditioning, empty)
     load_stage_1(tuner.core, begin)
+    untrained, saved = tuner.core.roles.state(GENERATOR), start.checkpoint
+    if saved:
+        restore(tuner.core, saved, STAGE, FROZEN)
     cond = conditioning(range(len(prompts), len(both))) if measured.texts else empty
     measurement = Measurement(measured, cond, preset)
     run = start.run or create_run(out, name, resolved, command, device, STAGE)
     with run.lock(), open_tracker(preset.hardware.tracker, run.path) as tracker:
-        shown = pictures.make_previews(
-            backbone,
-            tuner.core.roles,
-            preset,
-            prompts.texts,
-            conditioning,
-            tuner.core.empty,
-            "generator",
-            "stage 1",
-        )
-        saved = start.checkpoint
-        if saved:
-            restore(tuner.core, saved, STAGE, FROZEN)
+        with tuner.core.roles.swapped(GENERATOR, untrained):
+            shown = pictures.make_previews(
+                backbone,
+                tuner.core.roles,
+                preset,
+                prompts.texts,
+                conditioning,
+                tuner.core.empty,
+                "generator",
+                "stage 1",
+            )
         done = rewind(run, resolved, saved, config.epochs)
         stage = tune_stage(tuner, shown, measurement, mixture, say)
         seconds = float(saved.state["seconds"]) if saved else 0.0
         records = dict(saved.state["records"]) if saved else {}
-        session = Session(run, resolved, tuner.core, stage, tracker, done, seconds, records)
+        session = Session(
+            run, resolved, tuner.core, stage, tracker, done, seconds, records, known_by(prompts, eval_prompts)
+        )
         session.last = saved.path if start.run and saved else None
-        if BEFORE not in records:
-            records[BEFORE] = measure(tuner.core, measurement, mixture)
         try:
+            if BEFORE not in records:
+                records[BEFORE] = measure(tuner.core, measurement, mixture)
             stop = train(session, quiet)
         except BaseException as error:
             run.set_status("failed", iteration=session.iteration, reason=str(error))
@@ -224,11 +229,12 @@ def check_counts(config: TuneRewardConfig, prompts: int, steps: int, eta: float)
             f"An epoch takes {wanted} different prompts, and there are {prompts}.",
             "Lower `tune_reward.images_per_epoch`, or raise `tune_reward.images_per_prompt`.",
         )
-    if config.policy_weight and (config.subset_steps > steps - 1 or eta == 0):
+    random = config.policy_weight or config.kl_weight
+    if random and (config.subset_steps > steps - 1 or eta == 0):
         stochastic = steps - 1 if eta else 0
         raise UsageError(
             f"`tune_reward.subset_steps` is {config.subset_steps}; the sampler has {stochastic} stochastic steps.",
-            "Lower it, raise `sampler.eta` or `sampler.raw_steps`, or set `tune_reward.policy_weight` to 0.",
+            "Lower it, raise `sampler.eta` or `sampler.raw_steps`, or set `tune_reward.policy_weight` and `kl_weight` to 0.",
         )
     if config.backprop_steps > steps:
         raise UsageError(
@@ -254,10 +260,10 @@ def tune_stage(
     """Stage 2 as a training run knows it."""
     core, config = tuner.core, tuner.config
 
-    def after(session: Session) -> None:
-        if config.eval_every and session.iteration % config.eval_every == 0:
-            figures = measure(core, measurement, mixture)
-            core.metrics |= {f"measured/{name}": value for name, value in figures.items()}
+    def after(iteration: int) -> dict[str, float]:
+        if not config.eval_every or iteration % config.eval_every:
+            return {}
+        return {f"measured/{name}": v for name, v in measure(core, measurement, mixture).items()}
 
     def end(session: Session, state: State) -> None:
         session.records[AFTER] = measure(core, measurement, mixture)

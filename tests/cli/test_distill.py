@@ -359,7 +359,7 @@ def resolved(run: RunFolder) -> Resolved:
 
 def found(run: RunFolder, resume: str, name: str | None = None) -> tuple[Path | None, int | None]:
     """The run to continue and the iteration to start at, with `run`'s folder as --out."""
-    begin = find_start(resume, run.path.parent, name, name or "mine", resolved(run), False, DISTILL)
+    begin = find_start(resume, run.path.parent, name, name or "mine", resolved(run), "", False, DISTILL)
     return (begin.run.path if begin.run else None, begin.checkpoint.step if begin.checkpoint else None)
 
 
@@ -409,4 +409,4 @@ def test_a_damaged_preset_in_the_run(run: RunFolder) -> None:
     preset = resolved(run)
     run.preset.write_text("model: [", encoding="utf-8")
     with pytest.raises(DataError, match="damaged"):
-        find_start("auto", run.path.parent, None, "mine", preset, False, DISTILL)
+        find_start("auto", run.path.parent, None, "mine", preset, "", False, DISTILL)

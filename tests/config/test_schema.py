@@ -4,7 +4,16 @@ import pytest
 from pydantic import ValidationError
 
 from rtdmd_cli.config import keys
-from rtdmd_cli.config.schema import DistillConfig, LoraConfig, ModelConfig, Preset, SamplerConfig
+from rtdmd_cli.config.schema import (
+    DistillConfig,
+    LoraConfig,
+    ModelConfig,
+    Preset,
+    SamplerConfig,
+    TuneRewardConfig,
+    split_paths,
+    split_weights,
+)
 
 
 def preset(**sections: object) -> Preset:
@@ -98,3 +107,73 @@ def test_resolution_refused(resolution: int) -> None:
 def test_name_refused(name: str) -> None:
     with pytest.raises(ValidationError):
         preset(name=name)
+
+
+def test_stage_2_defaults_are_the_published_values() -> None:
+    """method.md, sections 4 and 5."""
+    t = preset().tune_reward
+    assert t.rewards == ("clipscore", "hpsv2", "pickscore", "geneval-soft")
+    assert (t.epochs, t.images_per_epoch, t.images_per_prompt, t.subset_steps) == (1000, 512, 16, 2)
+    assert (t.generator_lr, t.fake_lr, t.generator_weight_decay, t.fake_weight_decay) == (
+        3e-6,
+        3e-5,
+        1e-4,
+        0.0,
+    )
+    assert (t.policy_weight, t.policy_clip, t.logprob, t.advantage_clip) == (1.0, 1e-5, "reduced", 5.0)
+    assert (t.dmd_weight, t.backprop_weight, t.backprop_margin, t.backprop_steps) == (1e-3, 1e-4, 3.0, 1)
+    assert (t.kl_weight, t.consistency_weight, t.ema_decay, t.grad_clip, t.seed) == (0.0, 0.01, 0.9, 1.0, 42)
+    assert (t.lora.rank, t.lora.alpha, len(t.lora.targets)) == (32, 64, 8)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"rewards": []}, "at least one"),
+        ({"rewards": ["a", "a=2"]}, "each reward once"),
+        ({"rewards": ["=2"]}, "each reward once"),
+        ({"rewards": ["a="]}, "must give a a number as weight, not ''"),
+        ({"rewards": ["a=b"]}, "must give a a number as weight, not 'b'"),
+        ({"rewards": ["a=1=2"]}, "must give a a number as weight, not '1=2'"),
+        ({"rewards": ["a=0"]}, "above 0"),
+        ({"rewards": ["a=-1"]}, "above 0"),
+        ({"rewards": ["a=nan"]}, "above 0"),
+        ({"rewards": ["a=inf"]}, "above 0 and at most"),
+        ({"rewards": ["a\nb"]}, "each reward once"),
+        ({"rewards": [3]}, "string"),
+        ({"held_out": ["a", "a"]}, "each reward once"),
+        ({"held_out": [" "]}, "each reward once"),
+        ({"rewards": ["a=2"], "held_out": ["a"]}, "names a, which `tune_reward.rewards` trains on"),
+        ({"reward_paths": ["a"]}, "NAME=FOLDER"),
+        ({"reward_paths": ["a="]}, "NAME=FOLDER"),
+        ({"reward_paths": ["=b"]}, "NAME=FOLDER"),
+        ({"reward_paths": ["a=b", "a=c"]}, "each reward once"),
+        ({"images_per_epoch": 6, "images_per_prompt": 4}, "images_per_prompt` .4. must divide"),
+        ({"images_per_epoch": 8, "images_per_prompt": 4, "micro_batch": 3}, "micro_batch` .3. must divide"),
+        ({"images_per_prompt": 1}, "greater than or equal to 2"),
+        ({"policy_weight": 0, "dmd_weight": 0, "backprop_weight": 0}, "are all 0"),
+        ({"policy_clip": 0.0}, "greater than 0"),
+        ({"backprop_steps": 0}, "greater than or equal to 1"),
+        ({"rewards_in_memory": "some"}, "'all' or 'one'"),
+        ({"prompts": "two\nlines"}, "prompts"),
+        ({"eval_prompts": ""}, "eval_prompts"),
+    ],
+)
+def test_tune_reward_refused(values: dict[str, object], expected: str) -> None:
+    with pytest.raises(ValidationError, match=expected):
+        TuneRewardConfig.model_validate(values)
+
+
+def test_a_single_term_may_be_on() -> None:
+    off = {"policy_weight": 0.0, "dmd_weight": 0.0, "backprop_weight": 0.0}
+    for term in off:
+        assert TuneRewardConfig.model_validate(off | {term: 1.0}).kl_weight == 0
+
+
+def test_weights_and_paths() -> None:
+    assert split_weights(["hpsv2=0.5", "pickscore", "my.module:Mine=2"]) == {
+        "hpsv2": 0.5,
+        "pickscore": 1.0,
+        "my.module:Mine": 2.0,
+    }
+    assert split_paths(["a=/models/x=1", "b=owner/name"]) == {"a": "/models/x=1", "b": "owner/name"}

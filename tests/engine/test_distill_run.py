@@ -13,6 +13,7 @@ from rtdmd_cli.config.loader import Resolved, preset_sha256
 from rtdmd_cli.config.schema import DistillConfig, LoraConfig, Preset
 from rtdmd_cli.engine.distill_run import STAGE, build_trainer, run_distill
 from rtdmd_cli.engine.distill_start import Start
+from rtdmd_cli.engine.prompts import PromptSet, known_by
 from rtdmd_cli.engine.runtime.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from rtdmd_cli.engine.runtime.run_folder import RunFolder
 from rtdmd_cli.engine.training_run import Outcome, restore
@@ -33,7 +34,16 @@ def preset(**values: Any) -> Preset:
 def run(out: Path, name: str, start: Start, **values: Any) -> Outcome:
     chosen = preset(**values)
     resolved = Resolved(chosen, {}, preset_sha256(chosen))
-    return run_distill(resolved, PROMPTS, start, out, name, ["rtdmd"], lambda text: None, True)
+    return run_distill(
+        resolved,
+        PromptSet(PROMPTS, [{}] * len(PROMPTS)),
+        start,
+        out,
+        name,
+        ["rtdmd"],
+        lambda text: None,
+        True,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +62,7 @@ def test_a_new_run_from_anothers_checkpoint(
     outcome = run(tmp_path, "second", Start(None, begin))  # with nothing left to do
     assert outcome.iterations == 2 and outcome.checkpoint.parent.parent == tmp_path / "second"
     copy = load_checkpoint(outcome.checkpoint)
+    assert begin.meta["prompts_sha256"] == known_by(PromptSet(PROMPTS, [{}] * len(PROMPTS)))
     assert copy.state == begin.state and copy.step == 2
     for group, tensors in begin.tensors.items():
         assert all(torch.equal(copy.tensors[group][name], tensor) for name, tensor in tensors.items())

@@ -5,7 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from rtdmd_cli.engine.prompts import builtin_prompts, check_prompt, read_prompts
+from rtdmd_cli.engine.prompts import (
+    PromptSet,
+    builtin_prompts,
+    check_prompt,
+    known_by,
+    read_prompt_set,
+    read_prompts,
+)
 from rtdmd_cli.errors import DataError, RtdmdError, UsageError
 from rtdmd_cli.shapes.grammar import parse
 from rtdmd_cli.shapes.prompts import benchmark, held_out_combinations
@@ -84,3 +91,75 @@ def test_a_prompt_of_the_command_line() -> None:
         with pytest.raises(UsageError) as caught:
             check_prompt(bad)
         assert isinstance(caught.value, RtdmdError) and caught.value.hint
+
+
+def jsonl_file(tmp_path: Path, *lines: str) -> str:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return str(path)
+
+
+def test_a_jsonl_file_has_metadata(tmp_path: Path) -> None:
+    source = jsonl_file(
+        tmp_path, '{"tag": "counting", "prompt": " a ring ", "n": [1]}', "", '{"prompt": "zwei grüne Ringe"}'
+    )
+    found = read_prompt_set(source)
+    assert found.texts == ["a ring", "zwei grüne Ringe"] and len(found) == 2
+    assert found.metadata == [{"tag": "counting", "n": [1]}, {}]
+    swapped = found.pick([1, 0, 1])
+    assert swapped.texts == ["zwei grüne Ringe", "a ring", "zwei grüne Ringe"]
+    assert swapped.metadata == [{}, {"tag": "counting", "n": [1]}, {}]
+
+
+def test_other_files_have_none(tmp_path: Path) -> None:
+    line = '{"prompt": "a ring"}'
+    found = read_prompt_set(prompt_file(tmp_path, f"{line}\na star\n".encode()))
+    assert found.texts == [line, "a star"] and found.metadata == [{}, {}]
+    builtin = read_prompt_set("builtin:shapes")
+    assert list(builtin.texts) == builtin_prompts() and len(builtin.metadata) == 4000
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("a ring", "prompt 2 is not JSON"),
+        ('{"prompt": "a ring"', "prompt 2 is not JSON"),
+        ("[" * 9_000, "prompt 2 is not JSON"),
+        ('["a ring"]', "prompt 2 has no text `prompt`"),
+        ('"a ring"', "prompt 2 has no text `prompt`"),
+        ("{}", "prompt 2 has no text `prompt`"),
+        ('{"prompt": 3}', "prompt 2 has no text `prompt`"),
+        ('{"prompt": "  "}', "prompt 2 has no text `prompt`"),
+        ('{"Prompt": "a ring"}', "prompt 2 has no text `prompt`"),
+        (r'{"prompt": "a\u0000ring"}', "prompt 2 holds a character"),
+        (r'{"prompt": "a \ud83d ring"}', "prompt 2 holds a character"),
+        ('{"prompt": "' + "x" * 10_001 + '"}', "line 2: the line has more than 10,000"),
+    ],
+)
+def test_a_bad_jsonl_line_is_refused(tmp_path: Path, line: str, expected: str) -> None:
+    source = jsonl_file(tmp_path, '{"prompt": "good"}', line)
+    with pytest.raises(DataError, match=expected) as caught:
+        read_prompt_set(source)
+    assert source in caught.value.message and caught.value.hint
+
+
+def test_jsonl_files_that_are_missing_or_empty(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="There is no prompt file"):
+        read_prompt_set(str(tmp_path / "none.jsonl"))
+    with pytest.raises(DataError, match="holds no prompts"):
+        read_prompt_set(jsonl_file(tmp_path, "", " "))
+
+
+def test_prompts_are_known_by_texts_metadata_and_order() -> None:
+    one, other = PromptSet(["a", "b"], [{"n": 1}, {}]), PromptSet(["a", "b"], [{"n": 2}, {}])
+    variants = [
+        known_by(one),
+        known_by(other),
+        known_by(one.pick([1, 0])),
+        known_by(one.pick([0])),
+        known_by(PromptSet(["ab"], [{}])),
+        known_by(one, other),
+        known_by(other, one),
+    ]
+    assert len(set(variants)) == len(variants) and all(len(text) == 64 for text in variants)
+    assert known_by(PromptSet(("a", "b"), ({"n": 1}, {}))) == variants[0]

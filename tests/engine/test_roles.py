@@ -314,3 +314,134 @@ def test_the_same_parameters_stay_with_the_optimiser(roles: Roles) -> None:
     roles.load("generator", roles.state("generator"))
     now = [parameter for _, parameter in roles.named_parameters("generator")]
     assert all(one is other for one, other in zip(held, now, strict=True))
+
+
+# --- stage 2: fresh adapters on top of frozen ones
+
+FRESH = LoraConfig(rank=3, alpha=3, targets=("to_q", "to_out.0", "add_k_proj"))
+FROZEN = ("stage1_generator", "stage1_fake")
+
+
+def two_stages() -> Roles:
+    """As stage 2 begins: stage 1's adapters loaded, fresh ones of other rank, scale and targets."""
+    made = Roles(build_transformer(), LORA, seed=0, fresh=FRESH)
+    for seed, adapter in enumerate(FROZEN):
+        made.load(adapter, noisy_state(made, adapter, seed))
+    return made
+
+
+@pytest.fixture
+def stacked() -> Roles:
+    """Every adapter away from where it starts."""
+    made = two_stages()
+    for seed, role in enumerate(("generator", "fake"), 5):
+        made.load(role, noisy_state(made, role, seed))
+    return made
+
+
+def merged(*parts: tuple[dict[str, Tensor], LoraConfig]) -> Tensor:
+    """The output of a base whose weights are W + sum of alpha/r B A."""
+    base = build_transformer()
+    with torch.no_grad():
+        for state, config in parts:
+            for name in (key.removesuffix(".lora_A.weight") for key in state if "lora_A" in key):
+                down, up = state[f"{name}.lora_A.weight"], state[f"{name}.lora_B.weight"]
+                base.get_parameter(f"{name}.weight").add_(config.alpha / config.rank * up @ down)
+        return run(base)
+
+
+@pytest.mark.parametrize("role", ["generator", "fake"])
+def test_stacked_adapters_are_merged_weights(stacked: Roles, role: str) -> None:
+    below, own = (stacked.state(f"stage1_{role}"), LORA), (stacked.state(role), FRESH)
+    torch.testing.assert_close(output(stacked, role), merged(below, own), rtol=1e-6, atol=2e-6)
+    assert (output(stacked, role) - merged(below)).abs().max() > 1e-2
+    assert (output(stacked, role) - merged(own)).abs().max() > 1e-2
+
+
+def test_the_start_role_is_stage_1_generator(stacked: Roles) -> None:
+    alone = Roles(build_transformer(), LORA, seed=0)
+    alone.load("generator", stacked.state("stage1_generator"))
+    assert torch.equal(output(stacked, "start"), output(alone, "generator"))
+    assert torch.equal(output(stacked, "teacher"), output(alone, "teacher"))
+    assert (output(stacked, "start") - output(stacked, "generator")).abs().max() > 1e-2
+
+
+def test_fresh_adapters_change_nothing_at_first() -> None:
+    roles = two_stages()
+    for role in ("generator", "fake"):
+        alone = Roles(build_transformer(), LORA, seed=0)
+        alone.load(role, roles.state(f"stage1_{role}"))
+        assert torch.equal(output(roles, role), output(alone, role))
+
+
+def test_fresh_adapters_start_from_standard_normal_numbers() -> None:
+    roles, again = two_stages(), two_stages()
+    for role in ("generator", "fake"):
+        start = roles.state(role)
+        assert all(torch.equal(tensor, again.state(role)[name]) for name, tensor in start.items())
+        assert not any(tensor.any() for name, tensor in start.items() if "lora_B" in name)
+        down = torch.cat([tensor.flatten() for name, tensor in start.items() if "lora_A" in name])
+        assert len(down) > 700
+        torch.testing.assert_close(down.std(), torch.tensor(1.0), rtol=0.08, atol=0)
+        assert down.mean().abs() < 0.12
+        assert next(iter(start.values())).shape == (3, 32) and len(start) == 2 * 9
+    below = Roles(build_transformer(), LORA, seed=0, fresh=FRESH).state("stage1_generator")
+    down = torch.cat([tensor.flatten() for name, tensor in below.items() if "lora_A" in name])
+    torch.testing.assert_close(down.std(), torch.tensor(1 / 4), rtol=0.05, atol=0)
+
+
+def test_training_touches_the_fresh_adapter_alone(stacked: Roles) -> None:
+    base = {n: p.detach().clone() for n, p in stacked.transformer.named_parameters() if "lora_" not in n}
+    for role in ("fake", "generator"):
+        others = [name for name in (*FROZEN, "fake", "generator") if name != role]
+        before, own = {name: stacked.state(name) for name in others}, stacked.state(role)
+        optimiser = torch.optim.AdamW([p for _, p in stacked.named_parameters(role)], lr=1e-2)
+        with stacked.role(role, train=True):
+            assert trainable(stacked) and all(f".{role}." in name for name in trainable(stacked))
+            run(stacked.transformer).square().mean().backward()
+        optimiser.step()
+        assert any(not torch.equal(tensor, own[name]) for name, tensor in stacked.state(role).items())
+        for name, state in before.items():
+            assert all(torch.equal(tensor, stacked.state(name)[key]) for key, tensor in state.items())
+            if name in FROZEN:
+                assert all(p.grad is None for _, p in stacked.named_parameters(name))
+    assert all(torch.equal(stacked.transformer.get_parameter(name), tensor) for name, tensor in base.items())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_of_a_stack_survive_other_roles_in_between(stacked: Roles, checkpointing: bool) -> None:
+    """As in the policy term: the start generator, teacher and fake are called while the graph is alive."""
+
+    def found(nested: bool) -> dict[str, Tensor]:
+        gradients = {}
+        with stacked.role("generator", train=True):
+            x = run(stacked.transformer)
+            total = x.square().mean()
+            for other in ("start", "teacher", "fake"):
+                if nested:
+                    with torch.no_grad(), stacked.role(other):
+                        target = run(stacked.transformer)
+                else:
+                    target = targets[other]
+                total = total + (x * target).mean()
+            total.backward()
+        for name, parameter in stacked.named_parameters("generator"):
+            assert parameter.grad is not None, name
+            gradients[name], parameter.grad = parameter.grad, None
+        return gradients
+
+    targets = {other: output(stacked, other) for other in ("start", "teacher", "fake")}
+    expected = found(nested=False)
+    if checkpointing:
+        stacked.transformer.enable_gradient_checkpointing()
+    nested = found(nested=True)
+    assert all(torch.equal(nested[name], gradient) for name, gradient in expected.items())
+    assert any(gradient.any() for gradient in expected.values())
+
+
+def test_fresh_targets_that_match_nothing_name_their_section() -> None:
+    for lora, fresh, section in ((LORA, "to_z", "tune_reward"), ("to_z", LORA, "distill")):
+        bad = LoraConfig(rank=4, alpha=8, targets=("to_z",))
+        pair = [bad if config == "to_z" else config for config in (lora, fresh)]
+        with pytest.raises(UsageError, match=rf"^{section}\.lora\.targets: .*called to_z"):
+            Roles(build_transformer(), pair[0], seed=0, fresh=pair[1])

@@ -91,16 +91,22 @@ class RewardMixture:
         return total
 
     @contextmanager
+    def hold_differentiable(self) -> Iterator[None]:
+        """Within the block the differentiable rewards stay loaded, for the micro-batches of a turn."""
+        with self._hold(self.differentiable):
+            yield
+
+    @contextmanager
     def _hold(self, names: Sequence[str]) -> Iterator[list[Reward]]:
-        """The loaded rewards of these names; freed afterwards unless all are kept."""
-        for name in names:
-            if name not in self._loaded:
-                self._loaded[name] = self._entries[name].load(self._device, self._paths.get(name))
+        """The loaded rewards of these names. Unless all are kept, those loaded here are freed afterwards."""
+        missing = [name for name in names if name not in self._loaded]
         try:
+            for name in missing:
+                self._loaded[name] = self._entries[name].load(self._device, self._paths.get(name))
             yield [self._loaded[name] for name in names]
         finally:
-            if not self._keep:
-                for name in names:
+            if missing and not self._keep:
+                for name in missing:
                     self._loaded.pop(name, None)
                 if self._device.type == "cuda":
                     torch.cuda.empty_cache()

@@ -217,10 +217,7 @@ def create_run(
     command: the argument list as typed. Raises UsageError for a bad name or an existing folder that is not
     empty, EnvironmentFailure for disk and permission.
     """
-    if not _RUN_NAME.fullmatch(name):
-        raise UsageError(
-            f"`{name}` cannot be the name of a run.", "Use at most 80 letters, digits, `.`, `_` and `-`."
-        )
+    check_name(name)
     run = RunFolder(out / name)
     refuse_existing(run.path)
     files.make_folder(out)
@@ -232,6 +229,15 @@ def create_run(
     building.set_status("running", iteration=0)
     files.rename_folder(building.path, run.path)
     return run
+
+
+def check_name(name: str) -> None:
+    """UsageError for what can't be the name of a run."""
+    if not _RUN_NAME.fullmatch(name):
+        raise UsageError(
+            f"`{name}` cannot be the name of a run.",
+            "Give --name with at most 80 letters, digits, `.`, `_` and `-`.",
+        )
 
 
 def refuse_existing(path: Path) -> None:
@@ -269,8 +275,8 @@ def find_newest_finished(out: Path, stage: str | None = None) -> RunFolder | Non
             folders = [path for path in out.iterdir() if not path.name.startswith(".") and is_run(path)]
         for path in folders:
             status = _read_status(path)
-            wanted = stage is None or RunFolder(path).stage == stage
-            if status is not None and status["state"] == "finished" and wanted:
+            finished = status is not None and status["state"] == "finished"
+            if status is not None and finished and (stage is None or RunFolder(path).stage == stage):
                 found.append((str(status["time"]), path.name, path))
     return RunFolder(max(found)[2]) if found else None
 

@@ -1,0 +1,476 @@
+"""Stage 2's recipe on a tiny model, against method section 4 written out once more."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rtdmd_cli.engine import tune_reward
+from rtdmd_cli.engine.backbones.base import Conditioning
+from rtdmd_cli.engine.distill import Draws
+from rtdmd_cli.engine.tune_reward import (
+    Rollouts,
+    Tuner,
+    chosen_prompts,
+    chosen_steps,
+    roll_out,
+    tune,
+    update_fake_score,
+    update_generator,
+)
+from rtdmd_cli.errors import NumericalError
+from tests.engine.test_distill import carry, evaluate
+from tests.tiny_tuning import CPU, FROZEN, PROMPT_SET, REWARDS, loads, make_tuner, stir
+
+SIGMAS = (1.0, 0.9, 0.75, 0.5, 0.0)  # of the published schedule at shift 3
+COS, SIN = math.cos(0.9 * math.pi / 2), math.sin(0.9 * math.pi / 2)
+ROLES = ("generator", "fake")
+OFF = {"policy_weight": 0.0, "dmd_weight": 0.0, "backprop_weight": 0.0}
+
+
+def gradients(tuner: Tuner, role: str = "generator") -> dict[str, Tensor]:
+    return {
+        name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+        for name, p in tuner.core.roles.named_parameters(role)
+    }
+
+
+def weights(tuner: Tuner) -> dict[str, Tensor]:
+    state = tuner.core.roles.state
+    return {f"{role}/{name}": v for role in ROLES for name, v in state(role).items()}
+
+
+def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], rtol: float = 2e-3) -> None:
+    """Each tensor within `rtol` of its own size; at least one is not 0."""
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        size = float(tensor.abs().max())
+        torch.testing.assert_close(found[name], tensor, rtol=rtol, atol=rtol * size + 1e-12, msg=name)
+    assert any(tensor.any() for tensor in expected.values())
+
+
+def epoch_of(tuner: Tuner, epoch: int = 1) -> tuple[Rollouts, Conditioning, Tensor]:
+    """Rollouts, their encoded prompts, and advantages that are not symmetric."""
+    rollouts = roll_out(tuner, epoch)
+    advantages = torch.tensor([1.5, -0.5, 0.25, -2.0])[: len(rollouts.prompts)]
+    return rollouts, tuner.core.conditioning(rollouts.prompts.tolist()), advantages
+
+
+# --- what is drawn
+
+
+def test_the_subset_of_steps() -> None:
+    tuner = make_tuner()
+    drawn = [chosen_steps(tuner, epoch) for epoch in range(90)]
+    assert set(drawn) == {(0, 1), (0, 2), (1, 2)}
+    assert all(20 <= drawn.count(pair) <= 40 for pair in set(drawn))
+    other = make_tuner(seed=4)
+    assert drawn != [chosen_steps(other, epoch) for epoch in range(90)]
+    assert {chosen_steps(make_tuner(subset_steps=3), 0)} == {(0, 1, 2)}
+
+
+def test_prompts_of_an_epoch_are_distinct() -> None:
+    tuner = make_tuner(images_per_epoch=6)
+    drawn = [chosen_prompts(tuner, epoch).tolist() for epoch in range(30)]
+    for prompts in drawn:
+        assert prompts[0::2] == prompts[1::2] and len(set(prompts)) == 3
+        assert set(prompts) <= set(range(4))
+    assert len({tuple(prompts) for prompts in drawn}) > 10
+
+
+def noises(tuner: Tuner, rollouts: Rollouts, cond: Conditioning) -> list[Tensor]:
+    """What was added to the mean of each stochastic step, over its standard deviation: [N,C,H,W] each."""
+    found = []
+    for k in range(3):
+        x, sigma, s = rollouts.x[:, k], SIGMAS[k], SIGMAS[k + 1]
+        with torch.no_grad():
+            v = evaluate(tuner.core, "generator", x, torch.full((len(x),), sigma), cond)
+        mean = carry(x.double(), v.double(), sigma, s, torch.zeros_like(x).double())
+        found.append(((rollouts.x[:, k + 1] - mean) / (s * SIN)).float())
+    return found
+
+
+@pytest.mark.parametrize("subset", [1, 2])
+def test_noise_of_a_rollout(subset: int) -> None:
+    """Fresh at the start and on chosen steps; on the others the same for a prompt's images, not for two prompts."""
+    tuner = stir(make_tuner(subset_steps=subset, micro_batch=1))
+    drawn: list[Tensor] = []
+    for epoch in (0, 1):
+        rollouts, cond, _ = epoch_of(tuner, epoch)
+        steps = rollouts.steps
+        assert steps == chosen_steps(tuner, epoch) and len(steps) == subset
+        found = noises(tuner, rollouts, cond)
+        for k, noise in enumerate(found):
+            assert noise.std() == pytest.approx(1, abs=0.1) and abs(noise.mean()) < 0.1
+            if k in steps:
+                drawn += list(noise)
+            else:
+                assert (noise[0] - noise[1]).abs().max() < 1e-4 and (noise[2] - noise[3]).abs().max() < 1e-4
+                drawn += [noise[0], noise[2]]
+        drawn += list(rollouts.x[:, 0])
+    rows = torch.stack(drawn).flatten(1)
+    assert (torch.corrcoef(rows) - torch.eye(len(rows))).abs().max() < 0.35  # no two share their noise
+
+
+def test_rollouts_are_seeded_and_do_not_depend_on_the_micro_batch() -> None:
+    first, again = roll_out(make_tuner(), 2), roll_out(make_tuner(), 2)
+    assert torch.equal(first.x, again.x) and torch.equal(first.logp, again.logp)
+    small = roll_out(make_tuner(micro_batch=1), 2)
+    assert len(small.parts) == 4 and torch.equal(small.prompts, first.prompts)
+    torch.testing.assert_close(small.x, first.x, rtol=0, atol=1e-4)
+    other = roll_out(make_tuner(seed=4), 2)
+    assert (other.x[:, 0] - first.x[:, 0]).abs().max() > 1
+
+
+def test_rollouts_are_made_by_the_raw_generator_on_top_of_stage_1() -> None:
+    tuner = make_tuner()
+    start, stirred = roll_out(tuner, 0), roll_out(stir(make_tuner()), 0)
+    assert torch.equal(start.x[:, 0], stirred.x[:, 0])
+    assert (start.x[:, -1] - stirred.x[:, -1]).abs().max() > 1e-3
+    for epoch_x, role in ((start.x, "start"), (stirred.x, "generator")):
+        at = tuner if role == "start" else stir(tuner)
+        x = epoch_x[:, 3]
+        cond = at.core.conditioning(start.prompts.tolist())
+        with torch.no_grad():
+            v = evaluate(at.core, role, x, torch.full((4,), 0.5), cond)
+        torch.testing.assert_close(epoch_x[:, 4], x - 0.5 * v, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["reduced", "gaussian"])
+def test_recorded_log_probabilities(form: str) -> None:
+    tuner = stir(make_tuner(logprob=form))
+    rollouts, cond, _ = epoch_of(tuner)
+    assert rollouts.x.shape == (4, 5, 4, 8, 8) and rollouts.logp.shape == (4, 3)
+    for k, noise in enumerate(noises(tuner, rollouts, cond)):
+        std = SIGMAS[k + 1] * SIN
+        if form == "reduced":
+            expected = -(std**2) * noise.square().mean(dim=(1, 2, 3))
+        else:
+            normal = torch.distributions.Normal(0.0, std)
+            expected = normal.log_prob(std * noise).sum(dim=(1, 2, 3))
+        torch.testing.assert_close(rollouts.logp[:, k], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_latents_stay_float32_on_a_bf16_base() -> None:
+    rollouts = roll_out(stir(make_tuner(dtype=torch.bfloat16)), 0)
+    assert rollouts.x.dtype == torch.float32 and rollouts.x.device == CPU
+    rounded = rollouts.x.to(torch.bfloat16).float()
+    assert (rounded != rollouts.x).float().mean() > 0.9
+
+
+# --- the generator's gradient, written out: float64 outside the networks, none of the product's formulas
+
+
+def matching_pull(tuner: Tuner, x0: Tensor, cond: Conditioning, epoch: int) -> Tensor:
+    """A scalar with the gradient of the generator loss of section 3 at s = 0; x0 has the graph."""
+    draws, core = Draws(tuner.core, "tune/generator", epoch, range(len(x0))), tuner.core
+    with torch.no_grad():
+        u, noise = draws.uniform("3/time").double(), draws.normal("3/renoise").double()
+        t = (0.01 + 0.99 * u).clamp(0.02, 0.98).view(-1, 1, 1, 1)
+        x_t = (1 - t) * x0 + t * noise
+        base = evaluate(core, "teacher", x_t, t, core.empty.select([0] * len(x0)))
+        teacher = base + 4.0 * (evaluate(core, "teacher", x_t, t, cond) - base)
+        y_teacher = x_t - t * teacher
+        y_fake = x_t - t * evaluate(core, "fake", x_t, t, cond)
+        g = (y_fake - y_teacher) / (x0 - y_teacher).abs().mean(dim=(1, 2, 3), keepdim=True)
+    return (x0 * g).sum() / g.numel()
+
+
+def mean_of(tuner: Tuner, x: Tensor, k: int, cond: Conditioning) -> Tensor:
+    """Of a transition, under the role that is active; x0 for the last."""
+    v = tuner.core.backbone.velocity(x.float(), torch.full((len(x),), SIGMAS[k]), cond).double()
+    return carry(x, v, SIGMAS[k], SIGMAS[k + 1], torch.zeros_like(v))
+
+
+def expected_gradient(
+    tuner: Tuner, rollouts: Rollouts, cond: Conditioning, advantages: Tensor, epoch: int
+) -> dict[str, Tensor]:
+    """(sum over chosen steps of L_k + w dmd + w hinge) / (M + 1), section 4 step 6."""
+    config, core, x = tuner.config, tuner.core, rollouts.x.double()
+    noise = [n.double() for n in noises(tuner, rollouts, cond)]
+    prompts = rollouts.prompts.tolist()
+    total: Any = 0.0
+    names, parameters = zip(*core.roles.named_parameters("generator"), strict=True)
+    with core.roles.role("generator", train=True):
+        for k in rollouts.steps:
+            mean, std = mean_of(tuner, x[:, k], k, cond), SIGMAS[k + 1] * SIN
+            square = (x[:, k + 1] - mean).square()
+            if config.logprob == "reduced":
+                logp = -square.mean(dim=(1, 2, 3))
+            else:
+                logp = -(square / (2 * std**2)).sum(dim=(1, 2, 3))
+            total = total - config.policy_weight * (advantages * (logp - logp.detach()).exp()).mean()
+            if config.kl_weight:
+                with torch.no_grad(), core.roles.role("start"):
+                    reference = mean_of(tuner, x[:, k], k, cond)
+                total = total + config.kl_weight * ((mean - reference) ** 2 / (2 * std**2)).mean()
+        if config.dmd_weight:
+            clean = mean_of(tuner, x[:, 3], 3, cond)
+            total = total + config.dmd_weight * matching_pull(tuner, clean, cond, epoch)
+        if config.backprop_weight:
+            at = 4 - config.backprop_steps
+            chain = x[:, at]
+            for k in range(at, 3):
+                chain = mean_of(tuner, chain, k, cond) + SIGMAS[k + 1] * SIN * noise[k]
+            images = core.backbone.decode(mean_of(tuner, chain, 3, cond).float())
+            one, two = (
+                REWARDS[name][0].score(images, [""] * len(prompts), [{}] * len(prompts))
+                for name in ("one", "two")
+            )
+            hinge = (config.backprop_margin - (one + 0.5 * two / 4)).clamp(min=0).mean()
+            total = total + config.backprop_weight * hinge
+        parts = torch.autograd.grad(total / (len(rollouts.steps) + 1), parameters, allow_unused=True)
+    return {
+        name: torch.zeros_like(p) if part is None else part.float()
+        for name, p, part in zip(names, parameters, parts, strict=True)
+    }
+
+
+TERMS: dict[str, dict[str, Any]] = {
+    "all": {"policy_weight": 1.0, "dmd_weight": 0.5, "backprop_weight": 0.7},
+    "all of three steps": {"subset_steps": 3, "dmd_weight": 0.5, "backprop_weight": 0.7, "kl_weight": 2.0},
+    "policy": OFF | {"policy_weight": 2.0},
+    "exact density": OFF | {"policy_weight": 2.0, "logprob": "gaussian"},
+    "matching": OFF | {"dmd_weight": 1.0},
+    "back-propagation": OFF | {"backprop_weight": 1.0},
+    "through two steps": OFF | {"backprop_weight": 1.0, "backprop_steps": 2},
+    "matching through one step": {"dmd_weight": 1.0, "backprop_weight": 1.0, "backprop_steps": 2},
+    "without policy": {"policy_weight": 0.0, "dmd_weight": 0.5, "backprop_weight": 0.7},
+    "without matching": {"dmd_weight": 0.0, "backprop_weight": 0.7},
+    "without back-propagation": {"backprop_weight": 0.0, "dmd_weight": 0.5},
+    "KL": {"dmd_weight": 0.0, "backprop_weight": 0.0, "kl_weight": 3.0},
+}
+
+
+@pytest.mark.parametrize("terms", TERMS)
+def test_the_generator_gradient_is_that_of_the_method(terms: str) -> None:
+    tuner = stir(make_tuner(grad_clip=1e6, **TERMS[terms]))
+    rollouts, cond, advantages = epoch_of(tuner)
+    expected = expected_gradient(tuner, rollouts, cond, advantages, 1)
+    tuner.core.metrics = {}
+    update_generator(tuner, 1, rollouts, advantages)
+    assert_close(gradients(tuner), expected)
+    metrics, config = tuner.core.metrics, tuner.config
+    assert ("dmd_loss" in metrics) == (config.dmd_weight > 0)
+    assert ("hinge_loss" in metrics) == (config.backprop_weight > 0)
+    assert ("kl" in metrics) == (config.kl_weight > 0)
+    assert metrics.get("drift", 0) < 1e-4
+    norm = math.sqrt(sum(float(g.square().sum()) for g in expected.values()))
+    assert metrics["generator_grad_norm"] == pytest.approx(norm, rel=1e-3)
+
+
+def test_an_inactive_hinge_has_no_gradient() -> None:
+    tuner = stir(make_tuner(backprop_margin=-1e4, **(OFF | {"backprop_weight": 1.0})))
+    rollouts, _, advantages = epoch_of(tuner)
+    update_generator(tuner, 1, rollouts, advantages)
+    assert not any(g.any() for g in gradients(tuner).values())
+    assert tuner.core.metrics["hinge_active"] == 0
+
+
+@pytest.mark.parametrize("matching", [0.0, 0.5])
+def test_rewards_without_a_gradient_leave_the_other_terms(matching: float) -> None:
+    found = []
+    for weight in (0.0, 1.0):
+        tuner = stir(make_tuner(rewards=("rule",), dmd_weight=matching, backprop_weight=weight))
+        rollouts, _, advantages = epoch_of(tuner)
+        update_generator(tuner, 1, rollouts, advantages)
+        assert "hinge_loss" not in tuner.core.metrics
+        found.append(gradients(tuner))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    assert any(g.any() for g in found[0].values())
+
+
+def test_equal_rewards_in_every_group_move_nothing() -> None:
+    tuner = stir(make_tuner(rewards=("prompt",), **(OFF | {"policy_weight": 1.0})))
+    tune(tuner, 0)
+    assert not any(g.any() for g in gradients(tuner).values())
+    other = stir(make_tuner(rewards=("rule",), **(OFF | {"policy_weight": 1.0})))
+    tune(other, 0)
+    assert any(g.any() for g in gradients(other).values())
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_gradient_checkpointing_changes_no_gradient(steps: int) -> None:
+    found = []
+    for on in (False, True):
+        hardware = {"gradient_checkpointing": on}
+        tuner = stir(make_tuner(hardware=hardware, kl_weight=1.0, backprop_steps=steps, backprop_weight=0.5))
+        assert tuner.core.backbone.transformer.is_gradient_checkpointing is on
+        rollouts, _, advantages = epoch_of(tuner)
+        update_generator(tuner, 1, rollouts, advantages)
+        update_fake_score(tuner, 1, rollouts)
+        found.append(gradients(tuner) | {f"fake/{n}": g for n, g in gradients(tuner, "fake").items()})
+    assert_close(found[1], found[0], rtol=1e-5)
+
+
+def test_the_kl_is_zero_at_the_start_and_pulls_back() -> None:
+    tuner = make_tuner(kl_weight=1.0, **(OFF | {"policy_weight": 1.0}))
+    rollouts, _, advantages = epoch_of(tuner)
+    nothing, kl = torch.zeros(4), []
+    for epoch, a in enumerate([advantages, nothing, nothing]):
+        tuner.core.metrics = {}
+        tuner.core.generator_optimizer.state.clear()  # no momentum: each step has its own direction
+        update_generator(tuner, epoch, rollouts, a)
+        kl.append(tuner.core.metrics["kl"])
+    assert kl[0] == 0 and kl[1] > 1e-6
+    assert kl[2] < 0.8 * kl[1]
+
+
+# --- the fake score's turn
+
+
+def test_the_fake_score_is_fitted_to_the_rollouts_clean_ends() -> None:
+    tuner = stir(make_tuner())
+    rollouts, cond, _ = epoch_of(tuner)
+    draws, core = Draws(tuner.core, "tune/fake", 1, range(4)), tuner.core
+    x0, noise = rollouts.x[:, -1].double(), draws.normal("3/renoise").double()
+    with torch.no_grad():
+        t = (0.01 + 0.99 * draws.uniform("3/time").double()).clamp(0.02, 0.98).view(-1, 1, 1, 1)
+        x_t = (1 - t) * x0 + t * noise
+        v = evaluate(core, "fake", x_t, t, cond).double()
+        loss = ((1 / t**2).clamp(0, 10) * (t * v - t * (noise - x0)) ** 2).mean()
+        later = (t - draws.integers("3/consistency step", 1, 201).view(-1, 1, 1, 1) / 1000).clamp(min=0)
+        gaps = []
+        for pick in (1, 2):
+            x = carry(x_t, v, t, later, draws.normal(f"3/consistency {pick}").double())
+            gaps.append(x - later * evaluate(core, "fake", x, later, cond) - (x_t - t * v))
+    core.metrics = {}
+    before = weights(tuner)
+    update_fake_score(tuner, 1, rollouts)
+    assert core.metrics["fake_loss"] == pytest.approx(float(loss), rel=1e-4)
+    expected = float((gaps[0] * gaps[1]).mean())
+    assert core.metrics["consistency_loss"] == pytest.approx(expected, rel=1e-3, abs=1e-5)
+    moved = {name.partition("/")[0] for name, v in weights(tuner).items() if not torch.equal(v, before[name])}
+    assert moved == {"fake"}
+
+
+# --- an epoch
+
+
+def test_turns_average_and_what_stays() -> None:
+    """Once each, fake score first; the average counts optimiser steps; base and stage 1's adapters stay."""
+    tuner = make_tuner(micro_batch=1, ema_decay=0.75, lr_warmup=2)
+    core, order = tuner.core, list[str]()
+    core.fake_optimizer.register_step_pre_hook(lambda *_: order.append("fake"))
+    core.generator_optimizer.register_step_pre_hook(lambda *_: order.append("generator"))
+    average = core.roles.state("generator")
+    base = {k: v.clone() for k, v in core.backbone.transformer.state_dict().items() if "lora" not in k}
+    frozen = {adapter: core.roles.state(adapter) for adapter in FROZEN}
+    for epoch in range(2):
+        tune(tuner, epoch)
+        raw = core.roles.state("generator")
+        average = {name: 0.75 * average[name] + 0.25 * raw[name] for name in raw}
+        for optimizer in (core.fake_optimizer, core.generator_optimizer):
+            assert optimizer.param_groups[0]["lr"] == pytest.approx(0.005 * (epoch + 1))
+    assert order == ["fake", "generator"] * 2 and core.generator_updates == 2
+    for name, tensor in average.items():
+        torch.testing.assert_close(core.ema[name], tensor, rtol=1e-5, atol=1e-7)
+        assert not torch.equal(core.ema[name], core.roles.state("generator")[name]) or not tensor.any()
+    state = core.backbone.transformer.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in base.items())
+    for adapter, before in frozen.items():
+        assert all(torch.equal(core.roles.state(adapter)[name], tensor) for name, tensor in before.items())
+    decay = [o.param_groups[0]["weight_decay"] for o in (core.fake_optimizer, core.generator_optimizer)]
+    assert decay == [0.0, 1e-4]
+
+
+def test_the_generator_meets_a_fake_score_that_has_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    tuner, seen = stir(make_tuner()), list[bool]()
+    start = tuner.core.roles.state("fake")
+
+    def spy(tuner: Tuner, epoch: int, rollouts: Rollouts, advantages: Tensor) -> None:
+        seen.append(any(not torch.equal(v, start[k]) for k, v in tuner.core.roles.state("fake").items()))
+
+    monkeypatch.setattr(tune_reward, "update_generator", spy)
+    tune(tuner, 0)
+    assert seen == [True]
+
+
+def test_advantages_and_figures_of_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Step 5 written out: undivided rewards, against their group, over the epoch's std, weighted, whitened."""
+    tuner, seen = stir(make_tuner(rewards=("one", "two=0.5", "rule=2"))), list[Tensor]()
+    rollouts = roll_out(tuner, 0)
+    monkeypatch.setattr(tune_reward, "update_generator", lambda t, e, r, a: seen.append(a))
+    monkeypatch.setattr(tune_reward, "update_fake_score", lambda t, e, r: None)
+    tune(tuner, 0)
+    with torch.no_grad():
+        images = tuner.core.backbone.decode(rollouts.x[:, -1])
+    total = torch.zeros(4, dtype=torch.float64)
+    texts = [PROMPT_SET.texts[i] for i in rollouts.prompts]
+    for name, weight in (("one", 1.0), ("two", 0.5), ("rule", 2.0)):
+        r = REWARDS[name][0].score(images, texts, [{}] * 4).double()
+        group = r.view(2, 2).mean(dim=1).repeat_interleave(2)
+        total += weight * (r - group) / (r.std(correction=0) + 1e-4)
+        assert tuner.core.metrics[f"reward/{name}"] == pytest.approx(float(r.mean()), abs=1e-4)
+    expected = ((total - total.mean()) / (total.std(correction=0) + 1e-4)).clamp(-5, 5).float()
+    torch.testing.assert_close(seen[0], expected, rtol=1e-3, atol=1e-3)
+
+
+def test_one_times_eight_is_eight_times_one() -> None:
+    results = []
+    for size in (8, 1):
+        values = {"dmd_weight": 0.5, "backprop_weight": 0.5, "kl_weight": 1.0, "grad_clip": 1e6}
+        tuner = stir(make_tuner(images_per_epoch=8, images_per_prompt=4, micro_batch=size, **values))
+        tune(tuner, 0)
+        results.append((tuner.core.metrics, gradients(tuner), gradients(tuner, "fake"), weights(tuner)))
+    whole, small = results
+    drift = {"drift"}
+    assert small[0].keys() == whole[0].keys()
+    for name in whole[0].keys() - drift:
+        assert small[0][name] == pytest.approx(whole[0][name], rel=2e-3, abs=1e-5), name
+    assert small[0]["drift"] < 1e-5
+    assert_close(small[1], whole[1], rtol=5e-3)
+    assert_close(small[2], whole[2], rtol=5e-3)
+    for name, tensor in whole[3].items():
+        torch.testing.assert_close(small[3][name], tensor, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_a_reward_that_is_not_finite_stops_before_anything_moves(
+    checked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rewards check it themselves; advantages are checked for rewards that do not."""
+    tuner = make_tuner(rewards=("one", "broken") if checked else ("one",))
+    if not checked:
+        monkeypatch.setattr(
+            tuner.rewards, "score", lambda images, prompts: {"one": torch.full((4,), torch.inf)}
+        )
+    before = weights(tuner)
+    message = (
+        "The reward broken is not finite" if checked else "The advantages holds nan values at iteration 5"
+    )
+    with pytest.raises(NumericalError, match=message):
+        tune(tuner, 4)
+    assert all(torch.equal(v, before[name]) for name, v in weights(tuner).items())
+    assert not tuner.core.fake_optimizer.state and not tuner.core.generator_optimizer.state
+    assert tuner.core.generator_updates == 0
+
+
+def test_a_loss_that_is_not_finite_leaves_the_generator() -> None:
+    tuner = stir(make_tuner())
+    tuner.core.empty.embeds[0, 0, 0] = math.nan  # reaches nothing but the teacher's guidance
+    generator, ema = tuner.core.roles.state("generator"), dict(tuner.core.ema)
+    with pytest.raises(NumericalError, match="The loss of the last step is nan at iteration 1"):
+        tune(tuner, 0)
+    assert all(torch.equal(v, generator[name]) for name, v in tuner.core.roles.state("generator").items())
+    assert all(torch.equal(v, ema[name]) for name, v in tuner.core.ema.items())
+
+
+def test_a_sampler_of_one_step_has_no_policy_term() -> None:
+    tuner = make_tuner(sampler={"raw_steps": (1000,)}, policy_weight=0.0)
+    before = weights(tuner)
+    tune(tuner, 0)
+    assert any(not torch.equal(v, before[name]) for name, v in weights(tuner).items())
+    assert "dmd_loss" in tuner.core.metrics and "drift" not in tuner.core.metrics
+
+
+def test_rewards_that_are_not_kept_are_loaded_once_a_turn() -> None:
+    for where, expected in (("one", ["one", "two", "one", "two"]), ("all", ["one", "two"])):
+        tuner = make_tuner(rewards_in_memory=where, micro_batch=1)
+        loads.clear()
+        tune(tuner, 0)
+        assert loads == expected
