@@ -127,9 +127,9 @@ class DistillConfig(Section):
     generator_lr: float = Field(
         default=3e-5, gt=0, le=1, description="learning rate of the generator, no unit"
     )
-    lr_decay: Literal["none", "cosine"] = Field(
+    lr_decay: Literal["none", "generator", "both"] = Field(
         default="none",
-        description="fall of both learning rates to 0 over the whole length: none, or a half cosine",
+        description="whose learning rate falls to 0 along a half cosine over the whole length",
     )
     fake_lr: float = Field(default=3e-5, gt=0, le=1, description="learning rate of the fake score, no unit")
     lr_warmup: int = Field(
@@ -173,6 +173,12 @@ class DistillConfig(Section):
         ge=1,
         le=100,
         description="the teacher's guidance inside the generator loss, in both stages; null for model.guidance",
+    )
+    guidance_noisy: float | None = Field(
+        default=None,
+        ge=1,
+        le=100,
+        description="the same at t = 0.95 and above, from `guidance` at 0.5 and below in a straight line; null for no fall",
     )
     boundaries: Literal["one", "every"] = Field(
         default="one",
@@ -274,9 +280,9 @@ class TuneRewardConfig(Section):
     generator_lr: float = Field(
         default=3e-6, gt=0, le=1, description="learning rate of the generator, no unit"
     )
-    lr_decay: Literal["none", "cosine"] = Field(
+    lr_decay: Literal["none", "generator", "both"] = Field(
         default="none",
-        description="fall of both learning rates to 0 over the whole length: none, or a half cosine",
+        description="whose learning rate falls to 0 along a half cosine over the whole length",
     )
     fake_lr: float = Field(default=3e-5, gt=0, le=1, description="learning rate of the fake score, no unit")
     lr_warmup: int = Field(
@@ -488,9 +494,10 @@ class Preset(Section):
     hardware: HardwareConfig = HardwareConfig()
 
     @property
-    def matching_guidance(self) -> float:
-        """The teacher's guidance scale in the generator loss."""
-        return self.model.guidance if self.distill.guidance is None else self.distill.guidance
+    def matching_guidance(self) -> tuple[float, float]:
+        """The teacher's guidance scale in the generator loss: at low and at high noise (`guidance_at`)."""
+        low = self.model.guidance if self.distill.guidance is None else self.distill.guidance
+        return low, low if self.distill.guidance_noisy is None else self.distill.guidance_noisy
 
     @field_validator("name")
     @classmethod

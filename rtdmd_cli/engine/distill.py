@@ -58,7 +58,7 @@ class Trainer:
     config: DistillConfig
     sigmas: tuple[float, ...]
     eta: float
-    guidance: float
+    guidance: tuple[float, float]
     shape: tuple[int, int, int]
     prompts: int
     conditioning: Callable[[Sequence[int]], Conditioning]
@@ -122,7 +122,7 @@ def update_fake_score(trainer: Trainer, iteration: int, prompts: Tensor) -> None
                 optim.check_finite("The fake-score loss", loss, iteration + 1)
                 loss.backward()
     config = trainer.config
-    total = config.iterations if config.lr_decay == "cosine" else None
+    total = config.iterations if config.lr_decay == "both" else None
     rate = optim.learning_rate_at(iteration, config.fake_lr, config.lr_warmup, total)
     move_role(trainer, "fake", trainer.fake_optimizer, rate, iteration)
 
@@ -190,7 +190,7 @@ def update_generator(trainer: Trainer, iteration: int, prompts: Tensor) -> None:
                 optim.check_finite("The generator loss", loss, iteration + 1)
                 loss.backward()
     config, done = trainer.config, trainer.generator_updates
-    total = config.iterations // config.fake_per_generator if config.lr_decay == "cosine" else None
+    total = config.iterations // config.fake_per_generator if config.lr_decay != "none" else None
     rate = optim.learning_rate_at(done, config.generator_lr, config.lr_warmup, total)
     move_role(trainer, "generator", trainer.generator_optimizer, rate, iteration)
     decay = optim.ema_decay_at(done, config.ema_decay, config.ema_warmup)

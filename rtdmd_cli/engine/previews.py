@@ -32,7 +32,7 @@ class Previews:
     backbone: Backbone
     roles: Roles
     plan: SamplingPlan
-    guidance: float
+    guidance: tuple[float, float]
     shape: tuple[int, int, int]
     seed: int
     prompts: list[str]

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from rtdmd_cli.config.schema import ModelConfig, SamplerConfig
-from rtdmd_cli.engine.algo.flow import cfg, cps_step, to_x0
+from rtdmd_cli.engine.algo.flow import cfg, cps_step, guidance_at, to_x0
 from rtdmd_cli.engine.backbones.base import Backbone, Conditioning, concatenate
 from rtdmd_cli.engine.roles import Roles
 from rtdmd_cli.engine.runtime import rng
@@ -52,13 +52,16 @@ def cps(
     return x
 
 
-def guided(backbone: Backbone, cond: Conditioning, uncond: Conditioning | None, guidance: float) -> Velocity:
+def guided(
+    backbone: Backbone, cond: Conditioning, uncond: Conditioning | None, guidance: float | tuple[float, float]
+) -> Velocity:
     """The active role's velocity for `cond`, with classifier-free guidance where `guidance` isn't 1.
 
     cond: one row a sample, on the backbone's device. uncond: one row, the encoded prompt "", needed by
     guidance alone. With guidance both run in one batch of 2B, as in the stock pipeline. Differentiable in x.
+    guidance: one scale, or those at low and high noise between which `guidance_at` goes.
     """
-    if guidance == 1:
+    if guidance in (1, (1, 1)):
         return lambda x, sigma: backbone.velocity(x, sigma, cond)
     assert uncond is not None and len(uncond) == 1, "guidance needs the encoded empty prompt"
     empty = uncond.select([0] * len(cond)).to(cond.embeds.device, cond.embeds.dtype)
@@ -66,7 +69,8 @@ def guided(backbone: Backbone, cond: Conditioning, uncond: Conditioning | None, 
 
     def velocity(x: Tensor, sigma: Tensor) -> Tensor:
         v_uncond, v_cond = backbone.velocity(torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
-        return cfg(v_cond, v_uncond, guidance)
+        scale = guidance_at(sigma, *guidance) if isinstance(guidance, tuple) else guidance
+        return cfg(v_cond, v_uncond, scale)
 
     return velocity
 

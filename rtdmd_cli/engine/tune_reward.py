@@ -207,7 +207,7 @@ def update_fake_score(tuner: Tuner, epoch: int, rollouts: Rollouts) -> None:
             optim.check_finite("The fake-score loss", loss, epoch + 1)
             loss.backward()
     config = tuner.config
-    total = config.epochs if config.lr_decay == "cosine" else None
+    total = config.epochs if config.lr_decay == "both" else None
     rate = optim.learning_rate_at(epoch, config.fake_lr, config.lr_warmup, total)
     move_role(core, "fake", core.fake_optimizer, rate, epoch)
 
@@ -230,7 +230,7 @@ def update_generator(tuner: Tuner, epoch: int, rollouts: Rollouts, advantages: T
                 loss = last_step_loss(tuner, rollouts, draws, cond, share)
                 optim.check_finite("The loss of the last step", loss, epoch + 1)
                 (share_of_term * loss).backward()
-    total = config.epochs if config.lr_decay == "cosine" else None
+    total = config.epochs if config.lr_decay != "none" else None
     rate = optim.learning_rate_at(epoch, config.generator_lr, config.lr_warmup, total)
     move_role(core, "generator", core.generator_optimizer, rate, epoch)
     decay = optim.ema_decay_at(epoch, config.ema_decay, warmup=False)

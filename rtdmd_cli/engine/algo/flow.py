@@ -85,13 +85,24 @@ def to_eps(x: Tensor, sigma: Level, v: Tensor) -> Tensor:
     return x + (1 - per_sample("sigma", sigma, x)) * v
 
 
-def cfg(v_cond: Tensor, v_uncond: Tensor, guidance: float) -> Tensor:
+def cfg(v_cond: Tensor, v_uncond: Tensor, guidance: float | Tensor) -> Tensor:
     """Classifier-free guidance ``v_uncond + guidance (v_cond - v_uncond)`` (section 1); all [B,C,H,W].
 
-    guidance 1 is the conditional prediction, 0 the unconditional one. The teacher's alone.
+    guidance, a number or [B]: 1 is the conditional prediction, 0 the unconditional one. The teacher's alone.
     """
     v_cond, v_uncond = widen(v_cond, v_uncond)
-    return v_uncond + guidance * (v_cond - v_uncond)
+    scale = guidance.to(v_cond).view(-1, 1, 1, 1) if isinstance(guidance, Tensor) else guidance
+    return v_uncond + scale * (v_cond - v_uncond)
+
+
+def guidance_at(t: Tensor, low: float, high: float) -> Tensor:
+    """Guidance scale [B] at noise level t [B]: `low` up to 0.5, `high` from 0.95, a straight line between.
+
+    Not of the method's page: at high noise guidance points far outside the data, and distribution matching has
+    no later step that corrects it, as a sampler has (Kynkaanniemi et al. 2024 limit guidance to an interval).
+    """
+    share = ((t.to(torch.float32) - 0.5) / 0.45).clamp(0, 1)
+    return low + (high - low) * share
 
 
 def cps_mean_std(x: Tensor, v: Tensor, sigma: Level, sigma_next: Level, eta: float) -> tuple[Tensor, Tensor]:
