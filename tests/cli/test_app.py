@@ -339,7 +339,17 @@ def test_nearest() -> None:
 
 def test_quiet_silences_the_libraries_remarks_on_a_prompt_that_is_cut(tmp_path: Path) -> None:
     long = "a photo of a red circle and " * 12 + "a ring"  # longer than the encoders read
-    command = [*MODULE, "sample", long, "--from", "shapes-4step", "--steps", "1", "--out", str(tmp_path / "x")]
+    command = [
+        *MODULE,
+        "sample",
+        long,
+        "--from",
+        "shapes-4step",
+        "--steps",
+        "1",
+        "--out",
+        str(tmp_path / "x"),
+    ]
     spoken = run(*command, RTDMD_CACHE=str(tmp_path / "first"))  # a prompt in the cache is not encoded again
     silent = run(*command, "--quiet", RTDMD_CACHE=str(tmp_path / "second"))
     assert spoken.returncode == silent.returncode == 0

@@ -20,6 +20,7 @@ from rtdmd_cli.engine.sample import (
     decode_all,
     euler,
     generate,
+    guided,
     initial_noise,
     sampling_plan,
     step_noise,
@@ -263,6 +264,19 @@ def test_evaluations_are_counted_as_they_happen(
     made = plan(backbone, kind, guidance=guidance)
     generate(backbone, None, made, *conditionings, KEYS, shape=SHAPE, seed=0, batch=2)
     assert rows == made.evaluations * len(KEYS)
+
+
+def test_guidance_that_falls_with_the_noise(
+    backbone: SD3Backbone, conditionings: tuple[Conditioning, Conditioning]
+) -> None:
+    prompts, empty = conditionings
+    cond, x, sigma = prompts.select([0, 1]), draw(2, 4, 8, 8), torch.tensor([0.3, 0.98])
+    with torch.no_grad():
+        falling = guided(backbone, cond, empty, (4.0, 1.5))(x, sigma)
+        low, high = (guided(backbone, cond, empty, scale)(x, sigma) for scale in (4.0, 1.5))
+        none = guided(backbone, cond, None, (1.0, 1.0))(x, sigma)
+    torch.testing.assert_close(falling, torch.stack([low[0], high[1]]))
+    assert not torch.allclose(falling, low) and torch.equal(none, backbone.velocity(x, sigma, cond))
 
 
 def test_each_plan_runs_its_role(conditionings: tuple[Conditioning, Conditioning]) -> None:

@@ -6,7 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rtdmd_cli.engine.algo.flow import cfg, cps_logprob, cps_mean_std, cps_step, to_eps, to_x0
+from rtdmd_cli.engine.algo.flow import (
+    cfg,
+    cps_logprob,
+    cps_mean_std,
+    cps_step,
+    guidance_at,
+    to_eps,
+    to_x0,
+)
 
 SHAPE = (3, 2, 4, 5)
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-14}
@@ -119,6 +127,14 @@ def test_guidance() -> None:
     assert_close(cfg(cond, uncond, 1.0), cond, torch.float32)
     assert torch.equal(cfg(cond, uncond, 0.0), uncond)
     torch.testing.assert_close(cfg(cond, uncond, 7.0), 7 * cond - 6 * uncond, rtol=1e-5, atol=1e-5)
+    scales = torch.linspace(0, 3, len(cond))
+    each = torch.cat([cfg(cond[i : i + 1], uncond[i : i + 1], float(g)) for i, g in enumerate(scales)])
+    torch.testing.assert_close(cfg(cond, uncond, scales), each, rtol=1e-6, atol=1e-6)
+
+
+def test_guidance_falls_in_a_straight_line() -> None:
+    t = torch.tensor([0.0, 0.5, 0.725, 0.95, 1.0])
+    torch.testing.assert_close(guidance_at(t, 4.0, 1.5), torch.tensor([4.0, 4.0, 2.75, 1.5, 1.5]))
 
 
 @DTYPES
