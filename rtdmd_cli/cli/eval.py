@@ -152,5 +152,7 @@ def _cost(summary: dict[str, Any]) -> list[str]:
                 f"Frechet distance of its features {clip['frechet']:.4f} "
                 f"(floor {clip['frechet_floor']:.4f}), {ours} pictures against {real} rendered"
             )
+        if clip["diversity"] is not None:
+            lines.append(f"diversity within a prompt {clip['diversity']:.4f} (mean cosine distance)")
     lines += [f"failed: {each['reason']} ({each['pictures']} pictures)" for each in summary["failures"][:3]]
     return lines

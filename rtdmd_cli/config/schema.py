@@ -184,6 +184,10 @@ class DistillConfig(Section):
         default="one",
         description="boundaries of a rollout that become training points: one drawn, or every one",
     )
+    interval: Literal["sub", "full"] = Field(
+        default="sub",
+        description="noising of a boundary: from x_s inside (s, 1], or from its clean prediction over the whole interval",
+    )
     boundary_weight: Literal["published", "balanced"] = Field(
         default="published",
         description="weight of a boundary s in the fake-score loss: 1, or (1-s)^2, which evens out the targets' sizes",

@@ -42,7 +42,10 @@ ROLES = ("fake", "generator")
 
 @dataclass(frozen=True)
 class Boundary:
-    """Where a transition of a rollout lands: noise level s, x_s [B,C,H,W], the clean prediction behind it."""
+    """Where a transition of a rollout lands: noise level s, x_s [B,C,H,W], the clean prediction behind it.
+
+    With `distill.interval` full it is the clean prediction itself, at s = 0: plain distribution matching.
+    """
 
     s: float
     x_s: Tensor
@@ -236,7 +239,8 @@ def rollout(trainer: Trainer, draws: Draws, cond: Conditioning) -> Iterator[tupl
             x0 = to_x0(x, sigma, v)
             x_s = cps_step(x, v, sigma, s, trainer.eta, draws.normal(f"{number}/step")) if s > 0 else x0
         if number + 1 in used:
-            yield number, Boundary(s, x_s, x0.detach())
+            clean = trainer.config.interval == "full"
+            yield number, Boundary(0.0, x0, x0.detach()) if clean else Boundary(s, x_s, x0.detach())
         x = x_s.detach()
 
 

@@ -115,9 +115,19 @@ def walk(trainer: Trainer, draws: Draws, cond: Conditioning) -> list[tuple[Tenso
     return pairs
 
 
-def diffuse(draws: Draws, number: int, x_s: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def landing(trainer: Trainer, number: int, before: Tensor, x_s: Tensor, cond: Conditioning) -> Tensor:
+    """What is diffused: x_s, or with the full interval the clean prediction behind it."""
+    if trainer.config.interval == "sub":
+        return x_s
+    sigma = SIGMAS[number]
+    with torch.no_grad():
+        v = evaluate(trainer, "generator", before, torch.full((2,), sigma), cond)
+    return before - sigma * v.double()
+
+
+def diffuse(draws: Draws, number: int, x_s: Tensor, s: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """t [B,1,1,1], x_t, the standard deviation, and the velocity at which x_t passes."""
-    s, noise = SIGMAS[number + 1], draws.normal(f"{number}/renoise").double()
+    noise = draws.normal(f"{number}/renoise").double()
     low = s + 0.01
     t = (low + (1 - low) * draws.uniform(f"{number}/time").double()).clamp(0.02, 0.98).view(-1, 1, 1, 1)
     a = (1 - t) / (1 - s)
@@ -126,17 +136,20 @@ def diffuse(draws: Draws, number: int, x_s: Tensor) -> tuple[Tensor, Tensor, Ten
     return t, a * x_s + sd * noise, sd, u
 
 
-@pytest.mark.parametrize("weight", ["published", "balanced"])
-def test_the_fake_score_losses_are_those_of_the_method(weight: str) -> None:
-    trainer = stir(make(boundaries="every", boundary_weight=weight))
+@pytest.mark.parametrize(
+    ("weight", "interval"), [("published", "sub"), ("balanced", "sub"), ("balanced", "full")]
+)
+def test_the_fake_score_losses_are_those_of_the_method(weight: str, interval: str) -> None:
+    trainer = stir(make(boundaries="every", boundary_weight=weight, interval=interval))
     prompts, cond = conditioning(trainer, 0)
     draws = Draws(trainer, "fake", 0, range(2))
     losses, consistencies = [], []
     with torch.no_grad():
-        for number, (_, x_s) in enumerate(walk(trainer, draws, cond)):
-            t, x_t, sd, u = diffuse(draws, number, x_s)
+        for number, (before, x_s) in enumerate(walk(trainer, draws, cond)):
+            s = SIGMAS[number + 1] if interval == "sub" else 0.0
+            t, x_t, sd, u = diffuse(draws, number, landing(trainer, number, before, x_s, cond), s)
             v = evaluate(trainer, "fake", x_t, t, cond).double()
-            even = (1 - SIGMAS[number + 1]) ** 2 if weight == "balanced" else 1
+            even = (1 - s) ** 2 if weight == "balanced" else 1
             losses.append(even * ((1 / sd**2).clamp(0, 10) * (sd * v - sd * u) ** 2).mean())
             k = draws.integers(f"{number}/consistency step", 1, 201).view(-1, 1, 1, 1)
             later = (t - k / 1000).clamp(min=0)
@@ -153,17 +166,19 @@ def test_the_fake_score_losses_are_those_of_the_method(weight: str) -> None:
     )
 
 
-def test_the_generator_gradient_is_that_of_the_method_through_the_last_step_alone() -> None:
-    trainer = stir(make(boundaries="every", grad_clip=1e6))
+@pytest.mark.parametrize("interval", ["sub", "full"])
+def test_the_generator_gradient_is_that_of_the_method_through_the_last_step_alone(interval: str) -> None:
+    trainer = stir(make(boundaries="every", grad_clip=1e6, interval=interval))
     prompts, cond = conditioning(trainer, 1)
     draws = Draws(trainer, "generator", 1, range(2))
     names, parameters = zip(*trainer.roles.named_parameters("generator"), strict=True)
     total, loss = [torch.zeros_like(p) for p in parameters], 0.0
     empty = trainer.empty.select([0, 0])
     for number, (before, x_s) in enumerate(walk(trainer, draws, cond)):
-        sigma, s = SIGMAS[number : number + 2]
+        sigma, s = SIGMAS[number], SIGMAS[number + 1] if interval == "sub" else 0.0
+        x_s = landing(trainer, number, before, x_s, cond)
         with torch.no_grad():
-            t, x_t, _, _ = diffuse(draws, number, x_s)
+            t, x_t, _, _ = diffuse(draws, number, x_s, s)
             base = evaluate(trainer, "teacher", x_t, t, empty)
             v_teacher = base + 4.0 * (evaluate(trainer, "teacher", x_t, t, cond) - base)
             noise = draws.normal(f"{number}/carry back").double()

@@ -20,7 +20,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rtdmd_cli import __version__
-from rtdmd_cli.engine.evaluation.features import ClipScorer, frechet_distance
+from rtdmd_cli.engine.evaluation.features import (
+    ClipScorer,
+    frechet_distance,
+    mean_pairwise_cosine_distance,
+)
 from rtdmd_cli.engine.evaluation.geneval import Verdict, judge, task_scores
 from rtdmd_cli.engine.evaluation.report_stats import bootstrap_overall
 from rtdmd_cli.engine.model_source import Model
@@ -192,18 +196,21 @@ def clip_figures(clip: ClipScorer, pictures: Tensor, judged: Sequence[Judged]) -
     """Mean CLIP score (cosine), and the Frechet distance to as many rendered pictures of the same captions.
 
     The distance between two sets of rendered pictures is its floor at this number of pictures. Distances are
-    None for fewer than two pictures.
+    None for fewer than two pictures. diversity: mean cosine distance of two pictures of a prompt; None where
+    every prompt has one.
     """
     features = _features(clip, pictures)
     texts = clip.text_features([each.caption.text for each in judged]).cpu()
     real, other = (_features(clip, rendered(judged, seed)) for seed in RENDER_SEEDS)
-    enough = len(judged) > 1
+    enough, prompts = len(judged) > 1, [each.key[0] for each in judged]
+    several = len(set(prompts)) < len(prompts)
     return {
         "score": float((features * texts).sum(-1).mean()),
         "score_of_rendered": float((real * texts).sum(-1).mean()),
         "frechet": frechet_distance(features, real) if enough else None,
         "frechet_floor": frechet_distance(other, real) if enough else None,
         "frechet_pictures": [len(features), len(real)],
+        "diversity": mean_pairwise_cosine_distance(features, prompts) if several else None,
     }
 
 

@@ -118,6 +118,25 @@ def test_clip_figures_against_rendered_pictures() -> None:
     assert one["frechet"] is None and one["frechet_pictures"] == [1, 1]
 
 
+def test_diversity_is_the_mean_distance_within_a_prompt() -> None:
+    keys = [(0, 0), (0, 1), (0, 2), (7, 0), (7, 1), (9, 0)]
+    judged: Any = [Judged(key, benchmark()[key[0]], Verdict(True, [])) for key in keys]
+    clip: Any = ColourClip()
+    pictures = torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    pictures *= torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [1, 0, 0], [1, 1, 0], [1, 1, 1]])[
+        :, :, None, None
+    ]
+    vectors = clip.image_features(pictures)
+
+    def apart(a: int, b: int) -> float:
+        return 1 - float((vectors[a] * vectors[b]).sum() / (vectors[a].norm() * vectors[b].norm()))
+
+    expected = ((apart(0, 1) + apart(0, 2) + apart(1, 2)) / 3 + apart(3, 4)) / 2
+    assert 0.01 < expected == pytest.approx(clip_figures(clip, pictures, judged)["diversity"], rel=1e-5)
+    alone = clip_figures(clip, pictures[2:4], judged[2:4])
+    assert alone["diversity"] is None and alone["frechet"] is not None
+
+
 def test_rendered_pictures_are_fixed_by_seed_and_key() -> None:
     judged = unjudged([0, 100, 300])
     assert torch.equal(rendered(judged, 0)[1:], rendered(judged[1:], 0))
