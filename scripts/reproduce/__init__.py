@@ -1,0 +1,1 @@
+"""The table of the shapes world, from the commands that make it."""

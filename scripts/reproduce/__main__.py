@@ -1,0 +1,169 @@
+"""The whole table of the built-in world, cell by cell; see `scripts/reproduce_shapes --help`."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rtdmd_cli.cli.quiet import quiet_libraries
+from rtdmd_cli.config.loader import load_preset
+from rtdmd_cli.engine.runtime.files import write_text
+from rtdmd_cli.errors import RtdmdError
+from scripts.reproduce import figure, table
+from scripts.reproduce.matrix import Cell, Request, Row, chosen_rows, table_cells, table_rows
+from scripts.reproduce.runner import ROOT, Runner, Stopped, stop_on_signals
+
+FAST, FULL = "shapes-4step", "shapes-4step-full"
+SEEDS = 3
+OUT = ROOT / "work/reproduce"
+
+app = typer.Typer(add_completion=False)
+
+
+@dataclass
+class Session:
+    """What a call has found and made. failures: by the key of a cell. exit_code: of the first failure."""
+
+    runner: Runner
+    records: dict[str, dict[str, Any]] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+    exit_code: int = 0
+
+
+@app.command()
+def main(
+    full: Annotated[
+        bool, typer.Option("--full/--fast", help=f"Preset {FULL}, every row with every seed; or {FAST}.")
+    ] = False,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="Seeds of a row. With --fast, ablations have one.")
+    ] = SEEDS,
+    only: Annotated[str, typer.Option(metavar="ROW[,ROW]", help="Make these rows only; see --list.")] = "",
+    out: Annotated[Path, typer.Option(help="Folder of cells, runs, table.md and table.svg.")] = OUT,
+    list_rows: Annotated[
+        bool, typer.Option("--list", help="List the rows and what is done; run none.")
+    ] = False,
+    minutes: Annotated[float | None, typer.Option(min=0, help="Start no cell after so many minutes.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Benchmark prompts of an evaluation; the table says so.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a preset value everywhere."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of the table.")] = False,
+) -> None:
+    """Make the table of the built-in world: teacher, both stages, ablations, each with its spread over seeds.
+
+    A finished cell is kept and not run again; a training that was broken off goes on. Seed 0 is the preset's own.
+    """
+    quiet_libraries(True)
+    try:
+        request = Request(FULL if full else FAST, tuple(overrides or ()), limit)
+        preset = load_preset(request.preset, request.overrides).preset
+        rows = table_rows(preset)
+        chosen = chosen_rows(rows, [name for name in only.split(",") if name])
+        cells = table_cells(request, rows, seeds, seeds if full else 1)
+        session = Session(Runner(out.resolve(), _say))
+        _read(session, cells)
+        if not list_rows:
+            _work(session, [cell for cell in cells if cell.row.name in chosen], minutes)
+        command = _command(full, seeds, out, request)
+        _show(session, rows, cells, request, out.resolve(), command, list_rows, as_json)
+    except RtdmdError as error:
+        _say(f"error: {error.message}\nhint: {error.hint}")
+        raise typer.Exit(error.exit_code) from error
+    if session.exit_code:
+        raise typer.Exit(session.exit_code)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _read(session: Session, cells: Sequence[Cell]) -> None:
+    """Take over what is stored of every cell."""
+    for cell in cells:
+        record = session.runner.stored(cell)
+        if record is not None:
+            session.records[cell.key] = record
+
+
+def _work(session: Session, cells: Sequence[Cell], minutes: float | None) -> None:
+    """Make the cells that are not there. A failed one does not keep the others; a signal ends the work."""
+    began = time.monotonic()
+    with stop_on_signals():
+        try:
+            for cell in cells:
+                if cell.key in session.records or cell.key in session.failures:
+                    continue
+                if minutes is not None and time.monotonic() - began >= 60 * minutes:
+                    _say(f"{minutes:g} minutes are over: no further cell is started")
+                    return
+                _make(session, cell)
+        except Stopped as stop:
+            _say("stopped; the same command goes on from here")
+            session.exit_code = stop.exit_code
+
+
+def _make(session: Session, cell: Cell) -> None:
+    try:
+        session.records[cell.key] = session.runner.make(cell)
+    except RtdmdError as error:
+        _say(f"{cell.label} failed: {error.message}")
+        session.failures[cell.key] = f"failed, exit code {error.exit_code}"
+        session.exit_code = session.exit_code or error.exit_code
+
+
+def _command(full: bool, seeds: int, out: Path, request: Request) -> str:
+    """The command that goes on with this table, without its --only."""
+    words = ["scripts/reproduce_shapes", "--full" if full else "--fast"]
+    words += ["--seeds", str(seeds)] if seeds != SEEDS else []
+    words += ["--out", str(out)] if out != OUT else []
+    words += ["--limit", str(request.limit)] if request.limit is not None else []
+    words += [word for text in request.overrides for word in ("--set", text)]
+    return shlex.join(words)
+
+
+def _show(
+    session: Session,
+    rows: Sequence[Row],
+    cells: Sequence[Cell],
+    request: Request,
+    out: Path,
+    command: str,
+    list_rows: bool,
+    as_json: bool,
+) -> None:
+    """Print the table or the list; write table.md and table.svg unless only a list was asked for."""
+    lines = table.table_lines(rows, cells, session.records, session.failures)
+    note = table.missing_note(lines, command)
+    result: dict[str, Any] = {
+        "preset": request.preset,
+        "limit": request.limit,
+        "rows": [line.record() for line in lines],
+        "missing": table.missing(lines),
+        "note": note,
+    }
+    if list_rows:
+        text = "\n".join(f"{line.row.name:<20} {line.done} of {line.planned}  {line.label}" for line in lines)
+        print(json.dumps(result, indent=2) if as_json else f"{text}\n\n{note}")
+        return
+    conditions = table.conditions(request.preset, request.limit, list(session.records.values()))
+    text = table.markdown(lines, [*conditions, "", note])
+    write_text(out / "table.md", text)
+    write_text(out / "table.svg", figure.score_chart(lines))
+    result["files"] = [str(out / "table.md"), str(out / "table.svg")]
+    print(json.dumps(result, indent=2) if as_json else text, end="\n" if as_json else "")
+
+
+if __name__ == "__main__":
+    app()

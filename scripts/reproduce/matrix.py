@@ -1,0 +1,204 @@
+"""What the table holds: its rows, and the cells (a row with one seed) with the settings that make them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from rtdmd_cli.config.loader import Resolved, load_preset, preset_values
+from rtdmd_cli.config.schema import Preset
+from rtdmd_cli.engine.backbones.sd3 import find_folder, folder_hash
+from rtdmd_cli.errors import UsageError
+
+Kind = Literal["teacher", "distill", "tune-reward"]
+
+SEED_KEYS = ("distill.seed", "tune_reward.seed")
+PUBLISHED_CONSISTENCY = 0.01
+DIVERSITY_IMAGES, DIVERSITY_PROMPTS = 4, 120
+_UNUSED = ("name", "description", "hardware.tracker", "hardware.threads", "hardware.gradient_checkpointing")
+_SCHEDULE = ("save_every", "keep", "log_every", "sample_every")
+_SECTIONS: dict[Kind, tuple[str, ...]] = {
+    "teacher": ("model.", "hardware."),
+    "distill": ("model.", "sampler.", "hardware.", "distill."),
+    "tune-reward": ("model.", "sampler.", "hardware.", "distill.", "tune_reward."),
+}
+"""What of a preset decides a cell of that kind; what decides the evaluation comes on top."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a teacher is sampled: steps, and guidance (1 is none, and half the evaluations)."""
+
+    steps: int
+    guidance: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table. overrides: `--set` texts on top of the preset. samplings: of a teacher; the best counts."""
+
+    name: str
+    label: str
+    kind: Kind
+    overrides: tuple[str, ...] = ()
+    samplings: tuple[Sampling, ...] = ()
+    ablation: bool = False
+
+
+@dataclass(frozen=True)
+class Request:
+    """The options that change what is computed. limit: benchmark prompts, None for all."""
+
+    preset: str
+    overrides: tuple[str, ...] = ()
+    limit: int | None = None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row with one seed. seed: 0 for the preset's own seeds, 1 for those plus one, and so on."""
+
+    row: Row
+    seed: int
+    resolved: Resolved
+    settings: dict[str, Any]
+    stage_1: Cell | None = None
+
+    @cached_property
+    def key(self) -> str:
+        """Twelve hexadecimal digits of the settings that make the figures. The package's version is not one."""
+        text = json.dumps(self.settings, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    @property
+    def name(self) -> str:
+        """File name of the cell, and the name of its run."""
+        return f"{self.row.kind}-{self.key}"
+
+    @property
+    def label(self) -> str:
+        return f"{self.row.name}, seed {self.seed}"
+
+
+def table_rows(preset: Preset) -> list[Row]:
+    """Every row for this preset. An ablation that the preset has built in is turned round where it can be."""
+    model, steps = preset.model, len(preset.sampler.raw_steps)
+    free, guided = Sampling(steps, 1.0), Sampling(max(1, steps // 2), model.guidance)
+    full = Sampling(model.teacher_steps, model.guidance)
+    equal = (
+        f"teacher at equal cost, the better of {free.steps} steps without guidance and {guided.steps} with"
+    )
+    main = [
+        Row(
+            "teacher", f"teacher, {full.steps} steps with guidance {full.guidance:g}", "teacher", (), (full,)
+        ),
+        Row("teacher-equal-cost", equal, "teacher", (), (free, guided)),
+        Row("stage1", "stage 1", "distill"),
+        Row("stage2", "stage 2", "tune-reward"),
+    ]
+    return main + _stage_1_ablations(preset) + _stage_2_ablations(preset)
+
+
+def _stage_1_ablations(preset: Preset) -> list[Row]:
+    on, full = preset.distill.consistency_weight > 0, preset.distill.interval == "full"
+    weight, word = (0, "without") if on else (PUBLISHED_CONSISTENCY, "with")
+    interval, where = ("sub", "noised inside the sub-interval") if full else ("full", "full interval")
+    return [
+        Row(
+            "stage1-consistency",
+            f"stage 1, {word} the consistency term",
+            "distill",
+            (f"distill.consistency_weight={weight}",),
+            ablation=True,
+        ),
+        Row(
+            "stage1-interval",
+            f"stage 1, {where}",
+            "distill",
+            (f"distill.interval={interval}",),
+            ablation=True,
+        ),
+    ]
+
+
+def _stage_2_ablations(preset: Preset) -> list[Row]:
+    every = len(preset.sampler.raw_steps) - 1
+    table: list[tuple[str, str, dict[str, float]]] = [
+        ("grpo-only", "the reward by policy gradient (GRPO) only", {"backprop_weight": 0.0}),
+        ("backprop-only", "the reward by back-propagation only", {"policy_weight": 0.0}),
+        ("all-steps", f"all {every} stochastic steps, not a subset", {"subset_steps": every}),
+        ("no-matching", "no distribution matching", {"dmd_weight": 0.0}),
+    ]
+    own, found = preset.tune_reward.model_dump(), []
+    for name, label, values in table:
+        same = all(own[key] == value for key, value in values.items())
+        overrides = tuple(f"tune_reward.{key}={value}" for key, value in values.items())
+        note = " (as the preset)" if same else ""
+        found.append(
+            Row(f"stage2-{name}", f"stage 2, {label}{note}", "tune-reward", overrides, ablation=True)
+        )
+    return found
+
+
+def chosen_rows(rows: Sequence[Row], names: Sequence[str]) -> set[str]:
+    """The names of the rows asked for; all for none. UsageError for a name that is no row's."""
+    known = [row.name for row in rows]
+    for name in names:
+        if name not in known:
+            raise UsageError(f"There is no row {name!r}.", f"Choose from {', '.join(known)}.")
+    return set(names or known)
+
+
+def make_cell(request: Request, row: Row, seed: int, rows: Sequence[Row]) -> Cell:
+    """The cell of a row and a seed; a stage-2 cell holds the stage-1 cell that it starts from."""
+    base = load_preset(request.preset, request.overrides).preset
+    own = dict(zip(SEED_KEYS, (base.distill.seed, base.tune_reward.seed), strict=True))
+    seeds = tuple(f"{key}={value + seed}" for key, value in own.items())
+    resolved = load_preset(request.preset, (*request.overrides, *row.overrides, *seeds))
+    stage_1 = None
+    if row.kind == "tune-reward":
+        stage_1 = make_cell(request, next(each for each in rows if each.name == "stage1"), seed, rows)
+    return Cell(row, seed, resolved, _settings(request, row, seed, resolved, stage_1), stage_1)
+
+
+def _settings(
+    request: Request, row: Row, seed: int, resolved: Resolved, stage_1: Cell | None
+) -> dict[str, Any]:
+    preset = resolved.preset
+    schedule = {f"{section}.{key}" for section in ("distill", "tune_reward") for key in _SCHEDULE}
+    values = {
+        key: value
+        for key, value in preset_values(preset).items()
+        if key.startswith(_SECTIONS[row.kind]) and key not in schedule and key not in _UNUSED
+    }
+    limit = request.limit
+    return {
+        "kind": row.kind,
+        "values": values,
+        "weights": folder_hash(find_folder(preset.model.path, preset.model.revision)),
+        "samplings": [[each.steps, each.guidance] for each in row.samplings],
+        "stage_1": stage_1.key if stage_1 else None,
+        "evaluation": {
+            "seed": preset.evaluate.seed + seed,
+            "images_per_prompt": preset.evaluate.images_per_prompt,
+            "limit": limit,
+        },
+        "diversity": {
+            "images_per_prompt": DIVERSITY_IMAGES,
+            "limit": DIVERSITY_PROMPTS if limit is None else min(limit, DIVERSITY_PROMPTS),
+        },
+    }
+
+
+def table_cells(request: Request, rows: Sequence[Row], main: int, ablations: int) -> list[Cell]:
+    """All cells of the table in the order in which they are made: every row of a seed before the next seed."""
+    return [
+        make_cell(request, row, seed, rows)
+        for seed in range(max(main, ablations))
+        for row in rows
+        if seed < (ablations if row.ablation else main)
+    ]

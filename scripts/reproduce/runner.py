@@ -1,0 +1,215 @@
+"""Makes cells with the real commands, each in a process of its own, and keeps what came out."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rtdmd_cli import __version__
+from rtdmd_cli.config.loader import dump_resolved
+from rtdmd_cli.engine.runtime.checkpoint import checkpoint_steps
+from rtdmd_cli.engine.runtime.files import write_json, write_text
+from rtdmd_cli.engine.runtime.run_folder import RunFolder
+from rtdmd_cli.errors import DataError, RtdmdError
+from scripts.reproduce.matrix import Cell
+
+ROOT = Path(__file__).resolve().parents[2]
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Stopped(BaseException):
+    """A signal asked to stop. exit_code: 128 and its number."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"signal {number}")
+        self.exit_code = 128 + number
+
+
+class CommandFailed(RtdmdError):
+    """A command of ours did not end well; it has said why on stderr."""
+
+    def __init__(self, arguments: list[str], code: int) -> None:
+        super().__init__(f"rtdmd {arguments[0]} ended with exit code {code}.", "Its own message is above.")
+        self.exit_code = code if code > 0 else 128 - code
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[None]:
+    """Within the block the signals of STOPS raise Stopped."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        raise Stopped(number)
+
+    heard = [number for number in STOPS if signal.getsignal(number) is not signal.SIG_IGN]  # as nohup has it
+    previous = {number: signal.signal(number, handle) for number in heard}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@dataclass
+class Runner:
+    """Works in the folder `out`: cells/, runs/ and presets/. ran: the arguments of every command so far."""
+
+    out: Path
+    say: Callable[[str], None]
+    ran: list[list[str]] = field(default_factory=list)
+
+    def stored(self, cell: Cell) -> dict[str, Any] | None:
+        """What the cell's file holds; None if there is none, or one that is damaged (and will be redone)."""
+        path = self._path(cell)
+        if not path.exists():
+            return None
+        try:
+            record = json.loads(path.read_bytes())
+            whole = record["key"] == cell.key and _is_evaluation(record["evaluation"])
+        except (OSError, ValueError, TypeError, KeyError):
+            whole = False
+        if not whole:
+            self.say(f"{path} is damaged: the cell counts as not run")
+        return record if whole else None
+
+    def make(self, cell: Cell) -> dict[str, Any]:
+        """Train what the cell needs, evaluate, keep the figures; a cell that is there is only read.
+
+        CommandFailed if a command fails; Stopped on a signal, after the training has saved.
+        """
+        record = self.stored(cell)
+        if record is not None:
+            return record
+        if cell.stage_1 is not None:
+            self.make(cell.stage_1)
+        self.say(f"{cell.label} ({cell.name})")
+        first = len(self.ran)
+        seconds = self._train(cell)
+        evaluations = [self._evaluate(cell, *sampling) for sampling in self._samplings(cell)]
+        best = max(evaluations, key=lambda each: float(each["overall"]))
+        diversity = self._diversity(cell, evaluations.index(best))
+        record = {
+            "key": cell.key,
+            "row": cell.row.name,
+            "seed": cell.seed,
+            "settings": cell.settings,
+            "preset": cell.resolved.preset.name,
+            "preset_sha256": cell.resolved.sha256,
+            "overrides": list(cell.row.overrides),
+            "version": __version__,
+            "commands": self.ran[first:],
+            "training_seconds": seconds,
+            "evaluation": best,
+            "alternatives": [each for each in evaluations if each is not best],
+            "diversity": diversity,
+        }
+        write_json(self._path(cell), record)
+        return record
+
+    def run_of(self, cell: Cell) -> RunFolder:
+        return RunFolder(self.out / "runs" / cell.name)
+
+    def _path(self, cell: Cell) -> Path:
+        return self.out / "cells" / f"{cell.name}.json"
+
+    def _preset(self, cell: Cell) -> str:
+        """The cell's settings as a preset file: a name could also be that of a run, and would have no overrides."""
+        path = self.out / "presets" / f"{cell.name}.yaml"
+        write_text(path, dump_resolved(cell.resolved.preset))
+        return str(path)
+
+    def _train(self, cell: Cell) -> float | None:
+        """Seconds of the cell's training, which is continued if it had begun; None for a teacher."""
+        if cell.row.kind == "teacher":
+            return None
+        run = self.run_of(cell)
+        if not _is_finished(run):
+            arguments = ["--preset", self._preset(cell), "--name", cell.name, "--out", str(run.path.parent)]
+            if cell.stage_1 is not None:
+                self._train(cell.stage_1)  # its folder may be gone although its figures are there
+                arguments += ["--from", str(self.run_of(cell.stage_1).path)]
+            self._command([cell.row.kind, *arguments, "--resume", "auto", "--json"])
+        return float(run.status()["seconds"])
+
+    def _samplings(self, cell: Cell) -> list[tuple[list[str], str]]:
+        """(options, reference) of each evaluation of the cell."""
+        if cell.row.kind != "teacher":
+            return [([], str(self.run_of(cell).path))]
+        preset = self._preset(cell)
+        return [
+            (["--steps", str(each.steps), "--guidance", str(each.guidance)], preset)
+            for each in cell.row.samplings
+        ]
+
+    def _evaluate(self, cell: Cell, options: list[str], reference: str) -> dict[str, Any]:
+        return self._eval(cell.settings["evaluation"], cell, options, reference)
+
+    def _diversity(self, cell: Cell, chosen: int) -> float | None:
+        """The judge's diversity, of several pictures of fewer prompts; None where there is no judge."""
+        asked = {**cell.settings["evaluation"], **cell.settings["diversity"]}
+        clip = self._eval(asked, cell, *self._samplings(cell)[chosen])["clip"]
+        return None if clip is None else float(clip["diversity"])
+
+    def _eval(self, asked: dict[str, Any], cell: Cell, options: list[str], reference: str) -> dict[str, Any]:
+        hardware = cell.resolved.preset.hardware
+        arguments = ["eval", "shapes", "--from", reference, *options]
+        arguments += ["--seed", str(asked["seed"]), "--images-per-prompt", str(asked["images_per_prompt"])]
+        arguments += ["--limit", str(asked["limit"])] if asked["limit"] is not None else []
+        arguments += ["--device", hardware.device, "--dtype", hardware.dtype, "--json", "--quiet"]
+        # One thread: seconds a picture then mean the same on every machine's CPU.
+        result = self._command(arguments, {"OMP_NUM_THREADS": "1"})
+        if not _is_evaluation(result):
+            raise DataError("rtdmd eval shapes gave no score.", "Run it by hand: rtdmd eval shapes --json")
+        return result
+
+    def _command(self, arguments: list[str], defaults: dict[str, str] | None = None) -> dict[str, Any]:
+        """The JSON object of a command. On a signal it gets the chance to save before Stopped goes on."""
+        self.ran.append(arguments)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "rtdmd_cli", *arguments],
+            stdout=subprocess.PIPE,
+            cwd=ROOT,
+            env={**(defaults or {}), **os.environ},
+            process_group=0,  # a Ctrl-C reaches us alone, and is passed on once
+        )
+        try:
+            output, _ = process.communicate()
+        except BaseException:
+            process.terminate()
+            try:
+                process.communicate()
+            finally:
+                if process.poll() is None:
+                    process.kill()
+            raise
+        if process.returncode != 0:
+            raise CommandFailed(arguments, process.returncode)
+        result = json.loads(output)
+        assert isinstance(result, dict)
+        return result
+
+
+def _is_evaluation(value: Any) -> bool:
+    """Whether it holds the figures that the table shows."""
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("overall"), float)
+        and {"clip", "evaluations", "seconds_per_picture", "steps", "guidance", "device", "dtype"}
+        <= value.keys()
+    )
+
+
+def _is_finished(run: RunFolder) -> bool:
+    """Whether a training is over and its last checkpoint there. Its length is part of the run's name."""
+    try:
+        return run.status()["state"] == "finished" and bool(checkpoint_steps(run.checkpoints))
+    except DataError:
+        return False
