@@ -13,7 +13,6 @@ from typing import Annotated, Any
 
 import typer
 
-from rtdmd_cli.cli.quiet import quiet_libraries
 from rtdmd_cli.config.loader import load_preset
 from rtdmd_cli.engine.runtime.files import write_text
 from rtdmd_cli.errors import RtdmdError
@@ -65,7 +64,6 @@ def main(
 
     A finished cell is kept and not run again; a training that was broken off goes on. Seed 0 is the preset's own.
     """
-    quiet_libraries(True)
     try:
         request = Request(FULL if full else FAST, tuple(overrides or ()), limit)
         preset = load_preset(request.preset, request.overrides).preset
@@ -117,6 +115,8 @@ def _work(session: Session, cells: Sequence[Cell], minutes: float | None) -> Non
 def _make(session: Session, cell: Cell) -> None:
     try:
         session.records[cell.key] = session.runner.make(cell)
+        if cell.stage_1 is not None:
+            _read(session, [cell.stage_1])
     except RtdmdError as error:
         _say(f"{cell.label} failed: {error.message}")
         session.failures[cell.key] = f"failed, exit code {error.exit_code}"

@@ -11,7 +11,7 @@ from scripts.reproduce.table import NOT_RUN, Line, Spread
 WIDTH, LEFT, RIGHT = 780, 400, 60  # px; LEFT holds the labels, RIGHT the values
 TOP, STEP, BOTTOM = 40, 26, 44  # px; STEP from row to row
 TICKS = 5
-LONGEST = 62  # characters of a label
+LONGEST = 55  # characters of a label
 
 STYLE = """
 svg { font-family: system-ui, sans-serif; background: transparent; }

@@ -70,14 +70,18 @@ class Cell:
 
     @cached_property
     def key(self) -> str:
-        """Twelve hexadecimal digits of the settings that make the figures. The package's version is not one."""
-        text = json.dumps(self.settings, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        """Of the settings that make the figures. The package's version is not one."""
+        return _digest(self.settings)
 
     @property
     def name(self) -> str:
-        """File name of the cell, and the name of its run."""
+        """The name of the cell's file."""
         return f"{self.row.kind}-{self.key}"
+
+    @cached_property
+    def run_name(self) -> str:
+        """The name of its training: of the settings that make the weights. Cells that differ in the rest share it."""
+        return f"{self.row.kind}-{_digest(self.settings['training'])}"
 
     @property
     def label(self) -> str:
@@ -175,23 +179,33 @@ def _settings(
         for key, value in preset_values(preset).items()
         if key.startswith(_SECTIONS[row.kind]) and key not in schedule and key not in _UNUSED
     }
-    limit = request.limit
+    limit, images = request.limit, preset.evaluate.images_per_prompt
     return {
-        "kind": row.kind,
-        "values": values,
-        "weights": folder_hash(find_folder(preset.model.path, preset.model.revision)),
+        "training": {
+            "kind": row.kind,
+            "values": values,
+            "weights": folder_hash(find_folder(preset.model.path, preset.model.revision)),
+            "stage_1": stage_1.run_name if stage_1 else None,
+        },
         "samplings": [[each.steps, each.guidance] for each in row.samplings],
-        "stage_1": stage_1.key if stage_1 else None,
         "evaluation": {
             "seed": preset.evaluate.seed + seed,
-            "images_per_prompt": preset.evaluate.images_per_prompt,
+            "images_per_prompt": images,
             "limit": limit,
         },
-        "diversity": {
-            "images_per_prompt": DIVERSITY_IMAGES,
-            "limit": DIVERSITY_PROMPTS if limit is None else min(limit, DIVERSITY_PROMPTS),
-        },
+        "diversity": _diversity(limit) if images == 1 else None,
     }
+
+
+def _digest(settings: dict[str, Any]) -> str:
+    """Twelve hexadecimal digits."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _diversity(limit: int | None) -> dict[str, int]:
+    """The evaluation from which the diversity comes, where the main one has no two pictures of a prompt."""
+    prompts = DIVERSITY_PROMPTS if limit is None else min(limit, DIVERSITY_PROMPTS)
+    return {"images_per_prompt": DIVERSITY_IMAGES, "limit": prompts}
 
 
 def table_cells(request: Request, rows: Sequence[Row], main: int, ablations: int) -> list[Cell]:

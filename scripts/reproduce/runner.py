@@ -93,12 +93,14 @@ class Runner:
         self.say(f"{cell.label} ({cell.name})")
         first = len(self.ran)
         seconds = self._train(cell)
-        evaluations = [self._evaluate(cell, *sampling) for sampling in self._samplings(cell)]
+        asked = cell.settings["evaluation"]
+        evaluations = [self._eval(asked, cell, *sampling) for sampling in self._samplings(cell)]
         best = max(evaluations, key=lambda each: float(each["overall"]))
-        diversity = self._diversity(cell, evaluations.index(best))
+        diversity = self._diversity(cell, evaluations.index(best), best)
         record = {
             "key": cell.key,
             "row": cell.row.name,
+            "run": None if cell.row.kind == "teacher" else cell.run_name,
             "seed": cell.seed,
             "settings": cell.settings,
             "preset": cell.resolved.preset.name,
@@ -115,7 +117,7 @@ class Runner:
         return record
 
     def run_of(self, cell: Cell) -> RunFolder:
-        return RunFolder(self.out / "runs" / cell.name)
+        return RunFolder(self.out / "runs" / cell.run_name)
 
     def _path(self, cell: Cell) -> Path:
         return self.out / "cells" / f"{cell.name}.json"
@@ -132,11 +134,11 @@ class Runner:
             return None
         run = self.run_of(cell)
         if not _is_finished(run):
-            arguments = ["--preset", self._preset(cell), "--name", cell.name, "--out", str(run.path.parent)]
+            arguments = ["--preset", self._preset(cell), "--name", run.name, "--out", str(run.path.parent)]
             if cell.stage_1 is not None:
                 self._train(cell.stage_1)  # its folder may be gone although its figures are there
                 arguments += ["--from", str(self.run_of(cell.stage_1).path)]
-            self._command([cell.row.kind, *arguments, "--resume", "auto", "--json"])
+            self.command([cell.row.kind, *arguments, "--resume", "auto", "--json"])
         return float(run.status()["seconds"])
 
     def _samplings(self, cell: Cell) -> list[tuple[list[str], str]]:
@@ -149,14 +151,13 @@ class Runner:
             for each in cell.row.samplings
         ]
 
-    def _evaluate(self, cell: Cell, options: list[str], reference: str) -> dict[str, Any]:
-        return self._eval(cell.settings["evaluation"], cell, options, reference)
-
-    def _diversity(self, cell: Cell, chosen: int) -> float | None:
+    def _diversity(self, cell: Cell, chosen: int, best: dict[str, Any]) -> float | None:
         """The judge's diversity, of several pictures of fewer prompts; None where there is no judge."""
-        asked = {**cell.settings["evaluation"], **cell.settings["diversity"]}
-        clip = self._eval(asked, cell, *self._samplings(cell)[chosen])["clip"]
-        return None if clip is None else float(clip["diversity"])
+        asked, result = cell.settings["diversity"], best
+        if asked is not None and best["clip"] is not None:
+            asked = {**cell.settings["evaluation"], **asked}
+            result = self._eval(asked, cell, *self._samplings(cell)[chosen])
+        return None if result["clip"] is None else float(result["clip"]["diversity"])
 
     def _eval(self, asked: dict[str, Any], cell: Cell, options: list[str], reference: str) -> dict[str, Any]:
         hardware = cell.resolved.preset.hardware
@@ -165,12 +166,12 @@ class Runner:
         arguments += ["--limit", str(asked["limit"])] if asked["limit"] is not None else []
         arguments += ["--device", hardware.device, "--dtype", hardware.dtype, "--json", "--quiet"]
         # One thread: seconds a picture then mean the same on every machine's CPU.
-        result = self._command(arguments, {"OMP_NUM_THREADS": "1"})
+        result = self.command(arguments, {"OMP_NUM_THREADS": "1"})
         if not _is_evaluation(result):
             raise DataError("rtdmd eval shapes gave no score.", "Run it by hand: rtdmd eval shapes --json")
         return result
 
-    def _command(self, arguments: list[str], defaults: dict[str, str] | None = None) -> dict[str, Any]:
+    def command(self, arguments: list[str], defaults: dict[str, str] | None = None) -> dict[str, Any]:
         """The JSON object of a command. On a signal it gets the chance to save before Stopped goes on."""
         self.ran.append(arguments)
         process = subprocess.Popen(

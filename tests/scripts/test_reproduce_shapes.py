@@ -1,0 +1,332 @@
+"""The table of the shapes world: real commands once, on a tiny matrix, and the book-keeping around them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from rtdmd_cli.config.loader import load_preset
+from rtdmd_cli.engine.runtime.run_folder import RunFolder
+from rtdmd_cli.errors import UsageError
+from scripts.reproduce import __main__ as reproduce
+from scripts.reproduce import runner
+from scripts.reproduce.matrix import Cell, Request, Row, chosen_rows, make_cell, table_cells, table_rows
+from scripts.reproduce.runner import CommandFailed, Runner
+
+PRESET = "shapes-4step"
+ROWS = [
+    "teacher",
+    "teacher-equal-cost",
+    "stage1",
+    "stage2",
+    "stage1-consistency",
+    "stage1-interval",
+    "stage2-grpo-only",
+    "stage2-backprop-only",
+    "stage2-all-steps",
+    "stage2-no-matching",
+]
+PROMPTS = [
+    {"prompt": "a red circle", "tag": "colors", "include": [{"class": "circle", "count": 1, "color": "red"}]},
+    {"prompt": "two rings", "tag": "counting", "include": [{"class": "ring", "count": 2}]},
+]
+
+
+def rows_of(*overrides: str) -> dict[str, Row]:
+    return {row.name: row for row in table_rows(load_preset(PRESET, overrides, {}).preset)}
+
+
+def cell_of(name: str, seed: int = 0, *overrides: str, limit: int | None = None) -> Cell:
+    request, rows = Request(PRESET, overrides, limit), rows_of(*overrides)
+    return make_cell(request, rows[name], seed, list(rows.values()))
+
+
+def call(*options: str) -> Result:
+    return CliRunner().invoke(reproduce.app, list(options))
+
+
+def table_of(text: str) -> dict[str, list[str]]:
+    """The cells of a Markdown table by the first one."""
+    rows = [[part.strip() for part in line.split("|")[1:-1]] for line in text.splitlines() if line[:1] == "|"]
+    return {row[0]: row[1:] for row in rows[2:]}
+
+
+def evaluation(overall: float, **values: Any) -> dict[str, Any]:
+    clip = {"score": 0.75, "frechet": 0.01, "diversity": 0.125}
+    facts = {"evaluations": 4, "seconds_per_picture": 0.01, "steps": 4, "guidance": 1.0}
+    return {"overall": overall, "clip": clip, "device": "cpu", "dtype": "fp32", **facts, **values}
+
+
+class Pretended(Runner):
+    """Runs no process: trainings finish at once, and an evaluation scores 0.5 and a tenth of its noise seed."""
+
+    fails: str | None = None
+    teachers = {"4": 0.4, "2": 0.3, "50": 0.9}
+
+    def command(self, arguments: list[str], defaults: dict[str, str] | None = None) -> dict[str, Any]:
+        self.ran.append(arguments)
+        if arguments[0] == self.fails:
+            raise CommandFailed(arguments, 5)
+        options = dict(zip(arguments, arguments[1:], strict=False))
+        if arguments[0] != "eval":
+            run = RunFolder(Path(options["--out"]) / options["--name"])
+            (run.checkpoints / "step-000001").mkdir(parents=True)
+            run.set_status("finished", seconds=90.0)
+            return {"finished": True}
+        if "--steps" not in options:
+            return evaluation(0.5 + int(options["--seed"]) / 10)
+        guidance = float(options["--guidance"])
+        return evaluation(self.teachers[options["--steps"]], steps=int(options["--steps"]), guidance=guidance)
+
+
+@pytest.fixture
+def pretended(monkeypatch: pytest.MonkeyPatch) -> list[Pretended]:
+    """The runners of the calls of a test."""
+    made: list[Pretended] = []
+
+    def make(out: Path, say: Callable[[str], None]) -> Pretended:
+        made.append(Pretended(out, say))
+        return made[-1]
+
+    monkeypatch.setattr(reproduce, "Runner", make)
+    return made
+
+
+def kinds(one: Runner) -> list[str]:
+    return [arguments[0] for arguments in one.ran]
+
+
+def stop_when(there: Callable[[], bool]) -> threading.Thread:
+    """Sends this process a SIGTERM as soon as something is there."""
+
+    def watch() -> None:
+        until = time.monotonic() + 60
+        while not there() and time.monotonic() < until:
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    return thread
+
+
+def test_real_commands_stopped_in_the_middle_go_on(tmp_path: Path) -> None:
+    """Stage 1 is broken off; the same command finishes it, starts stage 2 from it and fills the table."""
+    prompts, cache = tmp_path / "prompts.jsonl", tmp_path / "cache"
+    prompts.write_text("\n".join(map(json.dumps, PROMPTS)))
+    values = ["distill.iterations=24", "distill.batch=2", f"distill.prompts={prompts}", "distill.log_every=1"]
+    values += ["tune_reward.epochs=1", "tune_reward.images_per_epoch=4", "tune_reward.images_per_prompt=2"]
+    values += [f"tune_reward.prompts={prompts}", f"tune_reward.eval_prompts={prompts}"]
+    values += ["tune_reward.eval_images=0", "evaluate.images_per_prompt=2", "distill.sample_every=0"]
+    options = [word for value in values for word in ("--set", value)]
+    options += ["--out", str(tmp_path / "out"), "--limit", "6", "--seeds", "1", "--only", "stage2", "--json"]
+    first = cell_of("stage2", 0, *values, limit=6)
+    assert first.stage_1 is not None
+    folder = tmp_path / "out/runs" / first.stage_1.run_name
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("RTDMD_CACHE", str(cache))
+        thread = stop_when(lambda: (folder / "metrics.jsonl").exists())
+        stopped = call(*options)
+        thread.join()
+        assert stopped.exit_code == 143 and RunFolder(folder).status()["state"] == "interrupted"
+        reached = RunFolder(folder).status()["iteration"]
+        assert 0 < reached < 24 and not list((tmp_path / "out").glob("cells/*.json"))
+        result = call(*options)
+    assert result.exit_code == 0, result.stderr
+    table = json.loads(result.stdout)
+    assert [row["row"] for row in table["rows"] if row["done"]] == ["stage1", "stage2"]
+    iterations = [line["iteration"] for line in RunFolder(folder).metrics.read()]
+    assert iterations == list(range(1, 25))
+    assert f"at iteration {reached}" in (folder / "log.txt").read_text()
+    for name, cell in (("stage1", first.stage_1), ("stage2", first)):
+        record = json.loads((tmp_path / "out/cells" / f"{cell.name}.json").read_text())
+        row = next(each for each in table["rows"] if each["row"] == name)
+        shown = record["evaluation"]
+        assert shown["limit"] == 6 and shown["images"] == 12 and shown["model"].startswith(cell.run_name)
+        assert row["score"] == {**dict.fromkeys(("mean", "min", "max"), shown["overall"]), "n": 1}
+        assert record["diversity"] == shown["clip"]["diversity"] > 0
+        assert record["training_seconds"] > 0
+    text = (tmp_path / "out/table.md").read_text()
+    assert table_of(text)["stage 2"][7] == "1 of 1" and table["note"] in text and "Limited to 6" in text
+
+
+def test_a_table_from_end_to_end_and_again(tmp_path: Path, pretended: list[Pretended]) -> None:
+    options = ["--out", str(tmp_path)]
+    first = call(*options)
+    assert first.exit_code == 0 and "Nothing is missing." in first.stdout
+    assert first.stdout == (tmp_path / "table.md").read_text()
+    lines = table_of(first.stdout)
+    assert len(lines) == len(ROWS)
+    assert lines["teacher at equal cost, 4 steps without guidance"][0] == "0.400 (0.400 to 0.400)"
+    assert lines["stage 1"] == [
+        "0.600 (0.500 to 0.700)",
+        "0.750 (0.750 to 0.750)",
+        "0.0100 (0.0100 to 0.0100)",
+        "0.125 (0.125 to 0.125)",
+        "4",
+        "0.0100 (0.0100 to 0.0100)",
+        "1.5 (1.5 to 1.5)",
+        "3 of 3",
+    ]
+    assert lines["stage 1, full interval"][0] == "0.500" and lines["stage 1, full interval"][7] == "1 of 1"
+    assert kinds(pretended[0]).count("distill") == 3 + 2 and kinds(pretended[0]).count("tune-reward") == 3 + 4
+    again = call(*options)
+    assert again.stdout == first.stdout and pretended[1].ran == []
+    picture = ElementTree.fromstring((tmp_path / "table.svg").read_text())
+    texts = [element.text for element in picture.iter("{http://www.w3.org/2000/svg}text")]
+    assert "0.600" in texts and "stage 1, full interval" in texts and "not run yet" not in texts
+
+
+def test_what_is_missing_is_said_and_how_to_fill_it_in(tmp_path: Path, pretended: list[Pretended]) -> None:
+    result = call("--out", str(tmp_path), "--only", "stage1", "--seeds", "2", "--set", "distill.batch=4")
+    lines = table_of(result.stdout)
+    assert lines["stage 1"][7] == "2 of 2"
+    assert lines["stage 2"] == ["not run yet", *["-"] * 6, "0 of 2"]
+    note = result.stdout.splitlines()[-1]
+    assert note.startswith("Missing: teacher (2 of 2), teacher-equal-cost (2 of 2), stage2 (2 of 2)")
+    fill = f"scripts/reproduce_shapes --fast --seeds 2 --out {tmp_path} --set distill.batch=4 --only "
+    assert note.endswith(fill + ",".join(name for name in ROWS if name != "stage1"))
+    picture = (tmp_path / "table.svg").read_text()
+    assert picture.count(">not run yet</text>") == len(ROWS) - 1
+    words = note.partition("scripts/reproduce_shapes ")[2].split()
+    assert call(*words).stdout.splitlines()[-1] == "Nothing is missing."
+    assert pretended[0].ran and "distill" in kinds(pretended[1])  # the ablations of stage 1
+
+
+def test_a_changed_setting_runs_anew_and_the_old_cell_stays(
+    tmp_path: Path, pretended: list[Pretended]
+) -> None:
+    options = ["--out", str(tmp_path), "--only", "stage1", "--seeds", "1"]
+    call(*options)
+    call(*options, "--set", "distill.fake_lr=0.001")
+    assert kinds(pretended[1]) == ["distill", "eval", "eval"]
+    call(*options, "--limit", "12")
+    assert kinds(pretended[2]) == ["eval", "eval"]  # the same weights, measured otherwise
+    assert len(list((tmp_path / "cells").iterdir())) == 3
+    call(*options)
+    assert pretended[-1].ran == []
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"key": "x"}', b"\xff\xfe", b'{"evaluation": {}}'])
+def test_a_damaged_cell_is_redone_without_training_again(
+    tmp_path: Path, pretended: list[Pretended], damage: bytes
+) -> None:
+    options = ["--out", str(tmp_path), "--only", "stage1", "--seeds", "1"]
+    whole = call(*options).stdout
+    (path,) = (tmp_path / "cells").iterdir()
+    before = json.loads(path.read_text())
+    path.write_bytes(damage)
+    listed = call(*options, "--list")
+    assert "damaged" in listed.stderr and "stage1               0 of 1" in listed.stdout
+    assert call(*options).stdout == whole
+    assert kinds(pretended[-1]) == ["eval", "eval"]
+    assert json.loads(path.read_text()) | {"commands": 0} == before | {"commands": 0}
+
+
+def test_stage_2_starts_from_stage_1_of_the_same_seed_and_makes_it_first(tmp_path: Path) -> None:
+    one = Pretended(tmp_path, lambda text: None)
+    cell = cell_of("stage2", 2)
+    assert cell.stage_1 is not None
+    one.make(cell)
+    assert kinds(one) == ["distill", "eval", "eval", "tune-reward", "eval", "eval"]
+    assert one.stored(cell.stage_1) is not None
+    tune = dict(zip(one.ran[3], one.ran[3][1:], strict=False))
+    assert Path(tune["--from"]) == tmp_path / "runs" / cell.stage_1.run_name and tune["--resume"] == "auto"
+    preset = load_preset(tune["--preset"], environ={}).preset
+    assert (preset.distill.seed, preset.tune_reward.seed) == (44, 44)
+    assert [dict(zip(a, a[1:], strict=False)).get("--seed") for a in one.ran] == [
+        None,
+        "2",
+        "2",
+        None,
+        "2",
+        "2",
+    ]
+    assert dict(zip(one.ran[5], one.ran[5][1:], strict=False))["--limit"] == "120"
+    # A folder that is gone is trained again for the next one that needs it; its figures are not.
+    for run in (cell, cell.stage_1):
+        one.run_of(run).path.rename(tmp_path / f"gone-{run.row.name}")
+    again = Pretended(tmp_path, lambda text: None)
+    again.make(cell_of("stage2-grpo-only", 2))
+    assert kinds(again) == ["distill", "tune-reward", "eval", "eval"]
+
+
+def test_a_failed_cell_does_not_keep_the_others(
+    tmp_path: Path, pretended: list[Pretended], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Pretended, "fails", "tune-reward")
+    result = call("--out", str(tmp_path), "--seeds", "1")
+    assert result.exit_code == 5 and "rtdmd tune-reward ended with exit code 5" in result.stderr
+    lines = table_of(result.stdout)
+    assert lines["stage 2"][0] == "failed, exit code 5" and lines["stage 1, full interval"][7] == "1 of 1"
+    monkeypatch.setattr(Pretended, "fails", None)
+    assert call("--out", str(tmp_path), "--seeds", "1").exit_code == 0
+    assert set(kinds(pretended[-1])) == {"tune-reward", "eval"}
+
+
+def test_no_cell_is_started_after_the_minutes(tmp_path: Path, pretended: list[Pretended]) -> None:
+    result = call("--out", str(tmp_path), "--minutes", "0", "--json")
+    assert result.exit_code == 0 and pretended[0].ran == []
+    assert json.loads(result.stdout)["missing"] == ROWS
+    assert json.loads(result.stdout)["note"].endswith("--fast --out " + str(tmp_path))
+
+
+def test_full_runs_every_row_with_every_seed() -> None:
+    request, rows = Request(PRESET), list(rows_of().values())
+    fast, full = table_cells(request, rows, 3, 1), table_cells(request, rows, 3, 3)
+    assert [(cell.row.name, cell.seed) for cell in fast] == [
+        *((name, 0) for name in ROWS),
+        *((name, seed) for seed in (1, 2) for name in ROWS[:4]),
+    ]
+    assert len({cell.key for cell in full}) == len(full) == 3 * len(ROWS)
+    assert json.loads(call("--full", "--list", "--json").stdout)["rows"][9]["seeds"] == 3
+
+
+def test_rows_follow_the_preset() -> None:
+    own = rows_of()
+    assert list(own) == ROWS
+    assert own["stage1-consistency"].overrides == ("distill.consistency_weight=0.01",)
+    assert own["stage1-interval"].overrides == ("distill.interval=full",)
+    assert own["stage2-all-steps"].overrides == ("tune_reward.subset_steps=3",)
+    turned = rows_of("distill.consistency_weight=0.1", "distill.interval=full", "tune_reward.subset_steps=3")
+    assert turned["stage1-consistency"].label == "stage 1, without the consistency term"
+    assert turned["stage1-consistency"].overrides == ("distill.consistency_weight=0",)
+    assert turned["stage1-interval"].overrides == ("distill.interval=sub",)
+    assert turned["stage2-all-steps"].label.endswith("(as the preset)")
+    assert chosen_rows(list(own.values()), ["stage2", "stage1"]) == {"stage1", "stage2"}
+    assert chosen_rows(list(own.values()), []) == set(ROWS)
+    with pytest.raises(UsageError, match="stage3"):
+        chosen_rows(list(own.values()), ["stage3"])
+
+
+def test_a_key_holds_what_makes_the_figures_and_nothing_else() -> None:
+    stage_1, stage_2, teacher = cell_of("stage1"), cell_of("stage2"), cell_of("teacher")
+    tuned = cell_of("stage1", 0, "tune_reward.epochs=3", "distill.save_every=9", "hardware.threads=1")
+    assert tuned.key == stage_1.key
+    assert cell_of("stage2", 0, "tune_reward.epochs=3").key != stage_2.key
+    assert cell_of("stage2", 0, "distill.batch=4").key != stage_2.key
+    assert cell_of("teacher", 0, "distill.batch=4").key == teacher.key
+    assert cell_of("teacher", 1).key != teacher.key != cell_of("teacher-equal-cost").key
+    assert cell_of("stage1", limit=6).key != stage_1.key
+    version = replace(stage_1, resolved=replace(stage_1.resolved, sha256="0"))
+    assert version.key == stage_1.key
+    assert runner.__version__ not in json.dumps(stage_1.settings)
+
+
+def test_wrong_options_are_usage_errors(tmp_path: Path) -> None:
+    result = call("--out", str(tmp_path), "--only", "stage9")
+    assert result.exit_code == 2 and "stage9" in result.stderr and "teacher-equal-cost" in result.stderr
+    result = call("--out", str(tmp_path), "--set", "distill.batchh=3")
+    assert result.exit_code == 2 and "distill.batch" in result.stderr
