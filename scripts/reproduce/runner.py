@@ -74,6 +74,7 @@ class Runner:
         try:
             record = json.loads(path.read_bytes())
             whole = record["key"] == cell.key and _is_evaluation(record["evaluation"])
+            whole = whole and {"training_seconds", "diversity", "version"} <= record.keys()
         except (OSError, ValueError, TypeError, KeyError):
             whole = False
         if not whole:

@@ -184,6 +184,8 @@ def test_a_table_from_end_to_end_and_again(tmp_path: Path, pretended: list[Prete
     assert kinds(pretended[0]).count("distill") == 3 + 2 and kinds(pretended[0]).count("tune-reward") == 3 + 4
     again = call(*options)
     assert again.stdout == first.stdout and pretended[1].ran == []
+    score = json.loads(call(*options, "--json").stdout)["rows"][2]["score"]
+    assert score == pytest.approx({"mean": 0.6, "min": 0.5, "max": 0.7, "n": 3})
     picture = ElementTree.fromstring((tmp_path / "table.svg").read_text())
     texts = [element.text for element in picture.iter("{http://www.w3.org/2000/svg}text")]
     assert "0.600" in texts and "stage 1, full interval" in texts and "not run yet" not in texts
@@ -233,6 +235,16 @@ def test_a_damaged_cell_is_redone_without_training_again(
     assert call(*options).stdout == whole
     assert kinds(pretended[-1]) == ["eval", "eval"]
     assert json.loads(path.read_text()) | {"commands": 0} == before | {"commands": 0}
+
+
+@pytest.mark.parametrize("lost", ["key", "evaluation", "training_seconds", "overall"])
+def test_a_cell_that_lacks_something_counts_as_not_run(tmp_path: Path, lost: str) -> None:
+    one, cell = Pretended(tmp_path, lambda text: None), cell_of("stage1")
+    record = one.make(cell)
+    assert one.stored(cell) == record
+    del (record["evaluation"] if lost == "overall" else record)[lost]
+    (tmp_path / "cells" / f"{cell.name}.json").write_text(json.dumps(record))
+    assert one.stored(cell) is None
 
 
 def test_stage_2_starts_from_stage_1_of_the_same_seed_and_makes_it_first(tmp_path: Path) -> None:
