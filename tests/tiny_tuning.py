@@ -9,15 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rtdmd_cli.config.schema import (
-    DistillConfig,
-    HardwareConfig,
-    LoraConfig,
-    Preset,
-    SamplerConfig,
-    TuneRewardConfig,
-    split_weights,
-)
+from rtdmd_cli.config.schema import DistillConfig, HardwareConfig, Preset, SamplerConfig
+from rtdmd_cli.config.section import LoraConfig
+from rtdmd_cli.config.tune_reward import TuneRewardConfig, split_weights
 from rtdmd_cli.engine.prompts import PromptSet
 from rtdmd_cli.engine.rewards.base import Metadata, Reward, RewardEntry
 from rtdmd_cli.engine.rewards.mixture import open_mixture

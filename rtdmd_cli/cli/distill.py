@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rtdmd_cli.cli import console
-from rtdmd_cli.cli.starting import DISTILL, find_start
+from rtdmd_cli.cli.starting import (
+    DISTILL,
+    Device,
+    DryRun,
+    Dtype,
+    Json,
+    Out,
+    Overrides,
+    Quiet,
+    Resume,
+    find_start,
+)
 from rtdmd_cli.config.loader import Resolved, load_preset
 
 if TYPE_CHECKING:
@@ -21,26 +32,15 @@ def distill(
     preset: Annotated[
         str, typer.Option(help="Preset: a name (see `rtdmd presets list`) or a file.")
     ] = DEFAULT_PRESET,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override a preset value; repeatable."),
-    ] = None,
+    overrides: Overrides = None,
     name: Annotated[str | None, typer.Option(help="Name of the run. Default: the preset's name.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder that holds the runs.")] = Path("runs"),
-    resume: Annotated[
-        str,
-        typer.Option(
-            metavar="auto|never|PATH",
-            help="auto: continue the run, if there is one. PATH: a run or checkpoint.",
-        ),
-    ] = "never",
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="auto, fp32 or bf16.")] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, say what would run, stop.")
-    ] = False,
-    json_output: Annotated[bool, typer.Option("--json", help="End with one JSON object on stdout.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Nothing on stderr but errors.")] = False,
+    out: Out = Path("runs"),
+    resume: Resume = "never",
+    device: Device = None,
+    dtype: Dtype = None,
+    dry_run: DryRun = False,
+    json_output: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Turn a model into a 4-step generator (stage 1).
 

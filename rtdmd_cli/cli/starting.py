@@ -1,8 +1,10 @@
-"""Where a training starts: a new run, or one that is continued. Shared by `distill` and `tune-reward`."""
+"""What `distill` and `tune-reward` share: their options, and where a training starts, anew or continued."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from rtdmd_cli.cli import console
 from rtdmd_cli.config.loader import Resolved, load_preset
@@ -10,7 +12,27 @@ from rtdmd_cli.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from rtdmd_cli.engine.distill_start import Start
-    from rtdmd_cli.engine.runtime.run_folder import RunFolder
+    from rtdmd_cli.engine.runtime.checkpoint import Checkpoint
+    from rtdmd_cli.engine.runtime.run_folder import RunFolder, RunReference
+
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a preset value; repeatable."),
+]
+Out = Annotated[Path, typer.Option(help="Folder that holds the runs.")]
+Resume = Annotated[
+    str,
+    typer.Option(
+        metavar="auto|never|PATH",
+        help="auto: continue the run, if there is one. PATH: a run or checkpoint.",
+    ),
+]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps.")]
+Dtype = Annotated[str | None, typer.Option(help="auto, fp32 or bf16.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would run, stop.")]
+Json = Annotated[bool, typer.Option("--json", help="End with one JSON object on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Nothing on stderr but errors.")]
 
 
 @dataclass(frozen=True)
@@ -73,38 +95,13 @@ def find_start(
     if resume == "never":
         run_folder.refuse_existing(out / run_name)
         return Start(None, None)
-    if resume == "auto":
-        if not run_folder.is_run(out / run_name):
-            run_folder.refuse_existing(out / run_name)
-            return Start(None, None)
-        reference = run_folder.RunReference(run_folder.RunFolder(out / run_name), None)
-    else:
-        named = run_folder.resolve_run(resume, out)
-        if named is None:
-            raise UsageError(
-                f"`{resume}` is neither auto, never, a run nor a checkpoint.",
-                "Look at the folders under runs/.",
-            )
-        reference = named
+    reference = reference_of(resume, out / run_name, out)
+    if reference is None:
+        return Start(None, None)
     run, chosen = reference.run, reference.checkpoint
     path = chosen or (newest(run, quiet) if run else None)
     loaded = checkpoint.load_checkpoint(path) if path else None
-    if loaded and loaded.state.get("stage") != stage.name:
-        raise DataError(
-            f"{path} was not made by rtdmd {stage.name}.", f"Choose a checkpoint of rtdmd {stage.name}."
-        )
-    if run and run.stage != stage.name:
-        raise DataError(
-            f"{run.path} is a run of rtdmd {run.stage}, not of rtdmd {stage.name}.",
-            "Start another run with --name OTHER.",
-        )
-    if loaded and loaded.meta.get("prompts_sha256", prompts) != prompts:
-        raise DataError(
-            f"{path} was trained on other prompts than these.",
-            "Restore the prompt file, or start a run of its own: --name OTHER, without --resume.",
-        )
-    if run:
-        require_same_recipe(run.preset, resolved, stage)
+    require_same_training(run, loaded, resolved, prompts, stage)
     if name and (run is None or run.path.resolve() != (out / name).resolve()):
         if loaded is None:
             raise DataError(f"{resume} has no checkpoint yet.", "Start a run of its own: leave --resume out.")
@@ -122,6 +119,47 @@ def find_start(
     else:
         console.say(f"{run.path} has no checkpoint yet: it starts from the beginning", quiet)
     return Start(run, loaded)
+
+
+def reference_of(resume: str, run: Path, out: Path) -> "RunReference | None":
+    """What `--resume auto` or `--resume PATH` names; None where auto finds no run of that path to continue."""
+    from rtdmd_cli.engine.runtime import run_folder
+
+    if resume != "auto":
+        named = run_folder.resolve_run(resume, out)
+        if named is None:
+            raise UsageError(
+                f"`{resume}` is neither auto, never, a run nor a checkpoint.",
+                "Look at the folders under runs/.",
+            )
+        return named
+    if run_folder.is_run(run):
+        return run_folder.RunReference(run_folder.RunFolder(run), None)
+    run_folder.refuse_existing(run)
+    return None
+
+
+def require_same_training(
+    run: "RunFolder | None", loaded: "Checkpoint | None", resolved: Resolved, prompts: str, stage: Stage
+) -> None:
+    """Raise DataError if run or checkpoint is of another stage, other prompts or another recipe."""
+    if loaded and loaded.state.get("stage") != stage.name:
+        raise DataError(
+            f"{loaded.path} was not made by rtdmd {stage.name}.",
+            f"Choose a checkpoint of rtdmd {stage.name}.",
+        )
+    if run and run.stage != stage.name:
+        raise DataError(
+            f"{run.path} is a run of rtdmd {run.stage}, not of rtdmd {stage.name}.",
+            "Start another run with --name OTHER.",
+        )
+    if loaded and loaded.meta.get("prompts_sha256", prompts) != prompts:
+        raise DataError(
+            f"{loaded.path} was trained on other prompts than these.",
+            "Restore the prompt file, or start a run of its own: --name OTHER, without --resume.",
+        )
+    if run:
+        require_same_recipe(run.preset, resolved, stage)
 
 
 def newest(run: "RunFolder", quiet: bool) -> Path | None:

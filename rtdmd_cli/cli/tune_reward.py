@@ -9,9 +9,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rtdmd_cli.cli import console
-from rtdmd_cli.cli.starting import TUNE_REWARD, find_start
+from rtdmd_cli.cli.starting import (
+    TUNE_REWARD,
+    Device,
+    DryRun,
+    Dtype,
+    Json,
+    Out,
+    Overrides,
+    Quiet,
+    Resume,
+    find_start,
+)
 from rtdmd_cli.config.loader import Resolved, load_preset
-from rtdmd_cli.config.schema import split_weights
+from rtdmd_cli.config.tune_reward import split_weights
 from rtdmd_cli.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -43,28 +54,17 @@ def tune_reward(
     preset: Annotated[
         str | None, typer.Option(help="Preset with the recipe: a name or a file. Default: the stage-1 run's.")
     ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override a preset value; repeatable."),
-    ] = None,
+    overrides: Overrides = None,
     name: Annotated[
         str | None, typer.Option(help=f"Name of the run. Default: the stage-1 run's, with {SUFFIX}.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder that holds the runs.")] = Path("runs"),
-    resume: Annotated[
-        str,
-        typer.Option(
-            metavar="auto|never|PATH",
-            help="auto: continue the run, if there is one. PATH: a run or checkpoint.",
-        ),
-    ] = "never",
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="auto, fp32 or bf16.")] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, say what would run, stop.")
-    ] = False,
-    json_output: Annotated[bool, typer.Option("--json", help="End with one JSON object on stdout.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Nothing on stderr but errors.")] = False,
+    out: Out = Path("runs"),
+    resume: Resume = "never",
+    device: Device = None,
+    dtype: Dtype = None,
+    dry_run: DryRun = False,
+    json_output: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Raise a generator's rewards (stage 2).
 
@@ -72,7 +72,7 @@ def tune_reward(
     """
     run, checkpoint = stage_1_of(from_, out, quiet)
     settings = settings_of(reward, overrides or [], device, dtype)
-    resolved = load_preset(preset or str(run.preset), settings, environ=None if preset else {})
+    resolved = load_preset(preset or str(run.preset), settings)
     require_same_model(run, resolved)
     from rtdmd_cli.engine.prompts import known_by, read_prompt_set
 
@@ -95,7 +95,7 @@ def tune_reward(
     say(f"from {run.path}, {checkpoint.path.name}")
     begin = stage_1_state(checkpoint)
     outcome = run_tune(resolved, prompts, eval_prompts, begin, start, out, run_name, sys.argv, say, quiet)
-    console.show(result(outcome, resolved), json_output)
+    console.show(result(outcome, resolved, json_output), json_output)
     finish(outcome, quiet)
 
 
@@ -205,10 +205,21 @@ def plan(
     }
 
 
-def result(outcome: "Outcome", resolved: Resolved) -> dict[str, Any]:
-    """What the command prints at its end."""
+def result(outcome: "Outcome", resolved: Resolved, as_json: bool) -> dict[str, Any]:
+    """What the command prints at its end; for people a line for each reward."""
+    from rtdmd_cli.engine.tune_report import held_out_first
+
     config = resolved.preset.tune_reward
     before, after = outcome.records["rewards_before"], outcome.records["rewards_after"]
+    rewards: dict[str, Any] = {
+        name: {"before": before[name], "after": after[name], "trained_on": name not in config.held_out}
+        for name in held_out_first(before, config.held_out)
+    }
+    if not as_json:
+        rewards = {
+            name: f"{each['before']:.4f} -> {each['after']:.4f}" + ", trained on" * each["trained_on"]
+            for name, each in rewards.items()
+        }
     return {
         "run": str(outcome.run),
         "epochs": outcome.iterations,
@@ -216,10 +227,7 @@ def result(outcome: "Outcome", resolved: Resolved) -> dict[str, Any]:
         "checkpoint": str(outcome.checkpoint),
         "report": str(outcome.run / "report.html"),
         "finished": outcome.iterations >= config.epochs,
-        "rewards": {
-            name: {"before": before[name], "after": after[name], "trained_on": name not in config.held_out}
-            for name in before
-        },
+        **({"rewards": rewards} if as_json else rewards),
     }
 
 

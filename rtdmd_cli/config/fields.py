@@ -55,7 +55,8 @@ def dotted(path: KeyPath) -> str:
 
 
 def nearest_key(path: KeyPath, section: bool = False) -> str:
-    """The real key most like `path`, with dots: by spelling, first among those of the same last word.
+    """The real key most like `path`, with dots: by spelling, first among those of the same last word, then
+    among those that begin with `path`.
 
     section: whether `path` holds further keys; then the sections are looked at as well.
     """
@@ -63,7 +64,8 @@ def nearest_key(path: KeyPath, section: bool = False) -> str:
     names = [dotted(known) for known in (*keys(), *(sorted(sections()) if section else ()))]
     last = text.rpartition(".")[2]
     same = [name for name in names if name.rpartition(".")[2] == last]
-    return max(same or names, key=lambda name: SequenceMatcher(None, text, name).ratio())
+    longer = [name for name in names if name.startswith(text)]
+    return max(same or longer or names, key=lambda name: SequenceMatcher(None, text, name).ratio())
 
 
 def _without_none(annotation: Any) -> tuple[Any, bool]:

@@ -13,7 +13,7 @@ from rtdmd_cli.engine.distill import Trainer, iterate
 from rtdmd_cli.engine.distill_report import write_run_report
 from rtdmd_cli.engine.distill_start import Start
 from rtdmd_cli.engine.prompts import PromptSet, known_by
-from rtdmd_cli.engine.roles import Roles
+from rtdmd_cli.engine.roles import FAKE, GENERATOR, Roles
 from rtdmd_cli.engine.runtime import optim
 from rtdmd_cli.engine.runtime.device import resolve_device, resolve_dtype
 from rtdmd_cli.engine.runtime.embeddings import open_cache
@@ -136,12 +136,28 @@ def build_trainer(
             f"The first boundary of the schedule lies at sigma {sigmas[1]:.3f}, not below `distill.t_max`.",
             "Choose other `sampler.raw_steps`, or a larger `distill.t_max`.",
         )
+    roles = Roles(backbone.transformer, config.lora, config.seed)
+    decays = {FAKE: config.weight_decay, GENERATOR: config.weight_decay}
+    return assemble(backbone, preset, config, roles, sigmas, decays, prompts, conditioning, empty)
+
+
+def assemble(
+    backbone: Backbone,
+    preset: Preset,
+    config: DistillConfig,
+    roles: Roles,
+    sigmas: tuple[float, ...],
+    weight_decays: dict[str, float],
+    prompts: int,
+    conditioning: Callable[[Sequence[int]], Conditioning],
+    empty: Conditioning,
+) -> Trainer:
+    """A trainer of either stage. config: section 3's settings; weight_decays: by role."""
     if preset.hardware.gradient_checkpointing:
         backbone.transformer.enable_gradient_checkpointing()  # type: ignore[operator]
-    roles = Roles(backbone.transformer, config.lora, config.seed)
     fake, generator = (
-        optim.build_optimizer(roles.named_parameters(role), lr, config.betas, config.eps, config.weight_decay)
-        for role, lr in (("fake", config.fake_lr), ("generator", config.generator_lr))
+        optim.build_optimizer(roles.named_parameters(role), lr, config.betas, config.eps, weight_decays[role])
+        for role, lr in ((FAKE, config.fake_lr), (GENERATOR, config.generator_lr))
     )
     return Trainer(
         backbone=backbone,
@@ -156,5 +172,5 @@ def build_trainer(
         empty=empty.to(backbone.device, backbone.dtype),
         fake_optimizer=fake,
         generator_optimizer=generator,
-        ema=optim.ema_start(roles.named_parameters("generator")),
+        ema=optim.ema_start(roles.named_parameters(GENERATOR)),
     )

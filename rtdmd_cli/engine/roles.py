@@ -26,7 +26,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from rtdmd_cli.config.schema import LoraConfig
+from rtdmd_cli.config.section import LoraConfig
 from rtdmd_cli.engine.runtime import rng
 from rtdmd_cli.errors import DataError, UsageError
 

@@ -1,8 +1,8 @@
 """The report of a stage-2 run: reads the run folder, fills in `report.html`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from rtdmd_cli.config.schema import TuneRewardConfig
+from rtdmd_cli.config.tune_reward import TuneRewardConfig
 from rtdmd_cli.engine.distill_report import grids, lag_curves, recorded_environment, sampler_facts
 from rtdmd_cli.engine.report.html import RunReport, write_report
 from rtdmd_cli.engine.report.page import Picture, Table
@@ -52,14 +52,10 @@ def write_tune_report(
 
 def verdict(before: Mapping[str, float], after: Mapping[str, float], held_out: Sequence[str]) -> str:
     """What came out, held-out rewards first."""
-    parts = [
-        f"{name} went from {before[name]:.4g} to {after[name]:.4g}" for name in held_out if name in before
-    ]
-    parts += [
-        f"{name} (trained on) from {before[name]:.4g} to {after[name]:.4g}"
-        for name in before
-        if name not in held_out
-    ]
+    parts = []
+    for name in held_out_first(before, held_out):
+        verb = " went" if name in held_out else " (trained on)"
+        parts.append(f"{name}{verb} from {before[name]:.4g} to {after[name]:.4g}")
     return "; ".join(parts) + "." if parts else ""
 
 
@@ -73,10 +69,15 @@ def rewards_table(before: Mapping[str, float], after: Mapping[str, float], held_
             f"{after[name]:.4g}",
             f"{after[name] - before[name]:+.4g}",
         )
-        for name in before
+        for name in held_out_first(before, held_out)
     ]
     note = "Mean over fixed prompts and seeds. Judge by the rewards that were held out: training can exploit the others."
     return Table("Rewards before and after", ("Reward", "", "Before", "After", "Change"), rows, note)
+
+
+def held_out_first(names: Iterable[str], held_out: Sequence[str]) -> list[str]:
+    """The names, those of held-out rewards first; a checkpoint's JSON keeps no order."""
+    return sorted(names, key=lambda name: name not in held_out)
 
 
 def terms(config: TuneRewardConfig) -> str:

@@ -24,7 +24,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from rtdmd_cli.config.schema import TuneRewardConfig
+from rtdmd_cli.config.tune_reward import TuneRewardConfig
 from rtdmd_cli.engine.algo.advantages import group_advantages
 from rtdmd_cli.engine.algo.flow import cps_logprob, cps_mean_std, to_x0
 from rtdmd_cli.engine.algo.losses import clipped_policy_loss, gaussian_kl, reward_hinge_loss

@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 
 from rtdmd_cli.config.loader import Resolved
-from rtdmd_cli.config.schema import DistillConfig, Preset, TuneRewardConfig, split_paths, split_weights
+from rtdmd_cli.config.schema import DistillConfig, Preset
+from rtdmd_cli.config.tune_reward import TuneRewardConfig, split_paths, split_weights
 from rtdmd_cli.engine import previews as pictures
 from rtdmd_cli.engine.backbones.base import Backbone, Conditioning, load_backbone
 from rtdmd_cli.engine.distill import ROLES, Trainer
-from rtdmd_cli.engine.distill_run import encode_prompts
+from rtdmd_cli.engine.distill_run import assemble, encode_prompts
 from rtdmd_cli.engine.distill_start import Start
 from rtdmd_cli.engine.prompts import PromptSet, known_by
 from rtdmd_cli.engine.rewards.mixture import RewardMixture, open_mixture
 from rtdmd_cli.engine.roles import FAKE, GENERATOR, STAGE1_FAKE, STAGE1_GENERATOR, Roles
-from rtdmd_cli.engine.runtime import optim
 from rtdmd_cli.engine.runtime.checkpoint import Checkpoint
 from rtdmd_cli.engine.runtime.device import resolve_device, resolve_dtype
 from rtdmd_cli.engine.runtime.run_folder import State, create_run
@@ -107,7 +107,7 @@ def run_tune(
                 "stage 1",
             )
         done = rewind(run, resolved, saved, config.epochs)
-        stage = tune_stage(tuner, shown, measurement, mixture, say)
+        stage = tune_stage(tuner, shown, measurement, mixture)
         seconds = float(saved.state["seconds"]) if saved else 0.0
         records = dict(saved.state["records"]) if saved else {}
         session = Session(
@@ -173,33 +173,10 @@ def build_tuner(
     config = preset.tune_reward
     sigmas = tuple(backbone.sigmas(few_step_levels(preset.sampler)).tolist())
     check_counts(config, prompts, len(sigmas) - 1, preset.sampler.eta)
-    if preset.hardware.gradient_checkpointing:
-        backbone.transformer.enable_gradient_checkpointing()  # type: ignore[operator]
     roles = Roles(backbone.transformer, preset.distill.lora, config.seed, fresh=config.lora)
-    fake, generator = (
-        optim.build_optimizer(
-            roles.named_parameters(role), lr, preset.distill.betas, preset.distill.eps, decay
-        )
-        for role, lr, decay in (
-            (FAKE, config.fake_lr, config.fake_weight_decay),
-            (GENERATOR, config.generator_lr, config.generator_weight_decay),
-        )
-    )
-    core = Trainer(
-        backbone=backbone,
-        roles=roles,
-        config=stage_1_settings(preset),
-        sigmas=sigmas,
-        eta=preset.sampler.eta,
-        guidance=preset.matching_guidance,
-        shape=backbone.latent_shape(preset.model.resolution, preset.model.resolution),
-        prompts=prompts,
-        conditioning=conditioning,
-        empty=empty.to(backbone.device, backbone.dtype),
-        fake_optimizer=fake,
-        generator_optimizer=generator,
-        ema=optim.ema_start(roles.named_parameters(GENERATOR)),
-    )
+    decays = {FAKE: config.fake_weight_decay, GENERATOR: config.generator_weight_decay}
+    settings = stage_1_settings(preset)
+    core = assemble(backbone, preset, settings, roles, sigmas, decays, prompts, conditioning, empty)
     return Tuner(core, config, rewards)
 
 
@@ -255,7 +232,6 @@ def tune_stage(
     previews: pictures.Previews,
     measurement: Measurement,
     mixture: RewardMixture,
-    say: Callable[[str], None],
 ) -> Stage:
     """Stage 2 as a training run knows it."""
     core, config = tuner.core, tuner.config

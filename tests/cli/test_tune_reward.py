@@ -23,10 +23,13 @@ import torch
 from safetensors.torch import load_file
 
 from rtdmd_cli.cli import app
+from rtdmd_cli.cli.tune_reward import result
+from rtdmd_cli.config.loader import load_preset
 from rtdmd_cli.engine.prompts import known_by, read_prompt_set
 from rtdmd_cli.engine.rewards import registry
 from rtdmd_cli.engine.runtime.checkpoint import load_checkpoint, save_checkpoint
 from rtdmd_cli.engine.runtime.run_folder import RunFolder
+from rtdmd_cli.engine.training_run import Outcome
 from tests.tiny_models import PROMPTS
 from tests.tiny_runs import add_checkpoint, generator_weights, make_run
 from tests.tiny_tuning import find
@@ -288,6 +291,29 @@ def test_the_newest_finished_distill_run_is_taken(folder: Path, call: Call) -> N
     named = json.loads(call("tune-reward", *SETTINGS, "--from", "first", "--dry-run", "--json").out)
     assert named["run"] == "runs/first-tuned"
     assert snapshot(folder) == before
+
+
+def test_the_environment_overrides_the_runs_own_recipe(
+    folder: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RTDMD_SET_TUNE_REWARD__MICRO_BATCH", "2")
+    done = call("tune-reward", *SETTINGS, "--from", "first", "--dry-run", "--json")
+    assert json.loads(done.out)["micro_batch"] == 2
+    monkeypatch.setenv("RTDMD_SET_TUNE_REWARD__MICRO_BATHC", "2")
+    done = call("tune-reward", *SETTINGS, "--from", "first", "--dry-run")
+    assert done.code == 2 and "tune_reward.micro_batch" in done.err
+
+
+def test_what_people_read_at_the_end(tmp_path: Path) -> None:
+    records = {
+        "rewards_before": {TRAINED: 0.5, JUDGE: 0.25},
+        "rewards_after": {TRAINED: 0.75, JUDGE: 0.125},
+    }
+    outcome = Outcome(tmp_path, 3, 1.0, tmp_path / "step", 0, records)
+    resolved = load_preset("shapes-4step", [f"tune_reward.held_out=[{JUDGE}]"], {})
+    lines = result(outcome, resolved, as_json=False)
+    assert list(lines)[-2:] == [JUDGE, TRAINED]
+    assert lines[JUDGE] == "0.2500 -> 0.1250" and lines[TRAINED] == "0.5000 -> 0.7500, trained on"
 
 
 def test_no_run_to_start_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Call) -> None:

@@ -4,16 +4,9 @@ import pytest
 from pydantic import ValidationError
 
 from rtdmd_cli.config import keys
-from rtdmd_cli.config.schema import (
-    DistillConfig,
-    LoraConfig,
-    ModelConfig,
-    Preset,
-    SamplerConfig,
-    TuneRewardConfig,
-    split_paths,
-    split_weights,
-)
+from rtdmd_cli.config.schema import DistillConfig, ModelConfig, Preset, SamplerConfig
+from rtdmd_cli.config.section import LoraConfig
+from rtdmd_cli.config.tune_reward import TuneRewardConfig, split_paths, split_weights
 
 
 def preset(**sections: object) -> Preset:

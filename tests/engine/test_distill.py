@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rtdmd_cli.config.schema import DistillConfig, LoraConfig, Preset
+from rtdmd_cli.config.schema import DistillConfig, Preset
+from rtdmd_cli.config.section import LoraConfig
 from rtdmd_cli.engine import distill
 from rtdmd_cli.engine.backbones.base import Conditioning
 from rtdmd_cli.engine.distill import Boundary, Draws, Trainer, boundaries_in_use, iterate, rollout

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from rtdmd_cli.config.loader import Resolved, preset_sha256
-from rtdmd_cli.config.schema import DistillConfig, LoraConfig, Preset
+from rtdmd_cli.config.schema import DistillConfig, Preset
+from rtdmd_cli.config.section import LoraConfig
 from rtdmd_cli.engine.distill_run import STAGE, build_trainer, run_distill
 from rtdmd_cli.engine.distill_start import Start
 from rtdmd_cli.engine.prompts import PromptSet, known_by

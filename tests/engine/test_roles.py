@@ -9,7 +9,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
-from rtdmd_cli.config.schema import ATTENTION, LoraConfig
+from rtdmd_cli.config.section import ATTENTION, LoraConfig
 from rtdmd_cli.engine.roles import Roles
 from rtdmd_cli.errors import DataError, UsageError
 from tests.tiny_models import build_transformer

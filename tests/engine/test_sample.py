@@ -10,7 +10,8 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from torch import Tensor
 
-from rtdmd_cli.config.schema import ATTENTION, LoraConfig, SamplerConfig
+from rtdmd_cli.config.schema import SamplerConfig
+from rtdmd_cli.config.section import ATTENTION, LoraConfig
 from rtdmd_cli.engine.backbones.base import Conditioning
 from rtdmd_cli.engine.backbones.sd3 import SD3Backbone
 from rtdmd_cli.engine.roles import Roles

@@ -24,6 +24,7 @@ from rtdmd_cli.engine.runtime.checkpoint import Checkpoint, load_checkpoint, sav
 from rtdmd_cli.engine.runtime.run_folder import RunFolder
 from rtdmd_cli.engine.sample import decode_all, generate
 from rtdmd_cli.engine.training_run import Outcome, restore
+from rtdmd_cli.engine.tune_report import rewards_table, verdict
 from rtdmd_cli.engine.tune_run import FROZEN, STAGE, evenly_chosen, run_tune, stage_1_state
 from rtdmd_cli.errors import DataError, NumericalError, UsageError
 from tests.tiny_models import PROMPTS, sd3_folder
@@ -284,3 +285,9 @@ def test_prompts_of_a_measurement_are_spread_evenly() -> None:
     assert evenly_chosen(many, 2).texts == ["2", "7"]
     assert evenly_chosen(many, 3).metadata == [{"i": 1}, {"i": 5}, {"i": 8}]
     assert evenly_chosen(many, 99).texts == many.texts and len(evenly_chosen(many, 0)) == 0
+
+
+def test_rewards_held_out_lead_whatever_the_order_of_the_record() -> None:
+    before, after = {"a": 1.0, "judge": 2.0, "z": 3.0}, {"a": 1.5, "judge": 2.5, "z": 3.5}  # as JSON sorts it
+    assert [row[0] for row in rewards_table(before, after, ["judge"]).rows] == ["judge", "a", "z"]
+    assert verdict(before, after, ["judge"]).startswith("judge went from 2 to 2.5; a (trained on) from")

@@ -1,0 +1,42 @@
+"""What every section of a preset is made of, and the adapters' section. No torch."""
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+MAX_SEED = 2**63 - 1
+MAX_COUNT = 1_000_000_000
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+
+
+def one_line(text: str | None) -> str | None:
+    """A validator: ValueError for line breaks and control characters."""
+    if text is not None and not text.isprintable():
+        raise ValueError("must be text without line breaks and control characters")
+    return text
+
+
+class Section(BaseModel):
+    """Common behaviour of every section of a preset."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, validate_default=True
+    )
+
+
+class LoraConfig(Section):
+    """The adapters of generator and fake score, both of the same shape."""
+
+    rank: int = Field(default=32, ge=1, le=4096, description="rank of each adapter matrix, no unit")
+    alpha: int = Field(default=64, ge=1, le=65536, description="adapter scale times rank, no unit")
+    targets: tuple[str, ...] = Field(
+        default=ATTENTION,
+        strict=False,
+        description="endings of the names, below `attn.`, of the linear layers that get an adapter",
+    )
+
+    @field_validator("targets")
+    @classmethod
+    def _distinct(cls, targets: tuple[str, ...]) -> tuple[str, ...]:
+        plain = all(name.replace("_", "").replace(".", "").isalnum() for name in targets)
+        if not targets or len(set(targets)) != len(targets) or not plain:
+            raise ValueError("must name at least one module, each once, in letters, digits, `_` and `.`")
+        return targets
