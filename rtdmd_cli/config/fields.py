@@ -56,7 +56,7 @@ def dotted(path: KeyPath) -> str:
 
 def nearest_key(path: KeyPath, section: bool = False) -> str:
     """The real key most like `path`, with dots: by spelling, first among those of the same last word, then
-    among those that begin with `path`.
+    among those that `path` abbreviates (`distill.iter`; not `distill.lr`, which is a whole word).
 
     section: whether `path` holds further keys; then the sections are looked at as well.
     """
@@ -64,7 +64,7 @@ def nearest_key(path: KeyPath, section: bool = False) -> str:
     names = [dotted(known) for known in (*keys(), *(sorted(sections()) if section else ()))]
     last = text.rpartition(".")[2]
     same = [name for name in names if name.rpartition(".")[2] == last]
-    longer = [name for name in names if name.startswith(text)]
+    longer = [name for name in names if name.startswith(text) and name[len(text) :][:1] != "_"]
     return max(same or longer or names, key=lambda name: SequenceMatcher(None, text, name).ratio())
 
 

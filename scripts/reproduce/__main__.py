@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from rtdmd_cli.cli.quiet import quiet_libraries
 from rtdmd_cli.config.loader import load_preset
 from rtdmd_cli.engine.runtime.files import write_text
 from rtdmd_cli.errors import RtdmdError
@@ -64,6 +65,7 @@ def main(
 
     A finished cell is kept and not run again; a training that was broken off goes on. Seed 0 is the preset's own.
     """
+    quiet_libraries()
     try:
         request = Request(FULL if full else FAST, tuple(overrides or ()), limit)
         preset = load_preset(request.preset, request.overrides).preset

@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 from rtdmd_cli.config.loader import Resolved, load_preset, preset_values
 from rtdmd_cli.config.schema import Preset
-from rtdmd_cli.engine.backbones.sd3 import find_folder, folder_hash
 from rtdmd_cli.errors import UsageError
 
 Kind = Literal["teacher", "distill", "tune-reward"]
@@ -172,6 +171,8 @@ def make_cell(request: Request, row: Row, seed: int, rows: Sequence[Row]) -> Cel
 def _settings(
     request: Request, row: Row, seed: int, resolved: Resolved, stage_1: Cell | None
 ) -> dict[str, Any]:
+    from rtdmd_cli.engine.backbones.sd3 import find_folder, folder_hash  # imports diffusers
+
     preset = resolved.preset
     schedule = {f"{section}.{key}" for section in ("distill", "tune_reward") for key in _SCHEDULE}
     values = {
