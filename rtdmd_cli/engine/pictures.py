@@ -211,6 +211,7 @@ def paint(
     *,
     shape: tuple[int, int, int],
     seed: int,
+    rows: Sequence[int] | None = None,
 ) -> Tensor:
     """One batch of pictures [len(keys), 3, height, width], float32 in 0..1 on the CPU.
 
@@ -218,7 +219,7 @@ def paint(
     """
     size = len(keys)
     latents = generate(
-        model.backbone, model.roles, plan, cond, uncond, keys, shape=shape, seed=seed, batch=size
+        model.backbone, model.roles, plan, cond, uncond, keys, shape=shape, seed=seed, batch=size, rows=rows
     )
     images = decode_all(model.backbone, latents, size)
     if not bool(images.isfinite().all()):
