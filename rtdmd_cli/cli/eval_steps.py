@@ -75,10 +75,22 @@ def make(
     """Make the pictures; the model is gone when this returns. held: takes the lock on the folder."""
     from rtdmd_cli.engine.evaluation.benchmark_prompts import choose_prompts
     from rtdmd_cli.engine.evaluation.eval_run import check
-    from rtdmd_cli.engine.evaluation.generate_phase import free_memory
 
     prompts = choose_prompts(benchmark, prompts_file, options.limit)
     check(judges, prompts)
+    return _make(benchmark, judges, prompts, options, stop, held)
+
+
+def _make(
+    benchmark: Benchmark,
+    judges: tuple[JudgeEntry, ...],
+    prompts: EvalPrompts,
+    options: Options,
+    stop: StopRequest,
+    held: ExitStack,
+) -> Made:
+    from rtdmd_cli.engine.evaluation.generate_phase import free_memory
+
     made = _painted(benchmark, judges, prompts, options, stop, held)
     free_memory(made.device)
     return made
@@ -200,7 +212,7 @@ def _other_evaluation(
         compare=None,
     )
     console.say(f"now {other}, to compare with", options.quiet)
-    made = _painted(ask.benchmark, ask.judges, ask.prompts, theirs, stop, held)
+    made = _make(ask.benchmark, ask.judges, ask.prompts, theirs, stop, held)
     score_and_write(made, theirs, stop, held, began)
     assert made.evaluation.folder is not None
     return made.evaluation.folder

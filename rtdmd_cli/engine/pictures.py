@@ -30,7 +30,7 @@ from rtdmd_cli.config.schema import Preset
 from rtdmd_cli.engine.backbones.base import Backbone, Conditioning
 from rtdmd_cli.engine.model_source import Model
 from rtdmd_cli.engine.report.grid import GridRow, picture_grid, save_png, to_pil
-from rtdmd_cli.engine.runtime.embeddings import open_cache
+from rtdmd_cli.engine.runtime.embeddings import EmbeddingCache, open_cache
 from rtdmd_cli.engine.runtime.files import append_line, os_errors
 from rtdmd_cli.engine.sample import SamplingPlan, decode_all, generate
 from rtdmd_cli.errors import EnvironmentFailure, NumericalError, UsageError
@@ -195,11 +195,19 @@ def encode(
 
     By way of the cache on disk; the text encoders are freed. Stable Diffusion 3 takes 3 MB a prompt in bf16.
     """
+    cache, uncond = encode_to_cache(backbone, prompts, plan)
+    return cache.fetch(prompts), uncond
+
+
+def encode_to_cache(
+    backbone: Backbone, prompts: Sequence[str], plan: SamplingPlan
+) -> tuple[EmbeddingCache, Conditioning | None]:
+    """As `encode`, with the prompts left on disk: the cache that has them all, to be fetched in parts."""
     empty = [""] if plan.guidance != 1 else []
     cache = open_cache(backbone)
     cache.ensure([*prompts, *empty], backbone.encode)
     backbone.drop_text_encoders()
-    return cache.fetch(prompts), cache.fetch(empty) if empty else None
+    return cache, cache.fetch(empty) if empty else None
 
 
 def paint(

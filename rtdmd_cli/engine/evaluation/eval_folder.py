@@ -27,7 +27,10 @@ from rtdmd_cli.errors import DataError, EnvironmentFailure, UsageError
 ABOUT, RESULTS, TIMING = "evaluation.json", "results.json", "timing.jsonl"
 REPORT, REPORT_TEXT = "report.html", "report.md"
 DEFAULT = Path("evals")
-FREE = ("version",)  # of the conditions: may differ where an evaluation is continued
+FREE = (
+    "version",
+    "model",
+)  # of the conditions: may differ where an evaluation is continued; the hash says which model
 
 
 def default_folder(benchmark: str, label: str) -> Path:

@@ -46,6 +46,8 @@ def tables(summary: Summary) -> list[Table]:
     found = [result_table(summary)]
     if "compare" in summary:
         found += comparison_tables(summary["compare"], str(summary["model"]))
+    if summary.get("clip"):
+        found.append(_side_table(summary))
     found += [_group_table(part) for part in summary["breakdowns"]]
     if summary["failures"]:
         rows = [(each["reason"], each["pictures"]) for each in summary["failures"]]
@@ -99,6 +101,26 @@ def comparison_tables(compare: Mapping[str, Any], model: str) -> list[Table]:
         "Pictures of the same prompt and noise are compared; intervals are over prompts; a tie is half a win."
     )
     return [Table(title, columns, rows, f"{note} {compare['stamp']}".strip())]
+
+
+def _side_table(summary: Summary) -> Table:
+    """What the built-in world measures beside the score, of this model and of the one it is compared with."""
+    sides = [summary, *([summary["compare"]["other"]] if "compare" in summary else [])]
+    clips = [side.get("clip") or {} for side in sides]
+    measures = {
+        "shapes-clip, independent judge": [clip.get("score") for clip in clips],
+        "the same of rendered pictures": [clip.get("score_of_rendered") for clip in clips],
+        "Frechet distance to rendered pictures": [clip.get("frechet") for clip in clips],
+        "its floor at this number of pictures": [clip.get("frechet_floor") for clip in clips],
+        "diversity within a prompt": [clip.get("diversity") for clip in clips],
+        "evaluations a picture": [side.get("evaluations") for side in sides],
+        "seconds a picture": [side.get("seconds_per_picture") for side in sides],
+    }
+    rows: list[list[Cell]] = [
+        [name, *("–" if value is None else f"{value:.4g}" for value in values)]
+        for name, values in measures.items()
+    ]
+    return Table("Beside the score", ("measure", *(str(side["model"]) for side in sides)), rows)
 
 
 def _group_table(part: Mapping[str, Any]) -> Table:

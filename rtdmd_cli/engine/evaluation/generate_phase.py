@@ -20,8 +20,7 @@ from torch import Tensor
 from rtdmd_cli import __version__
 from rtdmd_cli.engine.evaluation.benchmark_prompts import EvalPrompts, Key
 from rtdmd_cli.engine.model_source import Model
-from rtdmd_cli.engine.pictures import DTYPE_NAMES, batched, paint, text_chunks
-from rtdmd_cli.engine.runtime.embeddings import open_cache
+from rtdmd_cli.engine.pictures import DTYPE_NAMES, batched, encode_to_cache, paint, text_chunks
 from rtdmd_cli.engine.runtime.files import append_line, os_errors
 from rtdmd_cli.engine.runtime.signals import StopRequest
 from rtdmd_cli.engine.sample import SamplingPlan
@@ -118,11 +117,7 @@ def generate_phase(
     on_pictures(sum(len(part) for part in parts) - sum(len(part) for part in missing))
     if not missing:
         return True
-    cache = open_cache(job.model.backbone)
-    empty = [""] if job.plan.guidance != 1 else []
-    cache.ensure([*job.prompts.texts.values(), *empty], job.model.backbone.encode)
-    job.model.backbone.drop_text_encoders()
-    uncond = cache.fetch(empty) if empty else None
+    cache, uncond = encode_to_cache(job.model.backbone, list(job.prompts.texts.values()), job.plan)
     shape = job.model.backbone.latent_shape(job.height, job.width)
     conditions = job.conditions()
     for part in missing:

@@ -172,13 +172,14 @@ def scan_folder(root: Path, images: int | None, limit: int | None) -> tuple[Eval
     whole = PromptSet([line.pop("prompt") for line in lines.values()], list(lines.values()))
     number = {row: position for position, row in enumerate(lines)}
     chosen = [folders[row] for row in spread(len(folders), limit)]
-    samples = {int(each.name): _samples(each) for each in chosen}
+    places = {int(each.name): each / SAMPLES for each in chosen}
+    samples = {row: _samples(place) for row, place in places.items()}
     least = min(len(paths) for paths in samples.values())
     taken = least if images is None else images
     short = next((row for row, paths in samples.items() if len(paths) < max(taken, 1)), None)
     if short is not None:
         raise DataError(
-            f"{root / f'{short:05d}' / SAMPLES} holds {len(samples[short])} pictures, not {max(taken, 1)}.",
+            f"{places[short]} holds {len(samples[short])} pictures, not {max(taken, 1)}.",
             f"Ask for fewer with --images-per-prompt, or add what is missing. {_LAYOUT}",
         )
     paths = {(row, rank): path for row, found in samples.items() for rank, path in enumerate(found[:taken])}
@@ -208,9 +209,8 @@ def _metadata(folder: Path) -> dict[str, Any]:
     return found
 
 
-def _samples(folder: Path) -> list[Path]:
+def _samples(samples: Path) -> list[Path]:
     """The pictures of a prompt, by number."""
-    samples = folder / SAMPLES
     if not samples.is_dir():
         raise DataError(f"{samples} is missing.", _LAYOUT)
     with os_errors(samples, "read"):
