@@ -147,6 +147,10 @@ class DistillConfig(Section):
         default="one",
         description="boundaries of a rollout that become training points: one drawn, or every one",
     )
+    boundaries_batched: bool = Field(
+        default=False,
+        description="evaluate fake score and teacher on all boundaries of a rollout at once: quicker, more memory",
+    )
     interval: Literal["sub", "full"] = Field(
         default="sub",
         description="noising of a boundary: from x_s inside (s, 1], or from its clean prediction over the whole interval",
