@@ -83,7 +83,7 @@ class Session:
 
     `seconds` counts training time of all parts, `last` is the newest checkpoint, `records` are JSON values of the
     stage's own that survive a resume, `prompts` is what `prompts.known_by` says of the prompts. Two records have a
-    meaning here: with `stopped` (a text) the run ends before its time; `best` is the step of a checkpoint that is
+    meaning here: with `stopped` (true) the run ends before its time; `best` is the step of a checkpoint that is
     made out of turn and never removed.
     """
 

@@ -18,11 +18,15 @@ def write_tune_report(
     config: TuneRewardConfig,
     held_out: Sequence[str],
     health: Mapping[str, float],
+    last: Mapping[str, object],
 ) -> None:
-    """Write report.html from what lies in the run folder, the measured rewards, and the fake score's figures."""
+    """Write report.html from what lies in the run folder, the measured rewards, and the fake score's figures.
+
+    last: a metric line of the end's measurement, empty where the run folder has it.
+    """
     run, preset, records = session.run, session.resolved.preset, session.records
     command, environment = recorded_environment(run)
-    metrics = [first_line(records), *run.metrics.read()]
+    metrics = [first_line(records), *run.metrics.read(), dict(last)]
     before, after = records[BEFORE], records[AFTER]
     report = RunReport(
         title=f"{run.name}: rewards of the {len(preset.sampler.raw_steps)}-step generator",

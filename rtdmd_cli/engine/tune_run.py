@@ -268,39 +268,46 @@ def tune_stage(
     """Stage 2 as a training run knows it. `warn` is given a sentence for people and the log."""
     core, config = tuner.core, tuner.config
     newest: dict[int, Measured] = {}
+    alarmed: set[int] = set()
 
     def measured(session: Session) -> Measured:
         """Of this epoch, once."""
         epoch = session.iteration
         if epoch not in newest:
             newest.clear()
-            newest[epoch] = measure(
-                core, measurement, mixture, f"the measurement of epoch {epoch}", session.run.log
-            )
+            where = f"the measurement of epoch {epoch}"
+            newest[epoch] = measure(core, measurement, mixture, where, session.run.log)
         return newest[epoch]
 
-    def after(session: Session) -> dict[str, float]:
-        count_left_out(session, warn)
-        due = config.eval_every and session.iteration % config.eval_every == 0
-        if not due and session.iteration < config.epochs:
-            return {}
-        found = measured(session)
+    def judged(session: Session) -> dict[str, float]:
+        """Measure, and take it into the records; as figures of a metric line."""
+        found, figures = measured(session), figures_of(measured(session))
         if WATCH not in session.records:  # a run that was begun by a version without a watch
-            return figures_of(found)
+            return figures
         now = standing(session.iteration, found, session.records, mixture.weights)
         warning = watch(session.records, now, config.watch)
         if warning:
             warn(f"warning, epoch {session.iteration}: {warning}")
-        if warning and config.watch.stop:
-            session.records[STOPPED] = warning
-            warn("`tune_reward.watch.stop` is on: the run ends here.")
-        return figures_of(found) | ({} if now.held_out is None else {"watch/held_out": now.held_out})
+            alarmed.add(session.iteration)
+        return figures if now.held_out is None else figures | {"watch/held_out": now.held_out}
+
+    def due(session: Session) -> bool:
+        return bool(config.eval_every) and session.iteration % config.eval_every == 0
+
+    def after(session: Session) -> dict[str, float]:
+        count_left_out(session, warn)
+        figures = judged(session) if due(session) else {}
+        if config.watch.stop and session.iteration in alarmed:
+            session.records[STOPPED] = True
+        return figures
 
     def end(session: Session, state: State) -> None:
+        # Out of turn: not in the checkpoint, so that a run that is extended goes on as if it had not ended here.
+        last = {} if due(session) else {"iteration": session.iteration, **judged(session)}
         session.records[AFTER] = measured(session).means
         path = session.run.path / "health.png"
         pictures.save_health_panel(previews, path, session.iteration)
-        write_tune_report(session, state, config, mixture.held_out, pictures.lag(previews))
+        write_tune_report(session, state, config, mixture.held_out, pictures.lag(previews), last)
 
     return Stage(
         name=STAGE,

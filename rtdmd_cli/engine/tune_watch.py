@@ -21,7 +21,7 @@ BEFORE, AFTER, WATCH, BEST, STOPPED, LEFT_OUT = (
     "left_out",
 )
 """Keys of a run's records: the mean rewards of start and end, what else is remembered of the measurements, the best
-checkpoint's epoch, why the run ended early, the number of pictures left out of the training."""
+checkpoint's epoch, whether the watch ended the run, the number of pictures left out of the training."""
 STD_FLOOR = 1e-4
 
 
