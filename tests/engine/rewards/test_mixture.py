@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from rtdmd_cli.engine.prompts import PromptSet
-from rtdmd_cli.engine.rewards import scoring
-from rtdmd_cli.engine.rewards import shapes_clip
+from rtdmd_cli.engine.rewards import scoring, shapes_clip
 from rtdmd_cli.engine.rewards.base import Reward, RewardEntry
 from rtdmd_cli.engine.rewards.mixture import RewardMixture, open_mixture
 from rtdmd_cli.engine.rewards.registry import find_reward
