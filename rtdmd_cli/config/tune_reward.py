@@ -112,7 +112,7 @@ class TuneRewardConfig(Section):
         default=1e-3,
         ge=0,
         le=1e6,
-        description="weight of distribution matching on the last step; 0 turns it off",
+        description="weight of distribution matching on the last step; 0 turns it off, and the fake score's turn with it",
     )
     backprop_weight: float = Field(
         default=1e-4, ge=0, le=1e6, description="weight of reward back-propagation; 0 turns it off"

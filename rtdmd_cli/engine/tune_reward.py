@@ -16,7 +16,7 @@ The generator is stage 1's, frozen, with a fresh adapter on top (`roles.py`). Ra
 stream, epoch, image), so that micro-batches and resumed runs see the same ones.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -64,6 +64,10 @@ class Rewards(Protocol):
         """Each reward of images [N,3,H,W] on the CPU and their prompts' indices, and what could not be judged."""
         ...
 
+    def combined(self, rewards: Mapping[str, Tensor]) -> Tensor | None:
+        """What `differentiable_sum` gives, [N], from rewards that are known; None where none is differentiable."""
+        ...
+
     def differentiable_sum(self, images: Tensor, prompts: Sequence[int]) -> Tensor:
         """Weighted sum [B] of the differentiable rewards, each over its divisor, with gradient to the images."""
         ...
@@ -98,6 +102,7 @@ class Rollouts:
 
     x [N,T+1,C,H,W] float32: x[:, k] at `sigmas[k]`, the last the clean latent. logp [N,T-1] of the stochastic
     steps. prompts [N]: prompt indices, group after group. steps: the chosen ones. parts: the micro-batches' rows.
+    reward [N]: weighted sum of the differentiable rewards, where it is known.
     """
 
     x: Tensor
@@ -105,6 +110,7 @@ class Rollouts:
     prompts: Tensor
     steps: tuple[int, ...]
     parts: tuple[Sequence[int], ...] = field(repr=False)
+    reward: Tensor | None = None
 
     def only(self, rows: Tensor) -> "Rollouts":
         """Without the other rows in any part: nothing is trained on them. All else is as it was, noise included."""
@@ -128,8 +134,9 @@ def tune(tuner: Tuner, epoch: int) -> None:
     rows = require_judged(scores, config.max_bad_share, f"epoch {epoch + 1}", tuner.tell)
     rewards = {name: values[rows] for name, values in scores.rewards.items()}
     advantages = advantages_of(tuner, rewards, rows, len(rollouts.prompts))
-    rollouts = rollouts.only(rows)
-    update_fake_score(tuner, epoch, rollouts)
+    rollouts = replace(rollouts.only(rows), reward=tuner.rewards.combined(scores.rewards))
+    if config.dmd_weight:  # nothing else needs the fake score
+        update_fake_score(tuner, epoch, rollouts)
     with tuner.rewards.hold_differentiable() if tuner.backprop_weight else nullcontext():
         update_generator(tuner, epoch, rollouts, advantages)
     core.metrics |= {f"reward/{name}": float(values.mean()) for name, values in rewards.items()}
@@ -312,14 +319,28 @@ def last_step_loss(
         matching = matching_loss(core, draws, [point], cond, share) / share
         loss = loss + config.dmd_weight * matching
     if tuner.backprop_weight:
+        places = below_margin(tuner, rollouts, draws.indices)
+        pulled = [draws.indices[place] for place in places]
         if x0 is None or config.backprop_steps > 1:
-            x0 = clean_latent(tuner, rollouts, draws.indices, cond, config.backprop_steps)
-        prompts = rollouts.prompts[list(draws.indices)].tolist()
-        reward = tuner.rewards.differentiable_sum(core.backbone.decode(x0), prompts)
-        hinge = reward_hinge_loss(reward, config.backprop_margin)
-        add(core, {"hinge_loss": hinge.loss, "hinge_active": hinge.metrics["active"]}, share)
-        loss = loss + config.backprop_weight * hinge.loss
+            x0 = clean_latent(tuner, rollouts, pulled, cond.select(places), config.backprop_steps)
+        else:
+            x0 = x0[places]
+        reward = tuner.rewards.differentiable_sum(core.backbone.decode(x0), rollouts.prompts[pulled].tolist())
+        hinge, part = reward_hinge_loss(reward, config.backprop_margin), len(pulled) / len(draws.indices)
+        add(core, {"hinge_loss": hinge.loss, "hinge_active": hinge.metrics["active"]}, share * part)
+        loss = loss + config.backprop_weight * part * hinge.loss
     return loss
+
+
+def below_margin(tuner: Tuner, rollouts: Rollouts, rows: Sequence[int]) -> list[int]:
+    """Places in `rows` of the images whose reward lies under the hinge's margin, by what was recorded.
+
+    The others have no gradient, so none is computed. At least one place, so that there is a gradient, if only of 0.
+    """
+    if rollouts.reward is None:
+        return list(range(len(rows)))
+    low = (rollouts.reward[list(rows)] < tuner.config.backprop_margin).tolist()
+    return [place for place, is_low in enumerate(low) if is_low] or [0]
 
 
 def clean_latent(

@@ -77,13 +77,20 @@ class RewardMixture:
             unjudged += failures
         return Scores(scores, tuple(unjudged))
 
+    def combined(self, rewards: Mapping[str, Tensor]) -> Tensor | None:
+        """What `differentiable_sum` gives, [N], from undivided rewards; None where none is differentiable."""
+        parts = [self._scale(name) * rewards[name] for name in self.differentiable]
+        return torch.stack(parts).sum(dim=0) if parts else None
+
+    def _scale(self, name: str) -> float:
+        return self.weights[name] / self._entries[name].divisor
+
     def differentiable_sum(self, images: Tensor, prompts: Sequence[int]) -> Tensor:
         """Weighted sum [B] of the differentiable rewards, each over its divisor, with gradient to images [B,3,H,W]."""
         chosen = self.prompts.pick(prompts)
         total = images.new_zeros(len(images))
         with self._hold(self.differentiable) as rewards:
             for name, reward in zip(self.differentiable, rewards, strict=True):
-                scale = self.weights[name] / self._entries[name].divisor
                 values = reward.score(images, chosen.texts, chosen.metadata)
                 for row in (~values.isfinite()).nonzero().flatten().tolist()[:1]:
                     raise NumericalError(
@@ -91,7 +98,7 @@ class RewardMixture:
                         "where its gradient is taken.",
                         f"Check it: rtdmd rewards check {name}",
                     )
-                total = total + scale * values
+                total = total + self._scale(name) * values
         return total
 
     @contextmanager
