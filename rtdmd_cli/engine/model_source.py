@@ -59,10 +59,15 @@ class Model:
     def label(self) -> str:
         return self.source.label
 
-    def plan(self, steps: int | None = None, guidance: float | None = None) -> SamplingPlan:
-        """How this model makes a picture. UsageError as `sampling_plan`."""
-        preset = self.source.preset
-        return sampling_plan(self.source.kind, self.backbone, preset.model, preset.sampler, steps, guidance)
+    def plan(
+        self,
+        steps: int | None = None,
+        guidance: float | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> SamplingPlan:
+        """How this model makes a picture of `size` (height, width). UsageError as `sampling_plan`."""
+        model, sampler = self.source.preset.model, self.source.preset.sampler
+        return sampling_plan(self.source.kind, self.backbone, model, sampler, steps, guidance, size)
 
 
 def resolve(reference: str | None, out: Path) -> Source:
