@@ -27,13 +27,13 @@ class ModelConfig(Section):
     path: str = Field(
         min_length=1,
         max_length=4096,
-        description="builtin:shapes, a repository id of the hub, a local folder in diffusers' layout, or a .safetensors file that holds the transformer",
+        description="builtin:shapes, a hub id, a folder in diffusers' layout, or a .safetensors file with the transformer",
     )
     components: str | None = Field(
         default=None,
         min_length=1,
         max_length=4096,
-        description="where all but the transformer comes from if `path` is a .safetensors file: a repository id or a folder",
+        description="if `path` is a .safetensors file, where all but the transformer comes from: a hub id or a folder",
     )
     revision: str | None = Field(
         default=None,
@@ -45,7 +45,7 @@ class ModelConfig(Section):
         default=SHARED_BASE,
         min_length=1,
         max_length=4096,
-        description="what the generator starts from: teacher (one shared base), or a repository id or folder whose transformer becomes its own base",
+        description="generator's start: teacher (one shared base), or a hub id or folder whose transformer is its own base",
     )
     generator_revision: str | None = Field(
         default=None,
@@ -60,7 +60,7 @@ class ModelConfig(Section):
         default=128,
         ge=1,
         le=512,
-        description="length of the prompt for T5 (sd3, flux1) or Qwen3 (flux2), tokens",
+        description="prompt length for T5 (sd3, flux1) or Qwen3 (flux2), tokens",
     )
     guidance: float = Field(
         default=7.0,

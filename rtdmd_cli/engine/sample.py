@@ -136,10 +136,10 @@ def sampling_plan(
         raw = few_step_levels(sampler) if steps in (None, few) else evenly_spaced(steps or few)
         return SamplingPlan(kind, _levels(backbone.sigmas(raw, shape)), eta=sampler.eta)
     steps = model.teacher_steps if steps is None else steps
-    if steps == few:
-        sigmas = backbone.sigmas(few_step_levels(sampler), shape)
-    else:
-        sigmas = backbone.stock_sigmas(steps, shape)
+    stock = steps != few
+    sigmas = (
+        backbone.stock_sigmas(steps, shape) if stock else backbone.sigmas(few_step_levels(sampler), shape)
+    )
     scale = model.guidance if guidance is None else guidance
     return SamplingPlan(kind, _levels(sigmas), guidance=scale, embedded=backbone.embedded_guidance)
 
