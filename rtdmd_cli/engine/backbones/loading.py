@@ -32,7 +32,7 @@ from torch import nn
 
 from rtdmd_cli.config.schema import SHARED_BASE, ModelConfig
 from rtdmd_cli.engine.backbones.base import ModelId
-from rtdmd_cli.engine.backbones.two_bases import TwoBases
+from rtdmd_cli.engine.backbones.two_bases import TwoBases, bases_of
 from rtdmd_cli.engine.runtime.quiet import quiet_loading
 from rtdmd_cli.errors import DataError, EnvironmentFailure, UsageError
 
@@ -146,7 +146,8 @@ def load_pipeline(layout: Layout, config: ModelConfig, device: torch.device, dty
         ) from error
     for network in networks.values():
         network.eval().requires_grad_(False)
-    loaded.transformer.to(device)
+    for transformer in bases_of(loaded.transformer):
+        transformer.to(device)
     pipe.vae.to(device)
     return loaded
 

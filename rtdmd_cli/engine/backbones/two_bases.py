@@ -36,3 +36,10 @@ class TwoBases(nn.Module):
         """As on a transformer of diffusers, on both."""
         for transformer in (self.teacher, self.generator):
             transformer.enable_gradient_checkpointing()  # type: ignore[operator]
+
+
+def bases_of(transformer: nn.Module) -> list[nn.Module]:
+    """The transformers of diffusers behind a backbone's `transformer`: one, or two."""
+    if isinstance(transformer, TwoBases):
+        return [transformer.teacher, transformer.generator]
+    return [transformer]
