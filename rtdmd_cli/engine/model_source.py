@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rtdmd_cli.config.loader import list_presets, load_preset, preset_path
-from rtdmd_cli.config.schema import Preset
+from rtdmd_cli.config.schema import SHARED_BASE, Preset
 from rtdmd_cli.engine.backbones.base import Backbone, load_backbone
 from rtdmd_cli.engine.roles import GENERATOR, STAGE1_GENERATOR, Roles
 from rtdmd_cli.engine.runtime.checkpoint import Checkpoint, load_checkpoint, newest_valid, verify_checkpoint
@@ -186,7 +186,10 @@ def open_model(source: Source, device: torch.device, dtype: torch.dtype) -> Mode
             f"The checkpoint {loaded.path} holds no generator: {EMA}.safetensors is missing.",
             "Choose a checkpoint of `rtdmd distill` or `rtdmd tune-reward`.",
         )
-    backbone = load_backbone(source.preset.model, device, dtype)
+    config = source.preset.model
+    if loaded is None:  # the generator's own base is of no use to the teacher
+        config = config.model_copy(update={"generator_init": SHARED_BASE})
+    backbone = load_backbone(config, device, dtype)
     base = backbone.model_id.hash
     if loaded is None:
         return Model(source, backbone, None, model_hash(base, {}, 0))

@@ -13,10 +13,12 @@ import torch
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 
+from rtdmd_cli.config.schema import Preset
 from rtdmd_cli.config.section import LoraConfig
 from rtdmd_cli.engine.backbones import flux1, flux2, loading, sd3
 from rtdmd_cli.engine.backbones.base import Conditioning
 from rtdmd_cli.engine.backbones.two_bases import TwoBases
+from rtdmd_cli.engine.model_source import Source, open_model
 from rtdmd_cli.engine.roles import FAKE, GENERATOR, START, TEACHER, Roles
 from rtdmd_cli.errors import DataError, EnvironmentFailure, UsageError
 from tests.tiny_flux import TINY, build_flux2_pipeline, load_tiny, save, tiny_config, tiny_folder
@@ -25,6 +27,7 @@ from tests.tiny_models import PROMPTS
 
 LAYOUTS = {"sd35": sd3.LAYOUT, "flux1": flux1.LAYOUT, "flux2": flux2.LAYOUT}
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+CPU = torch.device("cpu")
 KLEIN = ("to_q", "to_out.0", "to_qkv_mlp_proj", "to_out")
 HALF = torch.full((2,), 0.5)
 
@@ -210,6 +213,16 @@ def test_who_a_model_with_two_bases_is(klein: Path, tmp_path: Path) -> None:
     other = Path(shutil.copytree(klein, tmp_path / "other"))
     (other / "model_index.json").unlink()  # the transformer alone is looked at
     assert load_tiny("flux2", generator_init=str(other)).model_id.hash == two.model_id.hash
+
+
+def test_a_sampled_teacher_needs_no_second_base(klein: Path) -> None:
+    models = [
+        tiny_config("flux2", generator_init=start) for start in (str(klein), "/not/looked/at", "teacher")
+    ]
+    presets = [Preset(name="tiny", model=model) for model in models]
+    opened = [open_model(Source("teacher", preset, None, "tiny"), CPU, torch.float32) for preset in presets]
+    assert not any(isinstance(model.backbone.transformer, TwoBases) for model in opened)
+    assert len({model.model_hash for model in opened}) == 1
 
 
 def test_a_second_base_that_does_not_fit(klein: Path, tmp_path: Path) -> None:
