@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from rtdmd_cli.config.schema import Preset
 from rtdmd_cli.config.section import LoraConfig
 from rtdmd_cli.engine.backbones import flux1, flux2, loading, sd3
-from rtdmd_cli.engine.backbones.base import Conditioning
+from rtdmd_cli.engine.backbones.base import Conditioning, locate_model
 from rtdmd_cli.engine.backbones.two_bases import TwoBases
 from rtdmd_cli.engine.model_source import Source, open_model
 from rtdmd_cli.engine.roles import FAKE, GENERATOR, START, TEACHER, Roles
@@ -327,9 +327,8 @@ def test_a_cached_second_base_is_known_by_its_commit(
     publish(root, "someone/klein", klein / "model_index.json")
     snapshot = next((root / "models--someone--klein/snapshots").iterdir())
     shutil.copytree(klein / "transformer", snapshot / "transformer")
-    config = tiny_config("flux2", generator_init="someone/klein")
-    sources = loading.locate(flux2.LAYOUT, config)
-    assert sources.generator == snapshot
+    sources = locate_model(tiny_config("flux2", generator_init="someone/klein"))
+    assert sources == loading.Sources(tiny_folder("flux2"), None, snapshot)
     assert loading.transformer_hash(snapshot) == snapshot.name == "a" * 40
 
 
