@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rtdmd_cli.config.loader import list_presets, load_preset, preset_path
-from rtdmd_cli.config.schema import Preset
+from rtdmd_cli.config.schema import SHARED_BASE, Preset
 from rtdmd_cli.engine.backbones.base import Backbone, load_backbone
 from rtdmd_cli.engine.roles import GENERATOR, STAGE1_GENERATOR, Roles
 from rtdmd_cli.engine.runtime.checkpoint import Checkpoint, load_checkpoint, newest_valid, verify_checkpoint
@@ -59,10 +59,15 @@ class Model:
     def label(self) -> str:
         return self.source.label
 
-    def plan(self, steps: int | None = None, guidance: float | None = None) -> SamplingPlan:
-        """How this model makes a picture. UsageError as `sampling_plan`."""
-        preset = self.source.preset
-        return sampling_plan(self.source.kind, self.backbone, preset.model, preset.sampler, steps, guidance)
+    def plan(
+        self,
+        steps: int | None = None,
+        guidance: float | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> SamplingPlan:
+        """How this model makes a picture of `size` (height, width). UsageError as `sampling_plan`."""
+        model, sampler = self.source.preset.model, self.source.preset.sampler
+        return sampling_plan(self.source.kind, self.backbone, model, sampler, steps, guidance, size)
 
 
 def resolve(reference: str | None, out: Path) -> Source:
@@ -189,7 +194,10 @@ def open_model(source: Source, device: torch.device, dtype: torch.dtype) -> Mode
             f"The checkpoint {loaded.path} holds no generator: {EMA}.safetensors is missing.",
             "Choose a checkpoint of `rtdmd distill` or `rtdmd tune-reward`.",
         )
-    backbone = load_backbone(source.preset.model, device, dtype)
+    config = source.preset.model
+    if loaded is None:  # the generator's own base is of no use to the teacher
+        config = config.model_copy(update={"generator_init": SHARED_BASE})
+    backbone = load_backbone(config, device, dtype)
     base = backbone.model_id.hash
     if loaded is None:
         return Model(source, backbone, None, model_hash(base, {}, 0))
