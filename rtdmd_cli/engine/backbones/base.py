@@ -13,7 +13,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from rtdmd_cli.config.schema import ModelConfig
+from rtdmd_cli.config.schema import HardwareConfig, ModelConfig
+
+PLAIN = HardwareConfig()
+"""An unquantised base, and pictures decoded whole."""
 
 
 @dataclass(frozen=True)
@@ -112,13 +115,15 @@ class Family:
 
     name: str
     description: str
-    load: Callable[[ModelConfig, torch.device, torch.dtype], Backbone]
+    load: Callable[[ModelConfig, torch.device, torch.dtype, HardwareConfig], Backbone]
 
 
-def _load_sd3(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Backbone:
+def _load_sd3(
+    config: ModelConfig, device: torch.device, dtype: torch.dtype, hardware: HardwareConfig
+) -> Backbone:
     from rtdmd_cli.engine.backbones.sd3 import load  # diffusers and transformers take seconds to import
 
-    return load(config, device, dtype)
+    return load(config, device, dtype, hardware)
 
 
 FAMILIES: dict[str, Family] = {
@@ -126,6 +131,14 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def load_backbone(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Backbone:
-    """Load the model a preset names. EnvironmentFailure: can't be fetched; DataError: damaged or foreign."""
-    return FAMILIES[config.family].load(config, device, dtype)
+def load_backbone(
+    config: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    hardware: HardwareConfig = PLAIN,
+) -> Backbone:
+    """Load the model a preset names. EnvironmentFailure: can't be fetched; DataError: damaged or foreign.
+
+    hardware: of it, whether the base is quantised and how pictures are decoded; device and dtype are resolved ones.
+    """
+    return FAMILIES[config.family].load(config, device, dtype, hardware)

@@ -29,9 +29,11 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
-from rtdmd_cli.config.schema import ModelConfig
-from rtdmd_cli.engine.backbones.base import Conditioning, ModelId, concatenate
+from rtdmd_cli.config.schema import HardwareConfig, ModelConfig
+from rtdmd_cli.engine.backbones.base import PLAIN, Conditioning, ModelId, concatenate
+from rtdmd_cli.engine.runtime.quantise import place
 from rtdmd_cli.engine.runtime.quiet import quiet_loading
+from rtdmd_cli.engine.runtime.tiling import enable_tiling
 from rtdmd_cli.errors import DataError, EnvironmentFailure, RtdmdError, UsageError
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
@@ -153,9 +155,11 @@ class SD3Backbone:
         return sigmas
 
 
-def load(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> SD3Backbone:
+def load(
+    config: ModelConfig, device: torch.device, dtype: torch.dtype, hardware: HardwareConfig = PLAIN
+) -> SD3Backbone:
     """Load the pipeline that `config.path` names: frozen, in eval mode, as `dtype`, the transformer and the
-    VAE on `device` (the text encoders follow when they are first used).
+    VAE on `device` (the text encoders follow when they are first used). hardware: as `load_backbone`.
 
     A built-in model's name, an existing folder and a hub id are tried in that order; `revision` is the hub's.
     EnvironmentFailure where the hub can't deliver it, DataError where the folder is missing, damaged or holds
@@ -174,8 +178,10 @@ def load(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> SD3Ba
         raise DataError(f"The scheduler in {folder} shifts by resolution, which no SD3 model does.", _RENEW)
     for network in networks.values():
         network.eval().requires_grad_(False)
-    pipe.transformer.to(device)
+    place(pipe.transformer, hardware.base, device)
     pipe.vae.to(device)
+    if hardware.vae_tiling:
+        enable_tiling(pipe.vae)
     return SD3Backbone(pipe, config, folder, device, dtype)
 
 
