@@ -20,6 +20,7 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch import Tensor, nn
 
+from rtdmd_cli.engine.backbones.two_bases import TwoBases, bases_of
 from rtdmd_cli.engine.roles import FAKE, GENERATOR, STAGE1_GENERATOR, START, TEACHER, require_fit
 
 Weights = dict[str, nn.Parameter]
@@ -28,25 +29,27 @@ Weights = dict[str, nn.Parameter]
 class FullRoles:
     """Every weight of `transformer` for generator and fake score; outside every context the base's own are in place.
 
-    Both start as the teacher. Freezes the base. transformer: a diffusers model, unquantised, no weight shared by two
-    modules. tuning: for stage 2, with stage 1's generator as a third copy; `begin_stage_2` fills them.
+    Both start as the teacher; with `TwoBases` the generator starts as its own base, which is then given up. Freezes
+    the base. transformer: a diffusers model, unquantised, no weight shared by two modules. tuning: for stage 2, with
+    stage 1's generator as a third copy; `begin_stage_2` fills them.
     """
 
     def __init__(self, transformer: nn.Module, tuning: bool = False) -> None:
         self.transformer = transformer.requires_grad_(False)
+        teacher, start = bases_of(transformer)[0], bases_of(transformer)[-1]
         self.frozen = (STAGE1_GENERATOR,) if tuning else ()
         self._slots = [
             (f"{prefix}.{key}" if prefix else key, module, key)
-            for prefix, module in transformer.named_modules()
+            for prefix, module in teacher.named_modules()
             for key, parameter in module.named_parameters(recurse=False)
         ]
         self._base: Weights = {name: module.get_parameter(key) for name, module, key in self._slots}
         self._dtype = next(iter(self._base.values())).dtype
-        self._weights = {name: self._copy() for name in (GENERATOR, FAKE, *self.frozen)}
-
-    def _copy(self) -> Weights:
-        copies = {key: p.detach().to(torch.float32, copy=True) for key, p in self._base.items()}
-        return {key: nn.Parameter(tensor, requires_grad=False) for key, tensor in copies.items()}
+        self._weights = {
+            name: _copy(teacher if name == FAKE else start) for name in (GENERATOR, FAKE, *self.frozen)
+        }
+        if isinstance(transformer, TwoBases):
+            transformer.generator = teacher  # whatever computes, computes here
 
     def _of(self, role: str) -> Weights:
         return self._base if role == TEACHER else self._weights[STAGE1_GENERATOR if role == START else role]
@@ -118,6 +121,12 @@ class FullRoles:
         require_fit(name, own, tensors)
         for key, parameter in own.items():
             parameter.copy_(tensors[key])
+
+
+def _copy(transformer: nn.Module) -> Weights:
+    """Float32 copies of every weight."""
+    copies = {key: p.detach().to(torch.float32, copy=True) for key, p in transformer.named_parameters()}
+    return {key: nn.Parameter(tensor, requires_grad=False) for key, tensor in copies.items()}
 
 
 def _require(weights: Weights, flags: list[bool]) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from rtdmd_cli.config.loader import list_presets, load_preset, preset_path
 from rtdmd_cli.config.schema import Preset
 from rtdmd_cli.engine.backbones.base import Backbone, load_backbone
+from rtdmd_cli.engine.backbones.two_bases import bases_of
 from rtdmd_cli.engine.full_roles import replace_weights
 from rtdmd_cli.engine.roles import GENERATOR, STAGE1_GENERATOR, Roles
 from rtdmd_cli.engine.runtime.checkpoint import Checkpoint, load_checkpoint, newest_valid, verify_checkpoint
@@ -61,10 +62,15 @@ class Model:
     def label(self) -> str:
         return self.source.label
 
-    def plan(self, steps: int | None = None, guidance: float | None = None) -> SamplingPlan:
-        """How this model makes a picture. UsageError as `sampling_plan`."""
-        preset = self.source.preset
-        return sampling_plan(self.source.kind, self.backbone, preset.model, preset.sampler, steps, guidance)
+    def plan(
+        self,
+        steps: int | None = None,
+        guidance: float | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> SamplingPlan:
+        """How this model makes a picture of `size` (height, width). UsageError as `sampling_plan`."""
+        model, sampler = self.source.preset.model, self.source.preset.sampler
+        return sampling_plan(self.source.kind, self.backbone, model, sampler, steps, guidance, size)
 
 
 def resolve(reference: str | None, out: Path) -> Source:
@@ -205,7 +211,7 @@ def open_generator(backbone: Backbone, preset: Preset, checkpoint: Checkpoint) -
     if preset.distill.train == "full":
         ema = checkpoint.tensors[EMA]
         try:
-            replace_weights(backbone.transformer, ema)
+            replace_weights(bases_of(backbone.transformer)[0], ema)
         except DataError as error:
             raise _foreign(checkpoint, EMA, error) from error
         return None, model_hash(weights_id(backbone, preset), ema, 0)

@@ -203,7 +203,8 @@ def update_fake_score(tuner: Tuner, epoch: int, rollouts: Rollouts) -> None:
     for part, cond, share in micro_batches(core, rollouts):
         x0 = rollouts.x[list(part), -1].to(core.backbone.device)
         with core.roles.role("fake", train=True):
-            loss = fake_loss(core, Draws(core, FAKE, epoch, part), last, Boundary(0.0, x0, x0), cond, share)
+            draws, point = Draws(core, FAKE, epoch, part), (last, Boundary(0.0, x0, x0))
+            loss = fake_loss(core, draws, [point], cond, share)
             optim.check_finite("The fake-score loss", loss, epoch + 1)
             loss.backward()
     config = tuner.config
@@ -279,8 +280,8 @@ def last_step_loss(
     loss = torch.zeros((), device=core.backbone.device)
     if config.dmd_weight:
         x0 = clean_latent(tuner, rollouts, draws.indices, cond, 1)
-        boundary = Boundary(0.0, x0, x0.detach())
-        matching = matching_loss(core, draws, tuner.stochastic, boundary, cond, share) / share
+        point = (tuner.stochastic, Boundary(0.0, x0, x0.detach()))
+        matching = matching_loss(core, draws, [point], cond, share) / share
         loss = loss + config.dmd_weight * matching
     if tuner.backprop_weight:
         if x0 is None or config.backprop_steps > 1:
