@@ -21,6 +21,7 @@ from rtdmd_cli.engine.runtime.run_folder import RunFolder
 from rtdmd_cli.engine.training_run import Outcome
 from rtdmd_cli.engine.tune_run import run_tune
 from tests.tiny_models import PROMPTS, sd3_config
+from tests.tiny_runs import write_preset
 from tests.tiny_tuning import tune_preset
 
 CPU = torch.device("cpu")
@@ -107,6 +108,16 @@ def test_a_generator_trained_in_full_is_sampled(out: Path, finished: dict[str, C
     assert loaded.keys() == ema.keys() and all(torch.equal(loaded[name], ema[name]) for name in ema)
     other = open_model(resolve(str(out / "nf4"), out), CPU, torch.float32)
     assert other.roles is not None and other.model_hash != model.model_hash
+
+
+def test_pictures_of_another_storage_are_another_models(tmp_path: Path) -> None:
+    """The base of a preset, plain and in 8 bits: another hash, for the pictures differ."""
+    hashes = []
+    for base in ("plain", "int8"):
+        path = write_preset(tmp_path / f"{base}.yaml")
+        path.write_text(path.read_text("utf-8") + f"hardware:\n  base: {base}\n", encoding="utf-8")
+        hashes.append(open_model(resolve(str(path), tmp_path), CPU, torch.float32).model_hash)
+    assert hashes[0] != hashes[1]
 
 
 def test_stage_2_on_a_generator_trained_in_full(out: Path, finished: dict[str, Checkpoint]) -> None:

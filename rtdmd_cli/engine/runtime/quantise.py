@@ -36,19 +36,20 @@ def place(transformer: nn.Module, base: Base, device: torch.device) -> None:
                 "Set hardware.base to plain.",
             )
         for block in repeated_blocks(transformer):
-            _swap_linears(block, base, device)
+            swap_linears(block, base, device)
         transformer.is_loaded_in_4bit = base == "nf4"  # type: ignore[assignment]  # peft reads these two
         transformer.is_loaded_in_8bit = base == "int8"  # type: ignore[assignment]
     transformer.to(device)
 
 
-def _swap_linears(parent: nn.Module, base: Base, device: torch.device) -> None:
+def swap_linears(parent: nn.Module, base: Base, device: torch.device) -> None:
+    """Put quantised layers on `device` in the place of every plain linear layer inside `parent`; base: not plain."""
     for name, child in parent.named_children():
         if type(child) is nn.Linear:
             quantised = _int8(child, device) if base == "int8" else _nf4(child, device)
             setattr(parent, name, quantised.train(child.training).requires_grad_(False))
         else:
-            _swap_linears(child, base, device)
+            swap_linears(child, base, device)
 
 
 def _nf4(linear: nn.Linear, device: torch.device) -> nn.Module:

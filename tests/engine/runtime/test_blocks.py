@@ -28,21 +28,18 @@ def inputs(batch: int) -> dict[str, Tensor]:
 
 
 def turn(roles: Roles) -> list[Tensor]:
-    """What an iteration calls: rollout, fake's turn, generator's turn with guided teacher and fake in between."""
-    found = []
-    for role in ("fake", "generator"):
-        with torch.no_grad(), roles.role("generator"):
+    """The kinds of call of an iteration: a rollout, and a turn with another role in between."""
+    with torch.no_grad(), roles.role("generator"):
+        found = [roles.transformer(**inputs(2)).sample]
+    with roles.role("generator", train=True):
+        loss = roles.transformer(**inputs(2)).sample.square().mean()
+        with torch.no_grad(), roles.role("teacher"):
             found.append(roles.transformer(**inputs(2)).sample)
-        with roles.role(role, train=True):
-            loss = roles.transformer(**inputs(2)).sample.square().mean()
-            for other, batch in (("teacher", 4), ("fake", 2)):
-                with torch.no_grad(), roles.role(other):
-                    found.append(roles.transformer(**inputs(batch)).sample)
-            loss.backward()
-        found.append(loss.detach())
-        found += [p.grad.clone() for _, p in roles.named_parameters(role) if p.grad is not None]
-        for _, parameter in roles.named_parameters(role):
-            parameter.grad = None
+        loss.backward()
+    found.append(loss.detach())
+    found += [p.grad.clone() for _, p in roles.named_parameters("generator") if p.grad is not None]
+    for _, parameter in roles.named_parameters("generator"):
+        parameter.grad = None
     return found
 
 
@@ -60,7 +57,7 @@ def graphs() -> int:
 
 
 def test_compiled_equals_eager_and_settles() -> None:
-    """With the tracer and the joint graphs of torch.compile; inductor, which is another code generator, on request."""
+    """With torch.compile's tracer and joint graphs; inductor, the code generator behind them, is scripts/gpu_check's."""
     expected = turn(stirred())
     roles = stirred()
     torch._dynamo.reset()
