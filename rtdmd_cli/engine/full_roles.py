@@ -15,7 +15,8 @@ computed in bf16 (autocast). Each copy, its gradient and the average take 4 byte
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +51,9 @@ class FullRoles:
         }
         if isinstance(transformer, TwoBases):
             transformer.generator = teacher  # whatever computes, computes here
+        self._casts: list[torch.autocast] = []
+        teacher.register_forward_pre_hook(self._enter_precision)
+        teacher.register_forward_hook(self._leave_precision, always_call=True)
 
     def _of(self, role: str) -> Weights:
         return self._base if role == TEACHER else self._weights[STAGE1_GENERATOR if role == START else role]
@@ -67,20 +71,26 @@ class FullRoles:
         try:
             self._put(weights.values())
             _require(weights, [train] * len(flags))
-            with self._precision(name):
-                yield
+            yield
         finally:
             self._put(before)
             _require(weights, flags)
 
-    def _precision(self, name: str) -> AbstractContextManager[None]:
-        """Products in the base's dtype. Without autocast's cache: a weight's cast that it keeps from a rollout without
-        gradient would be taken for the step with one, whose gradient would then be lost in silence.
+    def _enter_precision(self, *_: Any) -> None:
+        """Before the transformer's forward pass: products in the base's dtype where the weights in place are float32.
+
+        Around the transformer alone: rewards and decoder have a precision of their own. Without autocast's cache: the
+        cast of a weight that it keeps from a rollout without gradient would be taken for the step with one, whose
+        gradient would then be lost in silence.
         """
-        device = next(iter(self._base.values())).device.type
-        if name == TEACHER or self._dtype == torch.float32:
-            return torch.autocast(device, enabled=False)
-        return torch.autocast(device, dtype=self._dtype, cache_enabled=False)
+        first = next(self.transformer.parameters())
+        mixed = first.dtype != self._dtype
+        cast = torch.autocast(first.device.type, self._dtype if mixed else None, mixed, cache_enabled=False)
+        cast.__enter__()
+        self._casts.append(cast)
+
+    def _leave_precision(self, *_: Any) -> None:
+        self._casts.pop().__exit__(None, None, None)
 
     def _put(self, parameters: Iterable[nn.Parameter | None]) -> None:
         """In the order of the slots. Past `Module.__setattr__`, which would look each one up by its kind first."""

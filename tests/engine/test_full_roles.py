@@ -114,6 +114,12 @@ def test_on_a_bf16_base_the_weights_stay_float32() -> None:
     assert {gradient.dtype for gradient in found.values()} == {torch.float32}
     total = torch.cat([(found[name] - expected[name]).flatten() for name in found]).norm()
     assert 0 < float(total / torch.cat([v.flatten() for v in expected.values()]).norm()) < 0.05
+    with roles.role("fake", train=True):
+        run(roles.transformer, torch.bfloat16)
+        assert not torch.is_autocast_enabled("cpu")  # rewards are computed in here too
+        with pytest.raises(TypeError):
+            roles.transformer()
+        assert not torch.is_autocast_enabled("cpu")
     base = build_transformer().to(torch.bfloat16)
     with torch.no_grad():
         assert torch.equal(output(roles, "teacher", torch.bfloat16), run(base, torch.bfloat16))
