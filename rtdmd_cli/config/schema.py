@@ -202,6 +202,10 @@ class DistillConfig(Section):
         description="training prompts: builtin:shapes, or the path of a UTF-8 text file, one prompt a line",
     )
     seed: int = Field(default=42, ge=0, le=MAX_SEED, description="seed of every random stream, no unit")
+    train: Literal["lora", "full"] = Field(
+        default="lora",
+        description="what is trained, in both stages: adapters on the shared base, or a full copy of its weights a role",
+    )
     lora: LoraConfig = LoraConfig()
     save_every: int = Field(
         default=500, ge=1, le=MAX_COUNT, description="distance of checkpoints, iterations"
@@ -256,6 +260,22 @@ class HardwareConfig(Section):
     dtype: Literal["auto", "fp32", "bf16"] = Field(
         default="auto", description="precision of the base model; auto is bf16 on cuda, else fp32"
     )
+    base: Literal["plain", "int8", "nf4"] = Field(
+        default="plain",
+        description="storage of the frozen base's blocks: plain (in dtype), or 8 or 4 bits a weight by bitsandbytes",
+    )
+    optimizer: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = Field(
+        default="adamw",
+        description="AdamW with float32 states, or bitsandbytes' with 8-bit ones; paged: in the host's memory if need be",
+    )
+    compile: bool = Field(
+        default=False,
+        description="compile the repeated blocks for training: minutes of warm-up, faster iterations",
+    )
+    vae_tiling: bool = Field(
+        default=False,
+        description="decode pictures over 512 px in tiles and one at a time: less memory, faint seams",
+    )
     gradient_checkpointing: bool = Field(
         default=False, description="recompute activations in the backward pass: less memory, more time"
     )
@@ -299,3 +319,11 @@ class Preset(Section):
         return name
 
     _printable = field_validator("description")(one_line)
+
+    @model_validator(mode="after")
+    def _trainable(self) -> Self:
+        if self.distill.train == "full" and self.hardware.base != "plain":
+            raise ValueError(
+                f"`distill.train: full` needs `hardware.base: plain`: weights in {self.hardware.base} can't be trained"
+            )
+        return self

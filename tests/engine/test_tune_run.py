@@ -27,11 +27,11 @@ from rtdmd_cli.engine.sample import decode_all, generate
 from rtdmd_cli.engine.training_run import Outcome, restore
 from rtdmd_cli.engine.tune_measure import evenly_chosen
 from rtdmd_cli.engine.tune_report import rewards_table, verdict
-from rtdmd_cli.engine.tune_run import FROZEN, STAGE, run_tune, stage_1_state
+from rtdmd_cli.engine.tune_run import STAGE, run_tune, stage_1_state
 from rtdmd_cli.errors import DataError, RewardFailure, UsageError
 from tests.tiny_models import PROMPTS, sd3_folder
 from tests.tiny_runs import generator_weights, make_run
-from tests.tiny_tuning import find, make_tuner, tune_preset
+from tests.tiny_tuning import FROZEN, find, make_tuner, tune_preset
 
 CPU = torch.device("cpu")
 TRAINED, JUDGE = "shapes-clip", "shapes-clip-heldout"

@@ -30,10 +30,12 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError
 from torch import nn
 
-from rtdmd_cli.config.schema import SHARED_BASE, ModelConfig
+from rtdmd_cli.config.schema import SHARED_BASE, HardwareConfig, ModelConfig
 from rtdmd_cli.engine.backbones.base import ModelId
 from rtdmd_cli.engine.backbones.two_bases import TwoBases, bases_of
+from rtdmd_cli.engine.runtime.quantise import place
 from rtdmd_cli.engine.runtime.quiet import quiet_loading
+from rtdmd_cli.engine.runtime.tiling import enable_tiling
 from rtdmd_cli.errors import DataError, EnvironmentFailure, UsageError
 
 VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")
@@ -111,13 +113,15 @@ class Loaded:
         return f"{self._components}:{self.config.revision}:{dtype}"
 
 
-def load_pipeline(layout: Layout, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Loaded:
+def load_pipeline(
+    layout: Layout, config: ModelConfig, device: torch.device, dtype: torch.dtype, hardware: HardwareConfig
+) -> Loaded:
     """Load the pipeline that `config` names: frozen, in eval mode, as `dtype`, the transformer and the VAE on
     `device` (the text encoders follow when they are first used).
 
     `config.path`: a built-in model's name, a .safetensors file with the transformer alone, an existing folder and a
     hub id are tried in that order; `revision` is the hub's. With a file, everything else comes from
-    `config.components`. `config.generator_init`: see `TwoBases`.
+    `config.components`. `config.generator_init`: see `TwoBases`. hardware: as `base.load_backbone`.
     EnvironmentFailure where the hub can't deliver it, DataError where a folder is missing, damaged or holds
     something else, UsageError for an unknown built-in model, and for a file without `components`.
     """
@@ -147,8 +151,10 @@ def load_pipeline(layout: Layout, config: ModelConfig, device: torch.device, dty
     for network in networks.values():
         network.eval().requires_grad_(False)
     for transformer in bases_of(loaded.transformer):
-        transformer.to(device)
+        place(transformer, hardware.base, device)
     pipe.vae.to(device)
+    if hardware.vae_tiling:
+        enable_tiling(pipe.vae)
     return loaded
 
 
