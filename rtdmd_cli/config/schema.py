@@ -169,7 +169,7 @@ class DistillConfig(Section):
         default="builtin:shapes",
         min_length=1,
         max_length=4096,
-        description="training prompts: builtin:shapes, or the path of a UTF-8 text file, one prompt a line",
+        description="training prompts: builtin:shapes, data:NAME (see `rtdmd data list`), or a .txt, .json or .jsonl file",
     )
     seed: int = Field(default=42, ge=0, le=MAX_SEED, description="seed of every random stream, no unit")
     lora: LoraConfig = LoraConfig()
