@@ -229,6 +229,16 @@ class HardwareConfig(Section):
     gradient_checkpointing: bool = Field(
         default=False, description="recompute activations in the backward pass: less memory, more time"
     )
+    text_encoder: Literal["auto", "device", "cpu"] = Field(
+        default="auto",
+        description="where prompts are encoded: on the device or the CPU; auto is the CPU where the encoders must stay",
+    )
+    cache_gb: float | None = Field(
+        default=None,
+        gt=0,
+        le=1e6,
+        description="bound of the cache of encoded prompts, 10^9 bytes; null for RTDMD_CACHE_GB, or else 20",
+    )
     threads: int | None = Field(
         default=None, ge=1, le=1024, description="CPU threads of torch; null for torch's own choice"
     )

@@ -11,7 +11,12 @@ from pathlib import Path
 from typing import Literal
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    RevisionResolutionError,
+)
 
 from rtdmd_cli.config.loader import list_presets, load_preset
 from rtdmd_cli.engine.rewards.base import Need, RewardEntry
@@ -152,7 +157,7 @@ def _download_model(wanted: Wanted) -> None:
 
     try:
         DiffusionPipeline.download(wanted.source, revision=wanted.revision, use_safetensors=True)
-    except (OSError, HTTPError, HFValidationError, ValueError) as error:
+    except (OSError, HTTPError, HFValidationError, RevisionResolutionError, ValueError) as error:
         cause = error.__cause__ or error  # diffusers wraps the hub's own error
         reason = cause if isinstance(cause, Exception) else error
         raise hub_failure(wanted.source, MODEL_INDEX, reason) from error
@@ -166,8 +171,9 @@ def _fetch_need(wanted: Wanted, need: Need) -> Fetched:
         hub_folder(need.source, need.files, need.files[0])
         if not at_hand(need):
             raise _in_part(need.source)
-    path = next(iter(cached_files(need.source).values())).parent
-    return Fetched(wanted, path, need.size, fresh)
+    found = cached_files(need.source)
+    highest = min(found, key=lambda name: name.count("/"))
+    return Fetched(wanted, found[highest].parent, need.size, fresh)
 
 
 def _in_part(source: str) -> EnvironmentFailure:

@@ -13,7 +13,7 @@ from rtdmd_cli.config.tune_reward import TuneRewardConfig, split_paths, split_we
 from rtdmd_cli.engine import previews as pictures
 from rtdmd_cli.engine.backbones.base import Backbone, Conditioning, load_backbone
 from rtdmd_cli.engine.distill import ROLES, Trainer
-from rtdmd_cli.engine.distill_run import assemble, encode_prompts
+from rtdmd_cli.engine.distill_run import assemble, encode_prompts, prepare_prompts
 from rtdmd_cli.engine.distill_start import Start
 from rtdmd_cli.engine.prompts import PromptSet, known_by
 from rtdmd_cli.engine.rewards.mixture import RewardMixture, open_mixture
@@ -35,7 +35,7 @@ from rtdmd_cli.engine.training_run import (
     train,
 )
 from rtdmd_cli.engine.tune_report import write_tune_report
-from rtdmd_cli.engine.tune_reward import Tuner, tune
+from rtdmd_cli.engine.tune_reward import Tuner, chosen_prompts, tune
 from rtdmd_cli.errors import DataError, UsageError
 
 STAGE = "tune-reward"
@@ -85,7 +85,7 @@ def run_tune(
     say(f"model {preset.model.path} on {device}, {backbone.dtype}".replace("torch.", ""))
     measured = evenly_chosen(eval_prompts, config.eval_images)
     both = [*prompts.texts, *measured.texts]
-    conditioning, empty = encode_prompts(backbone, both, say)
+    conditioning, empty = encode_prompts(backbone, both, say, preset.hardware)
     tuner = build_tuner(backbone, preset, mixture, len(prompts), conditioning, empty)
     load_stage_1(tuner.core, begin)
     untrained, saved = tuner.core.roles.state(GENERATOR), start.checkpoint
@@ -236,6 +236,10 @@ def tune_stage(
     """Stage 2 as a training run knows it."""
     core, config = tuner.core, tuner.config
 
+    def advance(epoch: int) -> None:
+        prepare_prompts(core, epoch, config.epochs, lambda i: chosen_prompts(tuner, i))
+        tune(tuner, epoch)
+
     def after(iteration: int) -> dict[str, float]:
         if not config.eval_every or iteration % config.eval_every:
             return {}
@@ -250,7 +254,7 @@ def tune_stage(
     return Stage(
         name=STAGE,
         schedule=schedule(config),
-        advance=lambda epoch: tune(tuner, epoch),
+        advance=advance,
         figures=lambda: pictures.lag(previews),
         sample=lambda path, epoch: pictures.save_sample_grid(previews, core.ema, path, epoch),
         finish=end,

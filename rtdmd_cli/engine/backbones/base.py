@@ -57,11 +57,13 @@ class Backbone(Protocol):
     """A frozen base model: what training and sampling need of it.
 
     `transformer` is the network that `engine.roles.Roles` puts adapters on; `device` and `dtype` are its own.
+    `encoder_device` is where `encode` computes; it may be changed between calls, and starts as `device`.
     """
 
     transformer: nn.Module
     device: torch.device
     dtype: torch.dtype
+    encoder_device: torch.device
 
     @property
     def model_id(self) -> ModelId: ...
@@ -79,7 +81,7 @@ class Backbone(Protocol):
         ...
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """As the stock pipeline encodes them, on the backbone's device, without gradient."""
+        """As the stock pipeline encodes them, on `encoder_device`, without gradient."""
         ...
 
     def drop_text_encoders(self) -> None:

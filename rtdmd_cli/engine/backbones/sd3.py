@@ -62,6 +62,7 @@ class SD3Backbone:
     ) -> None:
         self.transformer: nn.Module = pipe.transformer
         self.device = device
+        self.encoder_device = device
         self.dtype = dtype
         self.text_length = config.text_length
         self._config = config
@@ -103,14 +104,16 @@ class SD3Backbone:
             )
         for encoder in (pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3):
             if encoder is not None:
-                encoder.to(self.device)  # only now: with every prompt in the cache they are never needed
+                encoder.to(
+                    self.encoder_device
+                )  # only now: with every prompt in the cache they are never needed
         parts = []
         for start in range(0, len(prompts), ENCODE_BATCH):
             embeds, _, pooled, _ = pipe.encode_prompt(
                 prompt=list(prompts[start : start + ENCODE_BATCH]),
                 prompt_2=None,
                 prompt_3=None,
-                device=self.device,
+                device=self.encoder_device,
                 do_classifier_free_guidance=False,
                 max_sequence_length=self.text_length,
             )
