@@ -113,7 +113,8 @@ def _plain(texts: Sequence[str]) -> PromptSet:
 
 def _only_file(folder: Path) -> Path:
     """The prompt file of a folder: the only one, or the only one with a usual name. DataError otherwise."""
-    found = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES and path.is_file())
+    visible = [path for path in folder.iterdir() if not path.name.startswith(".") and path.is_file()]
+    found = sorted(path for path in visible if path.suffix in SUFFIXES)
     usual = [path for path in found if path.stem in USUAL_NAMES]
     for chosen in (found, usual):
         if len(chosen) == 1:

@@ -1,7 +1,7 @@
 """Where a public set of prompts lies on this machine, and how it gets there.
 
-<cache>/data/<name>/<file>        as published, whole or not at all
-                    source.json   url, sha256, size, and whether the sha256 was pinned
+    <cache>/data/<name>/<file>         as published, whole or not at all
+                        .source.json   url, sha256, size, and whether the sha256 was pinned
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from rtdmd_cli.engine.data.registry import DataSet
 from rtdmd_cli.engine.runtime import files
 from rtdmd_cli.errors import DataError, EnvironmentFailure, UsageError
 
-RECORD = "source.json"
+RECORD = ".source.json"
 MAX_BYTES = 100_000_000  # of a set; the largest known one has less than a tenth of it
 TIMEOUT = 30.0  # seconds without an answer
 

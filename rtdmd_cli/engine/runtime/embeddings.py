@@ -154,10 +154,11 @@ class EmbeddingCache:
     def _write(self, keys: tuple[str, ...], cond: Conditioning) -> None:
         tensors = {"embeds": cond.embeds.cpu().contiguous(), "pooled": cond.pooled.cpu().contiguous()}
         metadata = {"keys": json.dumps(keys), "sha256": _digest(tensors)}
-        self._make_room(sum(tensor.nbytes for tensor in tensors.values()))
+        data = save(tensors, metadata)
+        self._make_room(len(data))
         name = hashlib.sha256("".join(keys).encode()).hexdigest()[:24]
         path = self._folder / f"{name}.safetensors"
-        write_bytes(path, save(tensors, metadata))
+        write_bytes(path, data)
         block = _open(path)
         assert block is not None, path
         self._note(block)

@@ -84,6 +84,7 @@ def test_without_a_pinned_hash_the_one_found_is_recorded(server: str) -> None:
     record = json.loads((found.path.parent / store.RECORD).read_bytes())
     assert record == {"pinned": False, "sha256": SHA, "size": len(TEXT), "url": f"{server}/good"}
     assert store.require(toy).sha256 == SHA
+    assert read_prompt_set(str(found.path.parent)).texts == ["a red ring", "a blue cross"]
     found.path.write_bytes(b"other")
     with pytest.raises(DataError, match="damaged"):
         store.require(toy)
