@@ -164,6 +164,7 @@ def require_same_model(run: "RunFolder", resolved: Resolved) -> None:
     pairs = {
         "model.family": (made_with.model.family, now.model.family),
         "model.path": (made_with.model.path, now.model.path),
+        "distill.train": (made_with.distill.train, now.distill.train),
         "distill.lora": (made_with.distill.lora, now.distill.lora),
     }
     for key, (before, after) in pairs.items():

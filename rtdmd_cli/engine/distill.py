@@ -32,7 +32,7 @@ from rtdmd_cli.engine.algo.subinterval import (
     velocity_target,
 )
 from rtdmd_cli.engine.backbones.base import Backbone, Conditioning, concatenate
-from rtdmd_cli.engine.roles import Roles
+from rtdmd_cli.engine.roles import RoleSet
 from rtdmd_cli.engine.runtime import optim, rng
 from rtdmd_cli.engine.sample import guided
 
@@ -61,7 +61,7 @@ class Trainer:
     """What the recipe works on. `conditioning` gives the encoded prompts of a list of prompt indices."""
 
     backbone: Backbone
-    roles: Roles
+    roles: RoleSet
     config: DistillConfig
     sigmas: tuple[float, ...]
     eta: float

@@ -13,10 +13,12 @@ from rtdmd_cli.engine.backbones.base import Backbone, Conditioning, load_backbon
 from rtdmd_cli.engine.distill import Trainer, chosen_prompts, iterate
 from rtdmd_cli.engine.distill_report import write_run_report
 from rtdmd_cli.engine.distill_start import Start
+from rtdmd_cli.engine.full_roles import FullRoles
 from rtdmd_cli.engine.prompts import PromptSet, known_by
-from rtdmd_cli.engine.roles import FAKE, GENERATOR, Roles
+from rtdmd_cli.engine.roles import FAKE, GENERATOR, Roles, RoleSet
 from rtdmd_cli.engine.runtime import optim
 from rtdmd_cli.engine.runtime.ahead import AheadEncoder
+from rtdmd_cli.engine.runtime.blocks import compile_blocks
 from rtdmd_cli.engine.runtime.device import resolve_device, resolve_dtype
 from rtdmd_cli.engine.runtime.embeddings import open_cache
 from rtdmd_cli.engine.runtime.run_folder import State, create_run
@@ -55,8 +57,9 @@ def run_distill(
     if hardware.threads is not None:
         torch.set_num_threads(hardware.threads)
     device = resolve_device(hardware.device)
-    backbone = load_backbone(resolved.preset.model, device, resolve_dtype(hardware.dtype, device))
-    say(f"model {resolved.preset.model.path} on {device}, {backbone.dtype}".replace("torch.", ""))
+    dtype = resolve_dtype(hardware.dtype, device)
+    backbone = load_backbone(resolved.preset.model, device, dtype, hardware)
+    say(model_line(resolved.preset, backbone))
     conditioning, empty = encode_prompts(backbone, prompts.texts, say, hardware)
     trainer = build_trainer(backbone, resolved.preset, len(prompts), conditioning, empty)
     saved = start.checkpoint
@@ -79,6 +82,13 @@ def run_distill(
             run.set_status("failed", iteration=session.iteration, reason=str(error))
             raise
         return finish(session, stop)
+
+
+def model_line(preset: Preset, backbone: Backbone) -> str:
+    """Which model was loaded where and how, for people."""
+    base = preset.hardware.base
+    stored = "" if base == "plain" else f", blocks in {base}"
+    return f"model {preset.model.path} on {backbone.device}, {backbone.dtype}{stored}".replace("torch.", "")
 
 
 def stage(trainer: Trainer, previews: pictures.Previews) -> Stage:
@@ -126,7 +136,7 @@ def encode_prompts(
     cache = open_cache(backbone, hardware.cache_gb)
     fresh = cache.ensure([""], backbone.encode)
     empty = cache.fetch([""])
-    row, distinct = empty.embeds.nbytes + empty.pooled.nbytes, len({*prompts, ""})
+    row, distinct = empty.nbytes, len({*prompts, ""})
     capacity = cache.capacity(row)
     if distinct > capacity:
         if hardware.text_encoder == "auto":
@@ -162,24 +172,31 @@ def build_trainer(
     conditioning: Callable[[Sequence[int]], Conditioning],
     empty: Conditioning,
 ) -> Trainer:
-    """Fresh adapters, optimisers and EMA on the backbone; UsageError if schedule and preset disagree."""
+    """Fresh roles, optimisers and EMA on the backbone; UsageError if schedule and preset disagree."""
     config = preset.distill
-    sigmas = tuple(backbone.sigmas(few_step_levels(preset.sampler)).tolist())
+    sigmas = training_sigmas(backbone, preset)
     if sigmas[1] >= config.t_max:
         raise UsageError(
             f"The first boundary of the schedule lies at sigma {sigmas[1]:.3f}, not below `distill.t_max`.",
             "Choose other `sampler.raw_steps`, or a larger `distill.t_max`.",
         )
-    roles = Roles(backbone.transformer, config.lora, config.seed)
+    full = config.train == "full"
+    roles = FullRoles(backbone.transformer) if full else Roles(backbone.transformer, config.lora, config.seed)
     decays = {FAKE: config.weight_decay, GENERATOR: config.weight_decay}
     return assemble(backbone, preset, config, roles, sigmas, decays, prompts, conditioning, empty)
+
+
+def training_sigmas(backbone: Backbone, preset: Preset) -> tuple[float, ...]:
+    """The few-step schedule at the preset's resolution; UsageError for a size that the model can't do."""
+    shape = backbone.latent_shape(preset.model.resolution, preset.model.resolution)
+    return tuple(backbone.sigmas(few_step_levels(preset.sampler), shape).tolist())
 
 
 def assemble(
     backbone: Backbone,
     preset: Preset,
     config: DistillConfig,
-    roles: Roles,
+    roles: RoleSet,
     sigmas: tuple[float, ...],
     weight_decays: dict[str, float],
     prompts: int,
@@ -189,8 +206,17 @@ def assemble(
     """A trainer of either stage. config: section 3's settings; weight_decays: by role."""
     if preset.hardware.gradient_checkpointing:
         backbone.transformer.enable_gradient_checkpointing()  # type: ignore[operator]
+    if preset.hardware.compile:
+        compile_blocks(backbone.transformer, backbone.device)
     fake, generator = (
-        optim.build_optimizer(roles.named_parameters(role), lr, config.betas, config.eps, weight_decays[role])
+        optim.build_optimizer(
+            roles.named_parameters(role),
+            lr,
+            config.betas,
+            config.eps,
+            weight_decays[role],
+            preset.hardware.optimizer,
+        )
         for role, lr in ((FAKE, config.fake_lr), (GENERATOR, config.generator_lr))
     )
     return Trainer(

@@ -14,7 +14,7 @@ import torch
 from rtdmd_cli import __version__
 from rtdmd_cli.config.loader import Resolved, dump_resolved
 from rtdmd_cli.engine.distill import ROLES, Trainer
-from rtdmd_cli.engine.roles import Roles
+from rtdmd_cli.engine.roles import RoleSet
 from rtdmd_cli.engine.runtime import files, optim
 from rtdmd_cli.engine.runtime.checkpoint import Checkpoint, newest_valid, remove_after, save_checkpoint
 from rtdmd_cli.engine.runtime.progress import training_progress
@@ -118,7 +118,7 @@ def require_base(trainer: Trainer, checkpoint: Checkpoint) -> None:
         raise DataError(f"{checkpoint.path} was trained on another version of {base.path}.", OTHER_HINT)
 
 
-def checked_average(roles: Roles, ema: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def checked_average(roles: RoleSet, ema: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A copy of an EMA on the model's device; DataError if a name or shape differs. Leaves it in the generator."""
     roles.load("generator", ema)
     return optim.ema_start(roles.named_parameters("generator"))

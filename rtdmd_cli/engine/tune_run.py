@@ -13,16 +13,24 @@ from rtdmd_cli.config.tune_reward import TuneRewardConfig, split_paths, split_we
 from rtdmd_cli.engine import previews as pictures
 from rtdmd_cli.engine.backbones.base import Backbone, Conditioning, load_backbone
 from rtdmd_cli.engine.distill import ROLES, Trainer
-from rtdmd_cli.engine.distill_run import assemble, encode_prompts, prepare_prompts
+from rtdmd_cli.engine.distill_run import (
+    assemble,
+    encode_prompts,
+    model_line,
+    prepare_prompts,
+    training_sigmas,
+)
 from rtdmd_cli.engine.distill_start import Start
+from rtdmd_cli.engine.full_roles import FullRoles
 from rtdmd_cli.engine.prompts import PromptSet, known_by
 from rtdmd_cli.engine.rewards.mixture import RewardMixture, open_mixture
-from rtdmd_cli.engine.roles import FAKE, GENERATOR, STAGE1_FAKE, STAGE1_GENERATOR, Roles
+from rtdmd_cli.engine.roles import FAKE, GENERATOR, Roles, RoleSet
+from rtdmd_cli.engine.runtime import optim
 from rtdmd_cli.engine.runtime.checkpoint import Checkpoint
 from rtdmd_cli.engine.runtime.device import resolve_device, resolve_dtype
 from rtdmd_cli.engine.runtime.run_folder import State, create_run
 from rtdmd_cli.engine.runtime.trackers import open_tracker
-from rtdmd_cli.engine.sample import decode_all, few_step_levels, generate, sampling_plan
+from rtdmd_cli.engine.sample import decode_all, generate, sampling_plan
 from rtdmd_cli.engine.training_run import (
     Outcome,
     Schedule,
@@ -39,7 +47,6 @@ from rtdmd_cli.engine.tune_reward import Tuner, chosen_prompts, tune
 from rtdmd_cli.errors import DataError, UsageError
 
 STAGE = "tune-reward"
-FROZEN = (STAGE1_GENERATOR, STAGE1_FAKE)
 BEFORE, AFTER = "rewards_before", "rewards_after"
 
 
@@ -81,8 +88,9 @@ def run_tune(
         torch.set_num_threads(preset.hardware.threads)
     device = resolve_device(preset.hardware.device)
     mixture = open_rewards(config, prompts, eval_prompts, device, say)
-    backbone = load_backbone(preset.model, device, resolve_dtype(preset.hardware.dtype, device))
-    say(f"model {preset.model.path} on {device}, {backbone.dtype}".replace("torch.", ""))
+    dtype = resolve_dtype(preset.hardware.dtype, device)
+    backbone = load_backbone(preset.model, device, dtype, preset.hardware)
+    say(model_line(preset, backbone))
     measured = evenly_chosen(eval_prompts, config.eval_images)
     both = [*prompts.texts, *measured.texts]
     conditioning, empty = encode_prompts(backbone, both, say, preset.hardware)
@@ -90,7 +98,7 @@ def run_tune(
     load_stage_1(tuner.core, begin)
     untrained, saved = tuner.core.roles.state(GENERATOR), start.checkpoint
     if saved:
-        restore(tuner.core, saved, STAGE, FROZEN)
+        restore(tuner.core, saved, STAGE, tuner.core.roles.frozen)
     cond = conditioning(range(len(prompts), len(both))) if measured.texts else empty
     measurement = Measurement(measured, cond, preset)
     run = start.run or create_run(out, name, resolved, command, device, STAGE)
@@ -166,14 +174,18 @@ def build_tuner(
     conditioning: Callable[[Sequence[int]], Conditioning],
     empty: Conditioning,
 ) -> Tuner:
-    """Frozen stage-1 adapters (still to be loaded), fresh ones on top, optimisers and EMA.
+    """Frozen stage-1 adapters (still to be loaded) with fresh ones on top, or full copies; optimisers and EMA.
 
     UsageError if the preset asks for more prompts, stochastic steps or back-propagated steps than there are.
     """
     config = preset.tune_reward
-    sigmas = tuple(backbone.sigmas(few_step_levels(preset.sampler)).tolist())
+    sigmas = training_sigmas(backbone, preset)
     check_counts(config, prompts, len(sigmas) - 1, preset.sampler.eta)
-    roles = Roles(backbone.transformer, preset.distill.lora, config.seed, fresh=config.lora)
+    roles: RoleSet
+    if preset.distill.train == "full":
+        roles = FullRoles(backbone.transformer, tuning=True)
+    else:
+        roles = Roles(backbone.transformer, preset.distill.lora, config.seed, fresh=config.lora)
     decays = {FAKE: config.fake_weight_decay, GENERATOR: config.generator_weight_decay}
     settings = stage_1_settings(preset)
     core = assemble(backbone, preset, settings, roles, sigmas, decays, prompts, conditioning, empty)
@@ -221,10 +233,10 @@ def check_counts(config: TuneRewardConfig, prompts: int, steps: int, eta: float)
 
 
 def load_stage_1(core: Trainer, begin: Checkpoint) -> None:
-    """Put stage 1's generator (EMA) and its raw fake score underneath; DataError if they don't fit."""
+    """Start from stage 1's generator (EMA) and its raw fake score; DataError if they don't fit."""
     require_base(core, begin)
-    core.roles.load(STAGE1_GENERATOR, begin.tensors["ema"])
-    core.roles.load(STAGE1_FAKE, begin.tensors["fake"])
+    core.roles.begin_stage_2(begin.tensors["ema"], begin.tensors["fake"])
+    core.ema = optim.ema_start(core.roles.named_parameters(GENERATOR))
 
 
 def tune_stage(
@@ -259,7 +271,7 @@ def tune_stage(
         sample=lambda path, epoch: pictures.save_sample_grid(previews, core.ema, path, epoch),
         finish=end,
         after=after,
-        frozen=FROZEN,
+        frozen=core.roles.frozen,
     )
 
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from rtdmd_cli.config.loader import Resolved, preset_sha256
 from rtdmd_cli.engine import tune_run
-from rtdmd_cli.engine.backbones.sd3 import folder_hash
+from rtdmd_cli.engine.backbones.loading import folder_hash
+from rtdmd_cli.engine.backbones.sd3 import LAYOUT
 from rtdmd_cli.engine.distill_run import encode_prompts
 from rtdmd_cli.engine.distill_start import Start
 from rtdmd_cli.engine.model_source import open_model, resolve
@@ -25,11 +26,11 @@ from rtdmd_cli.engine.runtime.run_folder import RunFolder
 from rtdmd_cli.engine.sample import decode_all, generate
 from rtdmd_cli.engine.training_run import Outcome, restore
 from rtdmd_cli.engine.tune_report import rewards_table, verdict
-from rtdmd_cli.engine.tune_run import FROZEN, STAGE, evenly_chosen, run_tune, stage_1_state
+from rtdmd_cli.engine.tune_run import STAGE, evenly_chosen, run_tune, stage_1_state
 from rtdmd_cli.errors import DataError, NumericalError, UsageError
 from tests.tiny_models import PROMPTS, sd3_folder
 from tests.tiny_runs import generator_weights, make_run
-from tests.tiny_tuning import find, make_tuner, tune_preset
+from tests.tiny_tuning import FROZEN, find, make_tuner, tune_preset
 
 CPU = torch.device("cpu")
 TRAINED, JUDGE = "shapes-clip", "shapes-clip-heldout"
@@ -97,7 +98,7 @@ def test_a_checkpoint_holds_everything(tuned: Tuned, begin: Checkpoint) -> None:
     assert saved.state["stage"] == "tune-reward" and saved.state["generator_updates"] == 2
     assert saved.state["records"].keys() == {"rewards_before"}
     assert saved.meta["prompts_sha256"] == known_by(TRAINING, MEASURED)
-    assert saved.meta["base_hash"] == folder_hash(sd3_folder())
+    assert saved.meta["base_hash"] == folder_hash(LAYOUT, sd3_folder())
     assert RunFolder(tuned.outcome.run).stage == "tune-reward"
 
 

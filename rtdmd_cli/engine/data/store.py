@@ -1,7 +1,7 @@
 """Where a public set of prompts lies on this machine, and how it gets there.
 
-    <cache>/data/<name>/<file>         as published, whole or not at all
-                        .source.json   url, sha256, size, and whether the sha256 was pinned
+<cache>/data/<name>/<file>         as published, whole or not at all
+                    .source.json   url, sha256, size, and whether the sha256 was pinned
 """
 
 import hashlib
