@@ -279,9 +279,9 @@ class HardwareConfig(Section):
     gradient_checkpointing: bool = Field(
         default=False, description="recompute activations in the backward pass: less memory, more time"
     )
-    text_encoder: Literal["auto", "device", "cpu"] = Field(
+    text_encoder: Literal["auto", "device", "int8", "cpu"] = Field(
         default="auto",
-        description="where prompts are encoded: on the device or the CPU; auto is the CPU where the encoders must stay",
+        description="where prompts are encoded: device (int8: in 8 bits) or CPU; auto is the CPU where the encoders must stay",
     )
     cache_gb: float | None = Field(
         default=None,

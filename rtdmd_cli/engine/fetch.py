@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     HFValidationError,
     HTTPError,
@@ -19,6 +19,7 @@ from huggingface_hub.errors import (
 )
 
 from rtdmd_cli.config.loader import list_presets, load_preset
+from rtdmd_cli.config.schema import SHARED_BASE, ModelConfig
 from rtdmd_cli.engine.rewards.base import Need, RewardEntry
 from rtdmd_cli.engine.rewards.hub import REPOSITORY, hub_failure, hub_folder
 from rtdmd_cli.engine.rewards.local import INDEX, at_hand, cached_files, missing
@@ -26,6 +27,7 @@ from rtdmd_cli.engine.rewards.registry import REWARDS
 from rtdmd_cli.errors import EnvironmentFailure, UsageError
 
 MODEL_INDEX = "model_index.json"
+SINGLE_FILE = ".safetensors"
 LICENCES = {
     "stabilityai/stable-diffusion-3-medium-diffusers": "Stability AI Community License",
     "stabilityai/stable-diffusion-3.5-medium": "Stability AI Community License",
@@ -42,13 +44,15 @@ LICENCES = {
 class Wanted:
     """One thing to have on this machine. source: a hub id, a folder, or a built-in model's name.
 
-    revision: of a model, None for its default branch. need: what of a reward is needed, None for a model.
+    revision: of a model, None for its default branch. part: what of its pipeline. need: what of a reward is needed, None
+    for a model.
     """
 
     kind: Literal["model", "reward"]
     source: str
     revision: str | None = None
     need: Need | None = None
+    part: Literal["all", "transformer", "all but the transformer's weights"] = "all"
 
     @property
     def licence(self) -> str:
@@ -78,8 +82,7 @@ def find_wanted(name: str) -> list[Wanted]:
         return _of_reward(REWARDS[name])
     presets = [info.name for info in list_presets()]
     if name in presets or name.endswith((".yaml", ".yml")):
-        model = load_preset(name).preset.model
-        return [Wanted("model", model.path, model.revision)]
+        return _of_model(load_preset(name).preset.model)
     if name.startswith("builtin:") or os.path.isdir(name) or re.fullmatch(REPOSITORY, name):
         return [Wanted("model", name)]
     near = get_close_matches(name, [*presets, *REWARDS], n=1)
@@ -87,6 +90,17 @@ def find_wanted(name: str) -> list[Wanted]:
         f"`{name}` is no reward, no preset, no hub id and no folder.",
         f"Did you mean `{near[0]}`?" if near else "See: rtdmd presets list, rtdmd rewards list",
     )
+
+
+def _of_model(model: ModelConfig) -> list[Wanted]:
+    """The base of a preset, or what belongs to its single file, and the generator's own base where it has one."""
+    wanted = [Wanted("model", model.path, model.revision)]
+    if model.path.endswith(SINGLE_FILE):
+        rest: Literal["all but the transformer's weights"] = "all but the transformer's weights"
+        wanted = [Wanted("model", model.components, model.revision, part=rest)] if model.components else []
+    if model.generator_init != SHARED_BASE:
+        wanted.append(Wanted("model", model.generator_init, model.generator_revision, part="transformer"))
+    return wanted
 
 
 def _of_reward(entry: RewardEntry) -> list[Wanted]:
@@ -125,16 +139,23 @@ def cached_model(wanted: Wanted) -> Path | None:
         folder = Path(snapshot_download(wanted.source, revision=wanted.revision, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError):
         return None
-    return folder if is_whole(folder) else None
+    return folder if is_whole(folder, wanted.part) else None
 
 
-def is_whole(folder: Path) -> bool:
-    """Whether a pipeline's folder holds every component that its index names, and every weight file of each."""
+def is_whole(folder: Path, part: str = "all") -> bool:
+    """Whether a pipeline's folder holds every component that its index names, and every weight file of each.
+
+    part: as `Wanted`.
+    """
     try:
+        if part == "transformer":
+            return _component_is_whole(folder / part)
         index = json.loads((folder / MODEL_INDEX).read_bytes())
         parts = [
             name for name, kind in index.items() if isinstance(kind, list) and kind and kind != [None, None]
         ]
+        if part != "all":
+            parts.remove("transformer")
         return bool(parts) and all(_component_is_whole(folder / name) for name in parts)
     except (OSError, ValueError, AttributeError, KeyError):
         return False
@@ -155,8 +176,16 @@ def _component_is_whole(folder: Path) -> bool:
 def _download_model(wanted: Wanted) -> None:
     from diffusers import DiffusionPipeline  # takes seconds
 
+    from rtdmd_cli.engine.backbones.loading import find_transformer
+
+    if wanted.part == "transformer":
+        find_transformer(wanted.source, wanted.revision)
+        return
+    without = {} if wanted.part == "all" else {"transformer": None}
     try:
-        DiffusionPipeline.download(wanted.source, revision=wanted.revision, use_safetensors=True)
+        DiffusionPipeline.download(wanted.source, revision=wanted.revision, use_safetensors=True, **without)
+        if without:
+            hf_hub_download(wanted.source, "transformer/config.json", revision=wanted.revision)
     except (OSError, HTTPError, HFValidationError, RevisionResolutionError, ValueError) as error:
         cause = error.__cause__ or error  # diffusers wraps the hub's own error
         reason = cause if isinstance(cause, Exception) else error

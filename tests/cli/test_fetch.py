@@ -89,6 +89,33 @@ def test_a_reward_that_is_cached_and_one_that_is_not(hub: Path, tmp_path: Path) 
     assert Path(found["path"], "model.safetensors").exists()
 
 
+def test_a_preset_with_two_bases_needs_the_second_ones_transformer_alone(hub: Path, tmp_path: Path) -> None:
+    preset = tmp_path / "own.yaml"
+    lines = [
+        "model:",
+        "  family: sd3",
+        f"  path: {SD3}",
+        "  generator_init: someone/few-step",
+        "  resolution: 32",
+    ]
+    preset.write_text("\n".join(lines) + "\n")
+    publish_model(hub, SD3)
+    absent = failures.explain(call(str(preset)).exception)
+    assert absent.exit_code == 3 and "someone/few-step" in absent.message
+    snapshot = publish_model(hub, "someone/few-step")
+    for name in ("vae", "text_encoder"):
+        shutil.rmtree(snapshot / name)
+    found = json.loads(call(str(preset), "--json").stdout)
+    assert [(each["source"], each["downloaded"]) for each in found] == [
+        (SD3, False),
+        ("someone/few-step", False),
+    ]
+    preset.write_text(f"extends: sd3-4step\nmodel:\n  path: mine.safetensors\n  components: {SD3}\n")
+    (hub / f"models--{SD3.replace('/', '--')}/snapshots/{'b' * 40}/transformer").rename(tmp_path / "away")
+    (rest,) = json.loads(call(str(preset), "--json").stdout)
+    assert (rest["source"], rest["downloaded"]) == (SD3, False)
+
+
 def test_what_is_built_in_needs_nothing(hub: Path) -> None:
     for name in ("shapes-clip", "shapes-geneval", "shapes-4step"):
         result = call(name)
