@@ -165,6 +165,7 @@ def require_same_model(run: "RunFolder", resolved: Resolved) -> None:
         "model.family": (made_with.model.family, now.model.family),
         "model.path": (made_with.model.path, now.model.path),
         "distill.train": (made_with.distill.train, now.distill.train),
+        "model.generator_init": (made_with.model.generator_init, now.model.generator_init),
         "distill.lora": (made_with.distill.lora, now.distill.lora),
     }
     for key, (before, after) in pairs.items():

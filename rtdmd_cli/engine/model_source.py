@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rtdmd_cli.config.loader import list_presets, load_preset, preset_path
-from rtdmd_cli.config.schema import Preset
+from rtdmd_cli.config.schema import SHARED_BASE, Preset
 from rtdmd_cli.engine.backbones.base import Backbone, load_backbone
 from rtdmd_cli.engine.backbones.two_bases import bases_of
 from rtdmd_cli.engine.full_roles import replace_weights
@@ -189,8 +189,10 @@ def open_model(source: Source, device: torch.device, dtype: torch.dtype) -> Mode
             f"The checkpoint {loaded.path} holds no generator: {EMA}.safetensors is missing.",
             "Choose a checkpoint of `rtdmd distill` or `rtdmd tune-reward`.",
         )
-    hardware = source.preset.hardware
-    backbone = load_backbone(source.preset.model, device, dtype, hardware)
+    config = source.preset.model
+    if loaded is None:  # the generator's own base is of no use to the teacher
+        config = config.model_copy(update={"generator_init": SHARED_BASE})
+    backbone = load_backbone(config, device, dtype, source.preset.hardware)
     base = backbone.model_id.hash
     if loaded is None:
         return Model(source, backbone, None, model_hash(weights_id(backbone, source.preset), {}, 0))

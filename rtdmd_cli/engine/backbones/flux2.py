@@ -50,6 +50,7 @@ class Flux2Backbone:
     def __init__(self, loaded: Loaded, device: torch.device, dtype: torch.dtype) -> None:
         self.transformer: nn.Module = loaded.transformer
         self.device = device
+        self.encoder_device = device
         self.dtype = dtype
         self.text_length = loaded.config.text_length
         self._loaded = loaded
@@ -72,11 +73,11 @@ class Flux2Backbone:
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         def part(texts: list[str]) -> Conditioning:
             embeds, _ = self._pipe.encode_prompt(
-                prompt=texts, device=self.device, max_sequence_length=self.text_length
+                prompt=texts, device=self.encoder_device, max_sequence_length=self.text_length
             )
             return Conditioning(embeds)
 
-        return encode_in_parts(self._pipe, LAYOUT.encoders, self.device, prompts, ENCODE_BATCH, part)
+        return encode_in_parts(self._pipe, LAYOUT.encoders, self.encoder_device, prompts, ENCODE_BATCH, part)
 
     def drop_text_encoders(self) -> None:
         drop_encoders(self._pipe, LAYOUT.encoders, self.device)

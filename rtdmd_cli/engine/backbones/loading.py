@@ -250,7 +250,12 @@ def _hub_failure(path: str, revision: str | None, key: str, error: Exception) ->
         return EnvironmentFailure(
             f"The model {path} has no revision {revision}.", f"Check {_revision_key(key)}."
         )
-    if isinstance(cause, OfflineModeIsEnabled | LocalEntryNotFoundError):
+    if isinstance(cause, LocalEntryNotFoundError):
+        return EnvironmentFailure(
+            f"The model {path} is not in the local cache, and the hub can't be reached.",
+            f"Check the network, unset HF_HUB_OFFLINE, or set {key} to a folder that holds the model.",
+        )
+    if isinstance(cause, OfflineModeIsEnabled):
         return EnvironmentFailure(
             f"The model {path} is not in the local cache, and the hub is switched off.",
             f"Unset HF_HUB_OFFLINE, or set {key} to a folder that holds the model.",

@@ -47,6 +47,7 @@ class SD3Backbone:
     def __init__(self, loaded: Loaded, device: torch.device, dtype: torch.dtype) -> None:
         self.transformer: nn.Module = loaded.transformer
         self.device = device
+        self.encoder_device = device
         self.dtype = dtype
         self.text_length = loaded.config.text_length
         self._loaded = loaded
@@ -73,13 +74,13 @@ class SD3Backbone:
                 prompt=texts,
                 prompt_2=None,
                 prompt_3=None,
-                device=self.device,
+                device=self.encoder_device,
                 do_classifier_free_guidance=False,
                 max_sequence_length=self.text_length,
             )
             return Conditioning(embeds, pooled)
 
-        return encode_in_parts(self._pipe, LAYOUT.encoders, self.device, prompts, ENCODE_BATCH, part)
+        return encode_in_parts(self._pipe, LAYOUT.encoders, self.encoder_device, prompts, ENCODE_BATCH, part)
 
     def drop_text_encoders(self) -> None:
         drop_encoders(self._pipe, LAYOUT.encoders, self.device)
