@@ -19,6 +19,7 @@ from rtdmd_cli.cli.starting import (
     Overrides,
     Quiet,
     Resume,
+    find_prompts,
     find_start,
 )
 from rtdmd_cli.config.loader import Resolved, load_preset
@@ -74,17 +75,19 @@ def tune_reward(
     settings = settings_of(reward, overrides or [], device, dtype)
     resolved = load_preset(preset or str(run.preset), settings)
     require_same_model(run, resolved)
-    from rtdmd_cli.engine.prompts import known_by, read_prompt_set
+    from rtdmd_cli.engine.prompts import known_by
 
     config = resolved.preset.tune_reward
-    prompts = read_prompt_set(config.prompts)
-    eval_prompts = read_prompt_set(config.eval_prompts) if config.eval_prompts else prompts
-    check_rewards(resolved, prompts)
+    prompts = find_prompts(config.prompts, dry_run, quiet)
+    eval_prompts = find_prompts(config.eval_prompts, dry_run, quiet) if config.eval_prompts else prompts
+    if prompts:
+        check_rewards(resolved, prompts)
     run_name = run.path.resolve().name + SUFFIX if name is None else name
-    known = known_by(prompts, eval_prompts)
+    known = known_by(prompts, eval_prompts) if prompts and eval_prompts else None
     start = find_start(resume, out, name, run_name, resolved, known, quiet, TUNE_REWARD)
-    if dry_run:
-        console.show(plan(resolved, checkpoint, len(prompts), out / run_name, start), json_output)
+    if dry_run or prompts is None or eval_prompts is None:
+        count = len(prompts) if prompts else None
+        console.show(plan(resolved, checkpoint, count, out / run_name, start), json_output)
         return
     console.quiet_libraries(quiet)
     from rtdmd_cli.engine.tune_run import run_tune, stage_1_state
@@ -184,9 +187,9 @@ def check_rewards(resolved: Resolved, prompts: "PromptSet") -> None:
 
 
 def plan(
-    resolved: Resolved, checkpoint: "Checkpoint", prompts: int, run: Path, start: "Start"
+    resolved: Resolved, checkpoint: "Checkpoint", prompts: int | None, run: Path, start: "Start"
 ) -> dict[str, object]:
-    """What a dry run prints: nothing has been loaded but prompts and checkpoints."""
+    """What a dry run prints: nothing has been loaded but prompts (None: not fetched yet) and checkpoints."""
     preset, config = resolved.preset, resolved.preset.tune_reward
     return {
         "run": str(start.run.path if start.run else run),

@@ -199,7 +199,7 @@ class DistillConfig(Section):
         default="builtin:shapes",
         min_length=1,
         max_length=4096,
-        description="training prompts: builtin:shapes, or the path of a UTF-8 text file, one prompt a line",
+        description="training prompts: builtin:shapes, data:NAME (see `rtdmd data list`), or a .txt, .json or .jsonl file",
     )
     seed: int = Field(default=42, ge=0, le=MAX_SEED, description="seed of every random stream, no unit")
     train: Literal["lora", "full"] = Field(
@@ -278,6 +278,16 @@ class HardwareConfig(Section):
     )
     gradient_checkpointing: bool = Field(
         default=False, description="recompute activations in the backward pass: less memory, more time"
+    )
+    text_encoder: Literal["auto", "device", "int8", "cpu"] = Field(
+        default="auto",
+        description="where prompts are encoded: device (int8: in 8 bits) or CPU; auto is the CPU where the encoders must stay",
+    )
+    cache_gb: float | None = Field(
+        default=None,
+        gt=0,
+        le=1e6,
+        description="bound of the cache of encoded prompts, 10^9 bytes; null for RTDMD_CACHE_GB, or else 20",
     )
     threads: int | None = Field(
         default=None, ge=1, le=1024, description="CPU threads of torch; null for torch's own choice"

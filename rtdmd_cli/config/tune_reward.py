@@ -139,7 +139,7 @@ class TuneRewardConfig(Section):
         default="builtin:shapes",
         min_length=1,
         max_length=4096,
-        description="training prompts: builtin:shapes, or the path of a prompt file",
+        description="training prompts: builtin:shapes, data:NAME (see `rtdmd data list`), or a .txt, .json or .jsonl file",
     )
     eval_prompts: str | None = Field(
         default=None,

@@ -110,10 +110,16 @@ def iterate(trainer: Trainer, iteration: int) -> None:
     """
     config = trainer.config
     trainer.metrics = {}
-    prompts = rng.integers(0, trainer.prompts, config.seed, "prompts", iteration, range(config.batch))
+    prompts = chosen_prompts(trainer, iteration)
     update_fake_score(trainer, iteration, prompts)
     if (iteration + 1) % config.fake_per_generator == 0:
         update_generator(trainer, iteration, prompts)
+
+
+def chosen_prompts(trainer: Trainer, iteration: int) -> Tensor:
+    """Prompt index of each sample of an iteration [B]."""
+    config = trainer.config
+    return rng.integers(0, trainer.prompts, config.seed, "prompts", iteration, range(config.batch))
 
 
 def update_fake_score(trainer: Trainer, iteration: int, prompts: Tensor) -> None:

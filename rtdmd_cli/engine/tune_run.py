@@ -11,7 +11,13 @@ from rtdmd_cli.config.tune_reward import TuneRewardConfig, split_paths, split_we
 from rtdmd_cli.engine import previews as pictures
 from rtdmd_cli.engine.backbones.base import Backbone, Conditioning, load_backbone
 from rtdmd_cli.engine.distill import ROLES, Trainer
-from rtdmd_cli.engine.distill_run import assemble, encode_prompts, model_line, training_sigmas
+from rtdmd_cli.engine.distill_run import (
+    assemble,
+    encode_prompts,
+    model_line,
+    prepare_prompts,
+    training_sigmas,
+)
 from rtdmd_cli.engine.distill_start import Start
 from rtdmd_cli.engine.full_roles import FullRoles
 from rtdmd_cli.engine.prompts import PromptSet, known_by
@@ -45,7 +51,7 @@ from rtdmd_cli.engine.tune_measure import (
     teacher_features,
 )
 from rtdmd_cli.engine.tune_report import write_tune_report
-from rtdmd_cli.engine.tune_reward import Tuner, tune
+from rtdmd_cli.engine.tune_reward import Tuner, chosen_prompts, tune
 from rtdmd_cli.engine.tune_watch import (
     AFTER,
     BEFORE,
@@ -97,7 +103,7 @@ def run_tune(
     measured = evenly_chosen(eval_prompts, config.eval_images)
     wide = evenly_chosen(eval_prompts, config.watch.prompt_count if config.watch.features else 0)
     every = [*prompts.texts, *measured.texts, *wide.texts]
-    conditioning, empty = encode_prompts(backbone, every, say)
+    conditioning, empty = encode_prompts(backbone, every, say, preset.hardware)
     tuner = build_tuner(backbone, preset, mixture, len(prompts), conditioning, empty)
     load_stage_1(tuner.core, begin)
     untrained, saved = tuner.core.roles.state(GENERATOR), start.checkpoint
@@ -275,6 +281,10 @@ def tune_stage(
     newest: dict[int, Measured] = {}
     alarmed: set[int] = set()
 
+    def advance(epoch: int) -> None:
+        prepare_prompts(core, epoch, config.epochs, lambda i: chosen_prompts(tuner, i))
+        tune(tuner, epoch)
+
     def measured(session: Session) -> Measured:
         """Of this epoch, once."""
         epoch = session.iteration
@@ -317,7 +327,7 @@ def tune_stage(
     return Stage(
         name=STAGE,
         schedule=schedule(config),
-        advance=lambda epoch: tune(tuner, epoch),
+        advance=advance,
         figures=lambda: pictures.lag(previews),
         sample=lambda path, epoch: pictures.save_sample_grid(previews, core.ema, path, epoch),
         finish=end,

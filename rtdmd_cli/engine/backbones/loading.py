@@ -33,7 +33,7 @@ from torch import nn
 from rtdmd_cli.config.schema import SHARED_BASE, HardwareConfig, ModelConfig
 from rtdmd_cli.engine.backbones.base import ModelId
 from rtdmd_cli.engine.backbones.two_bases import TwoBases, bases_of
-from rtdmd_cli.engine.runtime.quantise import place
+from rtdmd_cli.engine.runtime.quantise import place, shrink_encoder
 from rtdmd_cli.engine.runtime.quiet import quiet_loading
 from rtdmd_cli.engine.runtime.tiling import enable_tiling
 from rtdmd_cli.errors import DataError, EnvironmentFailure, UsageError
@@ -92,6 +92,7 @@ class Loaded:
         self.sources = sources
         self.pipe = pipe
         self.transformer: nn.Module = pipe.transformer
+        self.encoders_in_8_bit = False
 
     @cached_property
     def _components(self) -> str:
@@ -110,7 +111,8 @@ class Loaded:
 
     def encoder_key(self, dtype: torch.dtype) -> str:
         """Names what the text encoders' results depend on besides prompt and text length."""
-        return f"{self._components}:{self.config.revision}:{dtype}"
+        stored = ":int8" if self.encoders_in_8_bit else ""
+        return f"{self._components}:{self.config.revision}:{dtype}{stored}"
 
 
 def load_pipeline(
@@ -150,6 +152,11 @@ def load_pipeline(
         ) from error
     for network in networks.values():
         network.eval().requires_grad_(False)
+    if hardware.text_encoder == "int8":
+        loaded.encoders_in_8_bit = True
+        for name in layout.encoders:
+            if name in networks:
+                shrink_encoder(networks[name], device)
     for transformer in bases_of(loaded.transformer):
         place(transformer, hardware.base, device)
     pipe.vae.to(device)

@@ -30,16 +30,29 @@ def place(transformer: nn.Module, base: Base, device: torch.device) -> None:
     EnvironmentFailure for a quantised base on a device other than cpu and cuda, where it has not been tried.
     """
     if base != "plain":
-        if device.type not in ("cpu", "cuda"):
-            raise EnvironmentFailure(
-                f"The base can't be quantised on {device.type}: {base} has been tried on cpu and cuda alone.",
-                "Set hardware.base to plain.",
-            )
+        _require_tried(base, "base", "hardware.base to plain", device)
         for block in repeated_blocks(transformer):
             swap_linears(block, base, device)
         transformer.is_loaded_in_4bit = base == "nf4"  # type: ignore[assignment]  # peft reads these two
         transformer.is_loaded_in_8bit = base == "int8"  # type: ignore[assignment]
     transformer.to(device)
+
+
+def shrink_encoder(encoder: nn.Module, device: torch.device) -> None:
+    """Put a text encoder's linear layers on `device` in 8 bits; the rest of it stays where it is.
+
+    EnvironmentFailure as `place`.
+    """
+    _require_tried("int8", "text encoders", "hardware.text_encoder to cpu", device)
+    swap_linears(encoder, "int8", device)
+
+
+def _require_tried(base: Base, what: str, instead: str, device: torch.device) -> None:
+    if device.type not in ("cpu", "cuda"):
+        raise EnvironmentFailure(
+            f"The {what} can't be quantised on {device.type}: {base} has been tried on cpu and cuda alone.",
+            f"Set {instead}.",
+        )
 
 
 def swap_linears(parent: nn.Module, base: Base, device: torch.device) -> None:

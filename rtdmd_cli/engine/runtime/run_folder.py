@@ -190,6 +190,21 @@ class RunFolder:
         finally:
             os.close(descriptor)
 
+    def is_held(self) -> bool:
+        """Whether a process, this one or another, is working on the run."""
+        with files.os_errors(self.path, "open"):
+            descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL):
+                raise EnvironmentFailure(f"Cannot lock {self.path}: {error.strerror}.") from error
+        finally:
+            os.close(descriptor)
+        return False
+
     def _acquire(self, descriptor: int) -> None:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
