@@ -67,6 +67,24 @@ def _rewards() -> typer.Typer:
     return app
 
 
+def _runs() -> typer.Typer:
+    from rtdmd_cli.cli.runs import app
+
+    return app
+
+
+def _data() -> typer.Typer:
+    from rtdmd_cli.cli.data import app
+
+    return app
+
+
+def _fetch() -> Callable[..., Any]:
+    from rtdmd_cli.cli.fetch import fetch
+
+    return fetch
+
+
 @dataclass(frozen=True)
 class Entry:
     """A command of the program: how to import its function or Typer app, and the first sentence of its help."""
@@ -80,6 +98,11 @@ COMMANDS = {
     "tune-reward": Entry(_tune_reward, "Raise a generator's rewards (stage 2)."),
     "sample": Entry(_sample, "Make pictures of a prompt, or of a file of prompts."),
     "eval": Entry(_eval, "Measure a model on a benchmark: strict score, interval, and what it cost."),
+    "runs": Entry(_runs, "List the runs, show one, compare two on one page."),
+    "fetch": Entry(
+        _fetch, "Download the weights of a model or a reward beforehand, naming size and licence."
+    ),
+    "data": Entry(_data, "List and fetch the public sets of prompts."),
     "rewards": Entry(_rewards, "List the rewards, and check that they work: order, range, gradient."),
     "presets": Entry(_presets, "List, show, copy and check presets: one YAML file is one recipe."),
 }

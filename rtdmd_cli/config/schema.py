@@ -14,15 +14,26 @@ from pydantic import Field, field_validator, model_validator
 from rtdmd_cli.config.section import MAX_COUNT, MAX_SEED, LoraConfig, Section, one_line
 from rtdmd_cli.config.tune_reward import TuneRewardConfig
 
+SHARED_BASE = "teacher"
+"""`model.generator_init` of a generator that shares the teacher's base."""
+
 
 class ModelConfig(Section):
     """The base model, which is also the teacher."""
 
-    family: Literal["sd3"] = Field(description="model family, which chooses the backbone's code")
+    family: Literal["sd3", "flux1", "flux2"] = Field(
+        description="model family, which chooses the backbone's code"
+    )
     path: str = Field(
         min_length=1,
         max_length=4096,
-        description="builtin:shapes, a repository id of the hub, or a local folder in diffusers' layout",
+        description="builtin:shapes, a hub id, a folder in diffusers' layout, or a .safetensors file with the transformer",
+    )
+    components: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=4096,
+        description="if `path` is a .safetensors file, where all but the transformer comes from: a hub id or a folder",
     )
     revision: str | None = Field(
         default=None,
@@ -30,21 +41,40 @@ class ModelConfig(Section):
         max_length=256,
         description="branch, tag or commit of the hub repository; null for its default branch",
     )
+    generator_init: str = Field(
+        default=SHARED_BASE,
+        min_length=1,
+        max_length=4096,
+        description="generator's start: teacher (one shared base), or a hub id or folder whose transformer is its own base",
+    )
+    generator_revision: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=256,
+        description="branch, tag or commit of the repository in `generator_init`; null for its default branch",
+    )
     resolution: int = Field(
         ge=16, le=2048, multiple_of=8, description="side of the square training pictures, pixels"
     )
-    text_length: int = Field(default=128, ge=1, le=512, description="length of the T5 prompt, tokens")
+    text_length: int = Field(
+        default=128,
+        ge=1,
+        le=512,
+        description="prompt length for T5 (sd3, flux1) or Qwen3 (flux2), tokens",
+    )
     guidance: float = Field(
         default=7.0,
         ge=1,
         le=100,
-        description="the teacher's classifier-free guidance scale, no unit; 1 is none",
+        description="the teacher's guidance scale, no unit: classifier-free, where 1 is none; embedded for FLUX.1-dev",
     )
     teacher_steps: int = Field(
         default=50, ge=1, le=1000, description="steps of the teacher when it is sampled in full"
     )
 
-    _printable = field_validator("path", "revision")(one_line)
+    _printable = field_validator("path", "components", "revision", "generator_init", "generator_revision")(
+        one_line
+    )
 
 
 class SamplerConfig(Section):
@@ -147,6 +177,10 @@ class DistillConfig(Section):
         default="one",
         description="boundaries of a rollout that become training points: one drawn, or every one",
     )
+    boundaries_batched: bool = Field(
+        default=False,
+        description="evaluate fake score and teacher on all boundaries of a rollout at once: quicker, more memory",
+    )
     interval: Literal["sub", "full"] = Field(
         default="sub",
         description="noising of a boundary: from x_s inside (s, 1], or from its clean prediction over the whole interval",
@@ -165,9 +199,13 @@ class DistillConfig(Section):
         default="builtin:shapes",
         min_length=1,
         max_length=4096,
-        description="training prompts: builtin:shapes, or the path of a UTF-8 text file, one prompt a line",
+        description="training prompts: builtin:shapes, data:NAME (see `rtdmd data list`), or a .txt, .json or .jsonl file",
     )
     seed: int = Field(default=42, ge=0, le=MAX_SEED, description="seed of every random stream, no unit")
+    train: Literal["lora", "full"] = Field(
+        default="lora",
+        description="what is trained, in both stages: adapters on the shared base, or a full copy of its weights a role",
+    )
     lora: LoraConfig = LoraConfig()
     save_every: int = Field(
         default=500, ge=1, le=MAX_COUNT, description="distance of checkpoints, iterations"
@@ -222,8 +260,34 @@ class HardwareConfig(Section):
     dtype: Literal["auto", "fp32", "bf16"] = Field(
         default="auto", description="precision of the base model; auto is bf16 on cuda, else fp32"
     )
+    base: Literal["plain", "int8", "nf4"] = Field(
+        default="plain",
+        description="storage of the frozen base's blocks: plain (in dtype), or 8 or 4 bits a weight by bitsandbytes",
+    )
+    optimizer: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = Field(
+        default="adamw",
+        description="AdamW with float32 states, or bitsandbytes' with 8-bit ones; paged: in the host's memory if need be",
+    )
+    compile: bool = Field(
+        default=False,
+        description="compile the repeated blocks for training: minutes of warm-up, faster iterations",
+    )
+    vae_tiling: bool = Field(
+        default=False,
+        description="decode pictures over 512 px in tiles and one at a time: less memory, faint seams",
+    )
     gradient_checkpointing: bool = Field(
         default=False, description="recompute activations in the backward pass: less memory, more time"
+    )
+    text_encoder: Literal["auto", "device", "int8", "cpu"] = Field(
+        default="auto",
+        description="where prompts are encoded: device (int8: in 8 bits) or CPU; auto is the CPU where the encoders must stay",
+    )
+    cache_gb: float | None = Field(
+        default=None,
+        gt=0,
+        le=1e6,
+        description="bound of the cache of encoded prompts, 10^9 bytes; null for RTDMD_CACHE_GB, or else 20",
     )
     threads: int | None = Field(
         default=None, ge=1, le=1024, description="CPU threads of torch; null for torch's own choice"
@@ -265,3 +329,11 @@ class Preset(Section):
         return name
 
     _printable = field_validator("description")(one_line)
+
+    @model_validator(mode="after")
+    def _trainable(self) -> Self:
+        if self.distill.train == "full" and self.hardware.base != "plain":
+            raise ValueError(
+                f"`distill.train: full` needs `hardware.base: plain`: weights in {self.hardware.base} can't be trained"
+            )
+        return self

@@ -15,7 +15,7 @@ same ones.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -32,7 +32,7 @@ from rtdmd_cli.engine.algo.subinterval import (
     velocity_target,
 )
 from rtdmd_cli.engine.backbones.base import Backbone, Conditioning, concatenate
-from rtdmd_cli.engine.roles import Roles
+from rtdmd_cli.engine.roles import RoleSet
 from rtdmd_cli.engine.runtime import optim, rng
 from rtdmd_cli.engine.sample import guided
 
@@ -52,12 +52,16 @@ class Boundary:
     x0: Tensor
 
 
+Point = tuple[int, Boundary]
+"""A step of a rollout, by its number, and where it landed."""
+
+
 @dataclass
 class Trainer:
     """What the recipe works on. `conditioning` gives the encoded prompts of a list of prompt indices."""
 
     backbone: Backbone
-    roles: Roles
+    roles: RoleSet
     config: DistillConfig
     sigmas: tuple[float, ...]
     eta: float
@@ -80,7 +84,7 @@ class Draws:
     trainer: Trainer
     turn: str
     iteration: int
-    indices: range
+    indices: Sequence[int]
 
     def normal(self, stream: str) -> Tensor:
         """Standard normal [b,C,H,W] float32, on the model's device."""
@@ -106,10 +110,16 @@ def iterate(trainer: Trainer, iteration: int) -> None:
     """
     config = trainer.config
     trainer.metrics = {}
-    prompts = rng.integers(0, trainer.prompts, config.seed, "prompts", iteration, range(config.batch))
+    prompts = chosen_prompts(trainer, iteration)
     update_fake_score(trainer, iteration, prompts)
     if (iteration + 1) % config.fake_per_generator == 0:
         update_generator(trainer, iteration, prompts)
+
+
+def chosen_prompts(trainer: Trainer, iteration: int) -> Tensor:
+    """Prompt index of each sample of an iteration [B]."""
+    config = trainer.config
+    return rng.integers(0, trainer.prompts, config.seed, "prompts", iteration, range(config.batch))
 
 
 def update_fake_score(trainer: Trainer, iteration: int, prompts: Tensor) -> None:
@@ -118,10 +128,10 @@ def update_fake_score(trainer: Trainer, iteration: int, prompts: Tensor) -> None
     trainer.fake_optimizer.zero_grad(set_to_none=True)
     for draws, cond, share in micro_batches(trainer, "fake", iteration, prompts):
         with trainer.roles.role("generator"), torch.no_grad():
-            boundaries = list(rollout(trainer, draws, cond))
+            points = list(rollout(trainer, draws, cond))
         with trainer.roles.role("fake", train=True):
-            for number, boundary in boundaries:
-                loss = fake_loss(trainer, draws, number, boundary, cond, share / len(boundaries))
+            for group in evaluated_together(trainer, points):
+                loss = fake_loss(trainer, draws, group, cond, share / len(points))
                 optim.check_finite("The fake-score loss", loss, iteration + 1)
                 loss.backward()
     config = trainer.config
@@ -131,24 +141,45 @@ def update_fake_score(trainer: Trainer, iteration: int, prompts: Tensor) -> None
 
 
 def fake_loss(
-    trainer: Trainer, draws: Draws, number: int, boundary: Boundary, cond: Conditioning, share: float
+    trainer: Trainer, draws: Draws, points: Sequence[Point], cond: Conditioning, share: float
 ) -> Tensor:
-    """`share` times (fake-score loss + w consistency loss) at a boundary; the fake score is active."""
-    config = trainer.config
-    t, noise = renoised_time(trainer, draws, number, boundary.s), draws.normal(f"{number}/renoise")
-    x_t = renoise(boundary.x_s, boundary.s, t, noise)
-    u_scaled, scale = velocity_target(boundary.x_s, boundary.s, t, noise)
-    v = trainer.backbone.velocity(x_t, t.to(x_t.device), cond)
-    matching = fake_score_loss(v, u_scaled, scale, config.max_weight).loss
-    matching = boundary_weight(config, boundary.s) * matching
-    add(trainer, {"fake_loss": matching}, share)
-    if config.consistency_weight == 0:
-        return share * matching
-    h_anchor = to_x0(x_t, t, v)
-    h_1, h_2 = consistency_predictions(trainer, draws, number, x_t, t, v.detach(), cond)
-    consistency = consistency_loss(h_anchor, h_1, h_2)
-    add(trainer, {"consistency_loss": consistency.loss}, share)
-    return share * (matching + config.consistency_weight * consistency.loss)
+    """`share` times (fake-score loss + w consistency loss), summed over the points; the fake score is active."""
+    config, total = trainer.config, torch.zeros((), device=trainer.backbone.device)
+    noised = [noise_up(trainer, draws, point) for point in points]
+    velocities = velocities_at(trainer, [(x_t, t) for x_t, t, _ in noised], cond)
+    for (number, boundary), (x_t, t, noise), v in zip(points, noised, velocities, strict=True):
+        u_scaled, scale = velocity_target(boundary.x_s, boundary.s, t, noise)
+        matching = fake_score_loss(v, u_scaled, scale, config.max_weight).loss
+        matching = boundary_weight(config, boundary.s) * matching
+        add(trainer, {"fake_loss": matching}, share)
+        total = total + share * matching
+        if config.consistency_weight > 0:
+            h_1, h_2 = consistency_predictions(trainer, draws, number, x_t, t, v.detach(), cond)
+            consistency = consistency_loss(to_x0(x_t, t, v), h_1, h_2).loss
+            add(trainer, {"consistency_loss": consistency}, share)
+            total = total + share * config.consistency_weight * consistency
+    return total
+
+
+def noise_up(trainer: Trainer, draws: Draws, point: Point) -> tuple[Tensor, Tensor, Tensor]:
+    """Diffuse a boundary from s to a random t above it: x_t [b,C,H,W], t [b] (every sample its own), the noise."""
+    config, (number, boundary) = trainer.config, point
+    u = draws.uniform(f"{number}/time")
+    t = renoise_time(u, boundary.s, config.t_margin, config.t_min, config.t_max)
+    noise = draws.normal(f"{number}/renoise")
+    return renoise(boundary.x_s, boundary.s, t, noise), t, noise
+
+
+def velocities_at(
+    trainer: Trainer,
+    places: Sequence[tuple[Tensor, Tensor]],
+    cond: Conditioning,
+    guidance: float | tuple[float, float] = 1.0,
+) -> Sequence[Tensor]:
+    """The active role's velocity at each (x [b,C,H,W], t [b]), all in one evaluation."""
+    x, t = torch.cat([x for x, _ in places]), torch.cat([t for _, t in places])
+    velocity = guided(trainer.backbone, concatenate([cond] * len(places)), trainer.empty, guidance)
+    return velocity(x, t.to(x.device)).chunk(len(places))
 
 
 def boundary_weight(config: DistillConfig, s: float) -> float:
@@ -188,8 +219,8 @@ def update_generator(trainer: Trainer, iteration: int, prompts: Tensor) -> None:
     for draws, cond, share in micro_batches(trainer, "generator", iteration, prompts):
         with trainer.roles.role("generator", train=True):
             used = len(boundaries_in_use(trainer, draws))
-            for number, boundary in rollout(trainer, draws, cond):
-                loss = matching_loss(trainer, draws, number, boundary, cond, share / used)
+            for group in evaluated_together(trainer, rollout(trainer, draws, cond)):
+                loss = matching_loss(trainer, draws, group, cond, share / used)
                 optim.check_finite("The generator loss", loss, iteration + 1)
                 loss.backward()
     config, done = trainer.config, trainer.generator_updates
@@ -202,30 +233,43 @@ def update_generator(trainer: Trainer, iteration: int, prompts: Tensor) -> None:
 
 
 def matching_loss(
-    trainer: Trainer, draws: Draws, number: int, boundary: Boundary, cond: Conditioning, share: float
+    trainer: Trainer, draws: Draws, points: Sequence[Point], cond: Conditioning, share: float
 ) -> Tensor:
-    """`share` times the generator loss at a boundary; the generator is active, also for the backward pass."""
-    s, x_s = boundary.s, boundary.x_s
-    t = renoised_time(trainer, draws, number, s)
+    """`share` times the generator loss, summed over the points.
+
+    The generator is active, also for the backward pass.
+    """
+    total = torch.zeros((), device=trainer.backbone.device)
     with torch.no_grad():
-        level = t.to(x_s.device)
-        x_t = renoise(x_s, s, t, draws.normal(f"{number}/renoise"))
+        noised = [noise_up(trainer, draws, point) for point in points]
+        places = [(x_t, t) for x_t, t, _ in noised]
         with trainer.roles.role("teacher"):
-            v_teacher = guided(trainer.backbone, cond, trainer.empty, trainer.guidance)(x_t, level)
+            teacher = velocities_at(trainer, places, cond, trainer.guidance)
         with trainer.roles.role("fake"):
-            v_fake = trainer.backbone.velocity(x_t, level, cond)
+            fake = velocities_at(trainer, places, cond)
+    for (number, boundary), (x_t, t), v_teacher, v_fake in zip(points, places, teacher, fake, strict=True):
+        s = boundary.s
         noise = draws.normal(f"{number}/carry back")
         y_teacher = cps_step(x_t, v_teacher, t, s, trainer.eta, noise)
         y_fake = cps_step(x_t, v_fake, t, s, trainer.eta, noise)
         clean = clean_parts(boundary.x0, to_x0(x_t, t, v_teacher), s)
-    reference = clean if trainer.config.normaliser == "noise-free" else None
-    output = dmd_loss(x_s, y_fake, y_teacher, reference=reference)
-    add(trainer, {"dmd_loss": output.loss, "gap": output.metrics["gap"]}, share)
-    return share * output.loss
+        reference = clean if trainer.config.normaliser == "noise-free" else None
+        output = dmd_loss(boundary.x_s, y_fake, y_teacher, reference=reference)
+        add(trainer, {"dmd_loss": output.loss, "gap": output.metrics["gap"]}, share)
+        total = total + share * output.loss
+    return total
 
 
-def rollout(trainer: Trainer, draws: Draws, cond: Conditioning) -> Iterator[tuple[int, Boundary]]:
-    """CPS from pure noise with the active role, and the boundaries in use: (number of the step, boundary).
+def evaluated_together(trainer: Trainer, points: Iterable[Point]) -> Iterator[list[Point]]:
+    """The points whose renoised latents share one evaluation: all, or each alone, which takes less memory."""
+    if trainer.config.boundaries_batched:
+        yield list(points)
+    else:
+        yield from ([point] for point in points)
+
+
+def rollout(trainer: Trainer, draws: Draws, cond: Conditioning) -> Iterator[Point]:
+    """CPS from pure noise with the active role, and the boundaries in use.
 
     Each transition starts from a detached latent: its gradient flows through its own evaluation alone.
     Transitions to a boundary that is not in use run without gradient.
@@ -251,12 +295,6 @@ def boundaries_in_use(trainer: Trainer, draws: Draws) -> list[int]:
         return list(range(1, steps + 1))
     seed = trainer.config.seed
     return [int(rng.integers(1, steps + 1, seed, f"{draws.turn}/boundary", draws.iteration, [0]))]
-
-
-def renoised_time(trainer: Trainer, draws: Draws, number: int, s: float) -> Tensor:
-    """t [b] above s, every sample its own."""
-    config = trainer.config
-    return renoise_time(draws.uniform(f"{number}/time"), s, config.t_margin, config.t_min, config.t_max)
 
 
 def micro_batches(

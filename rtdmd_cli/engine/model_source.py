@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from rtdmd_cli.config.loader import list_presets, load_preset, preset_path
-from rtdmd_cli.config.schema import Preset
+from rtdmd_cli.config.schema import SHARED_BASE, Preset
 from rtdmd_cli.engine.backbones.base import Backbone, load_backbone
+from rtdmd_cli.engine.backbones.two_bases import bases_of
+from rtdmd_cli.engine.full_roles import replace_weights
 from rtdmd_cli.engine.roles import GENERATOR, STAGE1_GENERATOR, Roles
 from rtdmd_cli.engine.runtime.checkpoint import Checkpoint, load_checkpoint, newest_valid, verify_checkpoint
 from rtdmd_cli.engine.runtime.files import os_errors
@@ -48,7 +50,8 @@ class Source:
 
 @dataclass(frozen=True)
 class Model:
-    """A loaded model, ready to sample. roles: None for a teacher. model_hash: 12 hexadecimal digits."""
+    """A loaded model, ready to sample. roles: None for a teacher, and for a generator trained in full,
+    which has taken the base's place. model_hash: 12 hexadecimal digits."""
 
     source: Source
     backbone: Backbone
@@ -59,10 +62,15 @@ class Model:
     def label(self) -> str:
         return self.source.label
 
-    def plan(self, steps: int | None = None, guidance: float | None = None) -> SamplingPlan:
-        """How this model makes a picture. UsageError as `sampling_plan`."""
-        preset = self.source.preset
-        return sampling_plan(self.source.kind, self.backbone, preset.model, preset.sampler, steps, guidance)
+    def plan(
+        self,
+        steps: int | None = None,
+        guidance: float | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> SamplingPlan:
+        """How this model makes a picture of `size` (height, width). UsageError as `sampling_plan`."""
+        model, sampler = self.source.preset.model, self.source.preset.sampler
+        return sampling_plan(self.source.kind, self.backbone, model, sampler, steps, guidance, size)
 
 
 def resolve(reference: str | None, out: Path) -> Source:
@@ -119,7 +127,15 @@ def _from_run(run: RunFolder) -> Source:
             "Wait for its first one, or sample its base model by the preset's name.",
         )
     notes = tuple(f"skipped a damaged checkpoint: {reason}" for _, reason in skipped)
-    return _generator(newest, run, notes)
+    return _generator(newest, run, (*notes, *_better(newest, run)))
+
+
+def _better(newest: Path, run: RunFolder) -> list[str]:
+    """A line where the run itself names another of its checkpoints as the best by held-out rewards."""
+    best = run.best_checkpoint
+    if best is None or best.name == newest.name:
+        return []
+    return [f"by the held-out rewards {best.name} is better: --from {best}"]
 
 
 def _from_checkpoint(path: Path, run: RunFolder | None) -> Source:
@@ -181,10 +197,13 @@ def open_model(source: Source, device: torch.device, dtype: torch.dtype) -> Mode
             f"The checkpoint {loaded.path} holds no generator: {EMA}.safetensors is missing.",
             "Choose a checkpoint of `rtdmd distill` or `rtdmd tune-reward`.",
         )
-    backbone = load_backbone(source.preset.model, device, dtype)
+    config = source.preset.model
+    if loaded is None:  # the generator's own base is of no use to the teacher
+        config = config.model_copy(update={"generator_init": SHARED_BASE})
+    backbone = load_backbone(config, device, dtype, source.preset.hardware)
     base = backbone.model_id.hash
     if loaded is None:
-        return Model(source, backbone, None, model_hash(base, {}, 0))
+        return Model(source, backbone, None, model_hash(weights_id(backbone, source.preset), {}, 0))
     if loaded.meta.get("base_hash", base) != base:
         raise DataError(
             f"The checkpoint {loaded.path} was trained on another version of {source.preset.model.path}.",
@@ -194,12 +213,19 @@ def open_model(source: Source, device: torch.device, dtype: torch.dtype) -> Mode
     return Model(source, backbone, roles, hashed)
 
 
-def open_generator(backbone: Backbone, preset: Preset, checkpoint: Checkpoint) -> tuple[Roles, str]:
+def open_generator(backbone: Backbone, preset: Preset, checkpoint: Checkpoint) -> tuple[Roles | None, str]:
     """The generator of a checkpoint of either stage, with its EMA weights, and the model's hash.
 
-    DataError where the weights don't fit.
+    None where it was trained in full: the transformer then has its weights. DataError where the weights don't fit.
     """
-    base, ema, lora = backbone.model_id.hash, checkpoint.tensors[EMA], preset.distill.lora
+    if preset.distill.train == "full":
+        ema = checkpoint.tensors[EMA]
+        try:
+            replace_weights(bases_of(backbone.transformer)[0], ema)
+        except DataError as error:
+            raise _foreign(checkpoint, EMA, error) from error
+        return None, model_hash(weights_id(backbone, preset), ema, 0)
+    base, ema, lora = weights_id(backbone, preset), checkpoint.tensors[EMA], preset.distill.lora
     tuned = checkpoint.state.get("stage") == "tune-reward"
     fresh = preset.tune_reward.lora if tuned else None
     roles = Roles(backbone.transformer, lora, preset.distill.seed, fresh)
@@ -208,11 +234,21 @@ def open_generator(backbone: Backbone, preset: Preset, checkpoint: Checkpoint) -
         try:
             roles.load(adapter, checkpoint.tensors.get(group, {}))
         except DataError as error:
-            file = checkpoint.path / f"{group}.safetensors"
-            raise DataError(f"{file} belongs to another model. {error.message}", error.hint) from error
+            raise _foreign(checkpoint, group, error) from error
     if tuned:
         hashed = model_hash(hashed, checkpoint.tensors[STAGE1_GENERATOR], lora.alpha)
     return roles, hashed
+
+
+def _foreign(checkpoint: Checkpoint, group: str, error: DataError) -> DataError:
+    file = checkpoint.path / f"{group}.safetensors"
+    return DataError(f"{file} belongs to another model. {error.message}", error.hint)
+
+
+def weights_id(backbone: Backbone, preset: Preset) -> str:
+    """Names the base's weights as they are computed with: another storage makes other pictures."""
+    base, stored = backbone.model_id.hash, preset.hardware.base
+    return base if stored == "plain" else f"{base} {stored}"
 
 
 def model_hash(base: str, ema: Mapping[str, Tensor], alpha: int) -> str:

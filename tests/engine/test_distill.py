@@ -138,10 +138,12 @@ def diffuse(draws: Draws, number: int, x_s: Tensor, s: float) -> tuple[Tensor, T
 
 
 @pytest.mark.parametrize(
-    ("weight", "interval"), [("published", "sub"), ("balanced", "sub"), ("balanced", "full")]
+    ("weight", "interval", "batched"),
+    [("published", "sub", False), ("balanced", "sub", True), ("balanced", "full", False)],
 )
-def test_the_fake_score_losses_are_those_of_the_method(weight: str, interval: str) -> None:
-    trainer = stir(make(boundaries="every", boundary_weight=weight, interval=interval))
+def test_the_fake_score_losses_are_those_of_the_method(weight: str, interval: str, batched: bool) -> None:
+    settings = {"boundary_weight": weight, "interval": interval, "boundaries_batched": batched}
+    trainer = stir(make(boundaries="every", **settings))
     prompts, cond = conditioning(trainer, 0)
     draws = Draws(trainer, "fake", 0, range(2))
     losses, consistencies = [], []
@@ -167,9 +169,11 @@ def test_the_fake_score_losses_are_those_of_the_method(weight: str, interval: st
     )
 
 
-@pytest.mark.parametrize("interval", ["sub", "full"])
-def test_the_generator_gradient_is_that_of_the_method_through_the_last_step_alone(interval: str) -> None:
-    trainer = stir(make(boundaries="every", grad_clip=1e6, interval=interval))
+@pytest.mark.parametrize(("interval", "batched"), [("sub", False), ("sub", True), ("full", False)])
+def test_the_generator_gradient_is_that_of_the_method_through_the_last_step_alone(
+    interval: str, batched: bool
+) -> None:
+    trainer = stir(make(boundaries="every", grad_clip=1e6, interval=interval, boundaries_batched=batched))
     prompts, cond = conditioning(trainer, 1)
     draws = Draws(trainer, "generator", 1, range(2))
     names, parameters = zip(*trainer.roles.named_parameters("generator"), strict=True)
@@ -289,7 +293,7 @@ def test_the_normalisers_agree_at_zero_noise_alone() -> None:
         trainer.config = trainer.config.model_copy(update={"normaliser": normaliser})
         with torch.no_grad(), trainer.roles.role("generator"):
             losses[normaliser] = [
-                float(distill.matching_loss(trainer, draws, number, boundary, cond, 1.0))
+                float(distill.matching_loss(trainer, draws, [(number, boundary)], cond, 1.0))
                 for number, boundary in rollout(trainer, draws, cond)
             ]
     assert losses["noise-free"][3] == losses["published"][3]
@@ -430,7 +434,8 @@ def test_random_numbers_of_a_sample_are_its_own() -> None:
     ]
     rows = torch.cat([whole, *others]).flatten(1)
     assert (torch.corrcoef(rows) - torch.eye(len(rows))).abs().max() < 0.3
-    times = distill.renoised_time(trainer, Draws(trainer, "fake", 0, range(64)), 0, 0.5)
+    many, zeros = Draws(trainer, "fake", 0, range(64)), torch.zeros(64, *trainer.shape)
+    _, times, _ = distill.noise_up(trainer, many, (0, Boundary(0.5, zeros, zeros)))
     assert len(set(times.tolist())) > 60 and times.min() > 0.51 and times.max() <= 0.98
 
 

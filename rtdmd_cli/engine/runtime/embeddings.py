@@ -1,6 +1,7 @@
 """Encoded prompts on disk, so that a prompt is encoded once and training needs no text encoders.
 
-    <folder>/<model>/<block>.safetensors    embeds [n, L, D], pooled [n, P]; metadata: the rows' keys, sha256
+    <folder>/<model>/<block>.safetensors    embeds [n, L, D], pooled [n, P] where the family has it; metadata: the
+                                            rows' keys, sha256
 
 A key is the sha256 of (model, text length, prompt). A block holds up to 64 prompts, so thousands of prompts
 make few files, and a large model's block stays near 100 MB. Above `max_gb` the blocks that have not been used
@@ -14,7 +15,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from rtdmd_cli.engine.backbones.base import Backbone, Conditioning
+from rtdmd_cli.engine.backbones.base import Backbone, Conditioning, concatenate
 from rtdmd_cli.engine.runtime.files import TMP_PREFIX, cache_folder, write_bytes
 from rtdmd_cli.errors import EnvironmentFailure, UsageError
 
@@ -33,9 +34,13 @@ DEFAULT_GB = 20.0
 log = logging.getLogger(__name__)
 
 
-def open_cache(backbone: Backbone) -> EmbeddingCache:
-    """The cache for a backbone, in RTDMD_CACHE or the user's cache folder, RTDMD_CACHE_GB large at most."""
-    return EmbeddingCache(cache_folder("embeddings"), backbone.encoder_key, backbone.text_length, _max_gb())
+def open_cache(backbone: Backbone, max_gb: float | None = None) -> EmbeddingCache:
+    """The cache for a backbone, in RTDMD_CACHE or the user's cache folder, `max_gb` large at most.
+
+    max_gb: None for RTDMD_CACHE_GB, or else 20.
+    """
+    bound = _max_gb() if max_gb is None else max_gb
+    return EmbeddingCache(cache_folder("embeddings"), backbone.encoder_key, backbone.text_length, bound)
 
 
 def _max_gb() -> float:
@@ -87,14 +92,49 @@ class EmbeddingCache:
             self._write(keys, encode(texts))
         return len(missing)
 
-    def fetch(self, prompts: Sequence[str]) -> Conditioning:
-        """The rows of `prompts`, in their order, on the CPU, in the dtype in which they were encoded."""
-        rows = [self._rows[self._key(prompt)] for prompt in prompts]
-        embeds, pooled = (
-            torch.cat([block.tensors.get_slice(name)[row : row + 1] for block, row in rows])
-            for name in ("embeds", "pooled")
+    def renew(self, prompts: Sequence[str], encode: Callable[[Sequence[str]], Conditioning]) -> int:
+        """As `ensure`, and gives up all that was ensured before: for prompts that are needed in turns.
+
+        Rows that are on disk already are copied into new blocks, so that what is held are these prompts alone, and
+        the bound counts nothing else.
+        """
+        wanted, fresh = {self._key(prompt): prompt for prompt in prompts}, 0
+        self._find({key for key in wanted if key not in self._rows})
+        known, self._rows = self._rows, {}
+        everything = list(wanted)
+        for start in range(0, len(everything), BLOCK):
+            keys = tuple(everything[start : start + BLOCK])
+            if keys[0] in known and known[keys[0]][0].keys == keys:
+                self._note(known[keys[0]][0])
+                continue
+            missing = [key for key in keys if key not in known]
+            rows: dict[str, Conditioning] = {}
+            if missing:
+                encoded = encode([wanted[key] for key in missing]).to("cpu")
+                rows = {key: encoded.select([row]) for row, key in enumerate(missing)}
+            copied = {key: self.fetch([wanted[key]], known) for key in keys if key in known}
+            self._write(keys, concatenate([(rows | copied)[key] for key in keys]))
+            fresh += len(missing)
+        return fresh
+
+    def capacity(self, row_bytes: int) -> int:
+        """How many prompts of `row_bytes` each fit the bound, with what a block holds beside them."""
+        return max(0, int((self._max_bytes - 1024) // (row_bytes + 128)))
+
+    def fetch(
+        self, prompts: Sequence[str], known: Mapping[str, tuple[_Block, int]] | None = None
+    ) -> Conditioning:
+        """The rows of `prompts`, in their order, on the CPU, in the dtype in which they were encoded.
+
+        known: rows to look them up in, by default those of this run.
+        """
+        rows = [(self._rows if known is None else known)[self._key(prompt)] for prompt in prompts]
+        return Conditioning(
+            **{
+                name: torch.cat([block.tensors.get_slice(name)[row : row + 1] for block, row in rows])
+                for name in rows[0][0].tensors.keys()  # noqa: SIM118 - safe_open is no mapping
+            }
         )
-        return Conditioning(embeds, pooled)
 
     def _key(self, prompt: str) -> str:
         return hashlib.sha256(json.dumps([*self._identity, prompt]).encode()).hexdigest()
@@ -114,12 +154,13 @@ class EmbeddingCache:
         self._rows.update({key: (block, row) for row, key in enumerate(block.keys)})
 
     def _write(self, keys: tuple[str, ...], cond: Conditioning) -> None:
-        tensors = {"embeds": cond.embeds.cpu().contiguous(), "pooled": cond.pooled.cpu().contiguous()}
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in cond.tensors.items()}
         metadata = {"keys": json.dumps(keys), "sha256": _digest(tensors)}
-        self._make_room(sum(tensor.nbytes for tensor in tensors.values()))
+        data = save(tensors, metadata)
+        self._make_room(len(data))
         name = hashlib.sha256("".join(keys).encode()).hexdigest()[:24]
         path = self._folder / f"{name}.safetensors"
-        write_bytes(path, save(tensors, metadata))
+        write_bytes(path, data)
         block = _open(path)
         assert block is not None, path
         self._note(block)
@@ -136,7 +177,7 @@ class EmbeddingCache:
         if total > self._max_bytes:
             raise EnvironmentFailure(
                 f"The encoded prompts need more than the {self._max_bytes / 1e9:g} GB of {self._root}.",
-                "Raise RTDMD_CACHE_GB, or use fewer prompts.",
+                "Raise hardware.cache_gb or RTDMD_CACHE_GB, or use fewer prompts.",
             )
 
 
@@ -161,7 +202,10 @@ def _open(path: Path) -> _Block | None:
         tensors = safe_open(path, framework="pt")
         metadata = tensors.metadata() or {}
         keys = tuple(json.loads(metadata["keys"]))
-        rows = {tensors.get_slice(name).get_shape()[0] for name in ("embeds", "pooled")}
+        names = set(tensors.keys())
+        if "embeds" not in names or not names <= {"embeds", "pooled"}:
+            raise ValueError(f"tensors {sorted(names)}")
+        rows = {tensors.get_slice(name).get_shape()[0] for name in names}
         if rows != {len(keys)}:
             raise ValueError(f"{len(keys)} keys for {rows} rows")
         return _Block(path, keys, metadata["sha256"], tensors)
@@ -176,7 +220,7 @@ def _open(path: Path) -> _Block | None:
 
 def _intact(block: _Block) -> bool:
     """Whether the contents are those that were written; a damaged block is removed."""
-    found = _digest({name: block.tensors.get_tensor(name) for name in ("embeds", "pooled")})
+    found = _digest({name: block.tensors.get_tensor(name) for name in block.tensors.keys()})  # noqa: SIM118
     if found != block.sha256:
         _discard(block.path, "its contents have changed")
     return found == block.sha256
