@@ -21,7 +21,10 @@ def show_benchmarks(as_json: bool, quiet: bool) -> None:
     from rtdmd_cli.engine.evaluation.benchmarks import BENCHMARKS
 
     if as_json:
-        rows = [dataclasses.asdict(row) | {"built_in": row.built_in} for row in BENCHMARKS.values()]
+        rows = [
+            dataclasses.asdict(row) | {"built_in": row.built_in, "prompts": row.prompts}
+            for row in BENCHMARKS.values()
+        ]
         typer.echo(json.dumps([console.plain(row) for row in rows], indent=2))
         return
     table = Table("benchmark", "measures", "prompts", "pictures each", "judged by")

@@ -17,7 +17,7 @@ from rtdmd_cli.cli.eval import eval_command
 from rtdmd_cli.engine.evaluation import detector
 from rtdmd_cli.engine.rewards.local import extra_installed
 from rtdmd_cli.errors import DataError, EnvironmentFailure, UsageError
-from tests.public_prompts import public_prompts
+from tests.public_data import benchmark_file
 from tests.tiny_clip import save_clip as save_pickscore
 from tests.tiny_geneval import save_clip, save_detector
 from tests.tiny_runs import make_run
@@ -60,7 +60,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 def test_geneval_from_prompts_to_report(judges: Path) -> None:
     make_run(Path("runs"), "mine")
-    prompts = str(public_prompts("geneval.jsonl"))
+    prompts = str(benchmark_file("geneval.jsonl"))
     asked = ["geneval", "--prompts-file", prompts, "--limit", "2", "--steps", "1", "--json"]
     result = run(*asked, "--reward-path", f"geneval={judges / 'geneval'}")
     assert result.exit_code == 0, result.exception
@@ -126,7 +126,7 @@ def test_geneval_without_metadata_is_refused_before_a_model_is_loaded(
 
 def test_geneval2_by_skill(judges: Path) -> None:
     make_run(Path("runs"), "mine")
-    prompts = str(public_prompts("geneval2.jsonl"))
+    prompts = str(benchmark_file("geneval2.jsonl"))
     asked = ["geneval2", "--prompts-file", prompts, "--limit", "2", "--steps", "1", "--json", "--quiet"]
     result = run(*asked, "--reward-path", f"geneval2={judges / 'geneval2'}", "--out", "found")
     assert result.exit_code == 0, result.exception

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rtdmd_cli.engine.evaluation.benchmarks import PROMPT_SUFFIXES, Benchmark
-from rtdmd_cli.engine.prompts import PromptSet, known_by, read_prompt_set
-from rtdmd_cli.engine.runtime.files import cache_folder, os_errors
-from rtdmd_cli.errors import EnvironmentFailure, UsageError
+from rtdmd_cli.engine.data.store import Stored, require
+from rtdmd_cli.engine.evaluation.benchmarks import Benchmark
+from rtdmd_cli.engine.prompts import PromptSet, known_by, read_prompt_set, read_stored
+from rtdmd_cli.engine.runtime.files import os_errors
+from rtdmd_cli.errors import UsageError
 from rtdmd_cli.shapes.grammar import requirement
 from rtdmd_cli.shapes.prompts import benchmark as shapes_captions
 
@@ -70,13 +71,17 @@ def choose_prompts(benchmark: Benchmark, file: str | None, limit: int | None) ->
                 "Leave --prompts-file out, or name the file itself as the benchmark.",
             )
         return _chosen(benchmark, _shapes_prompts(), limit, ())
-    source = file or benchmark.file or str(_cached_file(benchmark))
-    found = read_prompt_set(source)
-    if benchmark.unique:
-        first = {text: row for row, text in reversed(list(enumerate(found.texts)))}
-        found = found.pick([first[text] for text in sorted(first)])
-    foreign = bool(benchmark.sha256) and _sha256(Path(source).expanduser()) not in benchmark.sha256
-    return _chosen(benchmark, found, limit, ("not the published prompt file",) if foreign else ())
+    if file is None:
+        data = benchmark.data
+        found = read_stored(require(data)) if data else read_prompt_set(benchmark.file)
+        return _chosen(benchmark, found, limit, ())
+    data, path = benchmark.data, Path(file).expanduser()
+    sha256 = _sha256(path) if data and path.is_file() else ""
+    if data and sha256 in data.accepted:
+        return _chosen(benchmark, read_stored(Stored(data, path, sha256)), limit, ())
+    return _chosen(
+        benchmark, read_prompt_set(file), limit, ("not the published prompt file",) if data else ()
+    )
 
 
 def shortened(evaluated: int, whole: int) -> tuple[str, ...]:
@@ -101,24 +106,6 @@ def _chosen(
 def _shapes_prompts() -> PromptSet:
     lines = [requirement(caption) for caption in shapes_captions()]
     return PromptSet([str(line.pop("prompt")) for line in lines], lines)
-
-
-def _cached_file(benchmark: Benchmark) -> Path:
-    """The one prompt file in the set's folder of the cache."""
-    folder = cache_folder("data") / benchmark.name
-    with os_errors(folder, "read"):
-        found = _prompt_files(sorted(folder.iterdir())) if folder.is_dir() else []
-    if len(found) != 1:
-        what = "are not on this machine" if not found else f"are not clear: {len(found)} files in {folder}"
-        raise EnvironmentFailure(
-            f"The prompts of `{benchmark.name}` {what}.",
-            f"Fetch them: rtdmd data fetch {benchmark.name}, or give a file with --prompts-file.",
-        )
-    return found[0]
-
-
-def _prompt_files(paths: Sequence[Path]) -> list[Path]:
-    return [path for path in paths if path.suffix in PROMPT_SUFFIXES and not path.name.startswith(".")]
 
 
 def _sha256(path: Path) -> str:

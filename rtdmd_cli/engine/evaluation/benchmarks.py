@@ -1,7 +1,7 @@
 """The benchmarks as data: prompts, judge, rewards, protocol, and the published figures to be put beside.
 
-A benchmark's own judge and its rewards are names of `judges.find_judge`. Prompt files of the published sets are no part
-of the package: `rtdmd data fetch NAME` brings them into the cache.
+A benchmark's own judge and its rewards are names of `judges.find_judge`. The prompts of the published ones are the set of
+the same name of `data.registry`, which is no part of the package: `rtdmd data fetch NAME` brings it into the cache.
 """
 
 from __future__ import annotations
@@ -11,9 +11,12 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 from pathlib import Path
 
+from rtdmd_cli.engine.data.registry import DATA, PREFIX, DataSet
+from rtdmd_cli.engine.prompts import SUFFIXES
 from rtdmd_cli.errors import UsageError
+from rtdmd_cli.shapes.prompts import benchmark as captions
 
-PROMPT_SUFFIXES = (".txt", ".jsonl")
+BUILT_IN = "builtin:"  # begins the names of the package's own prompt sets
 
 
 @dataclass(frozen=True)
@@ -21,10 +24,8 @@ class Benchmark:
     """One row of the table.
 
     judge: the name of its own judge, "" for none. rewards: measured where none are asked for. images: pictures of each
-    prompt by the protocol, None for the preset's. prompts: the number of its prompts, None where that is the file's.
-    sha256: of the published prompt files. file: a prompt file of one's own, or "". unique: the published file repeats
-    prompts; each counts once here, in alphabetical order. published: names of judges whose figures are published for it.
-    note: how these compare.
+    prompt by the protocol, None for the preset's. file: a prompt file of one's own, or "". published: names of judges whose
+    figures are published for it. note: how these compare.
     """
 
     name: str
@@ -33,10 +34,7 @@ class Benchmark:
     judge: str = ""
     rewards: tuple[str, ...] = ()
     images: int | None = 1
-    prompts: int | None = None
-    sha256: tuple[str, ...] = ()
     file: str = ""
-    unique: bool = False
     published: tuple[str, ...] = ()
     note: str = ""
 
@@ -44,6 +42,18 @@ class Benchmark:
     def built_in(self) -> bool:
         """Whether its prompts are those of the package's own world."""
         return self.judge == SHAPES
+
+    @property
+    def data(self) -> DataSet | None:
+        """Its public prompt set; None where the prompts are built in or a file of one's own."""
+        return None if self.built_in or self.file else DATA[self.name]
+
+    @property
+    def prompts(self) -> int | None:
+        """The number of its prompts; None where that is the file's."""
+        if self.built_in:
+            return len(captions())
+        return self.data.prompts if self.data else None
 
 
 @dataclass(frozen=True)
@@ -68,8 +78,6 @@ BENCHMARKS = {
             "the mean of the six tasks' strict accuracies",
             judge="geneval",
             images=4,
-            prompts=553,
-            sha256=("5c48e0813e812e3c373fa5c8ed07a8f0a483be30272b4427b0559c8048e67c13",),
             published=("geneval",),
             note="Not comparable: the published GenEval is the partial-credit score, this one is strict.",
         ),
@@ -78,8 +86,6 @@ BENCHMARKS = {
             measures="Questions about every part of a prompt, answered by Qwen3-VL (soft-TIFA).",
             protocol="800 prompts, geometric mean over the questions of a prompt, mean over prompts",
             judge="geneval2",
-            prompts=800,
-            sha256=("09233adbc9f877fba205f1a20efa4a8640e7e62a91dfd55893562bed8a928e43",),
             published=("geneval2",),
         ),
         Benchmark(
@@ -87,12 +93,6 @@ BENCHMARKS = {
             measures="Five learned rewards on DrawBench's prompts.",
             protocol="200 prompts; mean reward over prompts",
             rewards=("clipscore", "aesthetic", "pickscore", "hpsv2", "imagereward"),
-            prompts=200,
-            sha256=(
-                "9006b98feabb94b28a2bc0c88de42fd4f31a9ec3c2a19e308a02c5385b7172f0",
-                "18cef96e28e1b3b6b529dc5b8ade0d7f55e65939797fd8af49ef702e9119c2a7",  # each once
-            ),
-            unique=True,
             published=("clipscore", "aesthetic", "pickscore", "hpsv2", "imagereward"),
             note=_PROMPTS_UNKNOWN,
         ),
@@ -101,8 +101,6 @@ BENCHMARKS = {
             measures="HPSv3, a learned human rating, on its own test prompts.",
             protocol="1,024 prompts; mean score over prompts",
             rewards=("hpsv3",),
-            prompts=1024,
-            sha256=("31592ea9af348610c0c840147bc5bc5eeac34d4dfd831c62a298c04e7ec4b65d",),
             published=("hpsv3",),
             note=_PROMPTS_UNKNOWN,
         ),
@@ -111,8 +109,6 @@ BENCHMARKS = {
             measures="How much of a prompt's quoted text can be read in the picture.",
             protocol="1,018 prompts; 1 - normalised edit distance, and the share read in full",
             judge="ocr",
-            prompts=1018,
-            sha256=("4dd8caf3ab6ade73bd376c7d14c6ca49b6eacfb1bd321e22c40714ae4a98d4dc",),
             published=("ocr",),
             note="The published figures were read by PaddleOCR; this engine holds newer models of that family.",
         ),
@@ -121,8 +117,6 @@ BENCHMARKS = {
             measures="PickScore, a learned human choice, on its test prompts.",
             protocol="2,048 prompts; mean score over prompts, undivided",
             rewards=("pickscore",),
-            prompts=2048,
-            sha256=("d75c025fa451866e70f7e36243f7cdd93095523cb51f5f9651f2ce3236d20262",),
             published=("pickscore",),
             note=_PROMPTS_UNKNOWN,
         ),
@@ -132,7 +126,6 @@ BENCHMARKS = {
             protocol="553 prompts, the world's analytic detector; the mean of the six tasks' strict accuracies",
             judge=SHAPES,
             images=None,
-            prompts=553,
         ),
     )
 }
@@ -199,11 +192,15 @@ PUBLISHED = (
 
 
 def find_benchmark(name: str) -> Benchmark:
-    """The row of that name, or a row for a prompt file (.txt, .jsonl or builtin:...). UsageError for neither."""
+    """The row of that name, or a row for prompts of one's own. UsageError for neither.
+
+    Such are files (.txt, .json, .jsonl), folders with a slash in their name, and sets as data:NAME or builtin:NAME.
+    """
     if name in BENCHMARKS:
         return BENCHMARKS[name]
-    if name.startswith("builtin:") or name.endswith(PROMPT_SUFFIXES):
-        stem = name.removeprefix("builtin:") if name.startswith("builtin:") else Path(name).stem
+    sets = (BUILT_IN, PREFIX)
+    if name.startswith(sets) or name.endswith(SUFFIXES) or "/" in name:
+        stem = name.partition(":")[2] if name.startswith(sets) else Path(name).stem
         return Benchmark(
             name=stem or "prompts",
             measures="Rewards on prompts of one's own.",
@@ -213,5 +210,5 @@ def find_benchmark(name: str) -> Benchmark:
     close = max(BENCHMARKS, key=lambda known: SequenceMatcher(None, name.lower(), known).ratio())
     raise UsageError(
         f"There is no benchmark `{name[:80]}`; the nearest is `{close}`.",
-        f"Run: rtdmd eval {close}, or list them: rtdmd eval list. A prompt file ends in .txt or .jsonl.",
+        f"Run: rtdmd eval {close}, or list them: rtdmd eval list. A prompt file ends in {', '.join(SUFFIXES)}.",
     )

@@ -15,7 +15,7 @@ from rtdmd_cli.engine.evaluation.eval_run import Ask, choose_judges, judge_paths
 from rtdmd_cli.engine.evaluation.judges import check_prompts, find_judge
 from rtdmd_cli.errors import DataError, EnvironmentFailure, UsageError
 from rtdmd_cli.shapes.grammar import TASKS
-from tests.public_prompts import public_prompts
+from tests.public_data import benchmark_file
 
 
 @pytest.fixture(autouse=True)
@@ -41,21 +41,22 @@ def test_every_row_names_judges_that_exist(name: str) -> None:
     + [(f"{n}.txt", n) for n in ("drawbench", "hpsv3", "ocr", "pickscore")],
 )
 def test_the_published_prompts_pass_every_check(file: str, name: str, cache: Path) -> None:
-    path = public_prompts(file)
-    (cache / "data" / name).mkdir(parents=True)
-    shutil.copy(path, cache / "data" / name / f"test{path.suffix}")
-    row = BENCHMARKS[name]
-    prompts = choose_prompts(row, None, None)
-    for judge in choose_judges(row, ["clipscore"] if not row.judge else []):
-        check_prompts(judge, prompts)
-    if name == "pickscore":  # a part of the file, as it lies there
-        assert prompts.departures == ("512 of 2,048 prompts", "not the published prompt file")
-    else:
-        assert prompts.departures == () and len(prompts) == row.prompts
+    path, row = benchmark_file(file), BENCHMARKS[name]
+    given = choose_prompts(row, str(path), None)
+    judges = choose_judges(row, ["clipscore"] if not row.judge else [])
+    for judge in judges:
+        check_prompts(judge, given)
+    if name == "pickscore":  # the file here is a part of it
+        assert given.departures == ("512 of 2,048 prompts", "not the published prompt file")
+        return
+    assert given.departures == () and len(given) == row.prompts
     part = choose_prompts(row, str(path), 7)
-    assert len(part) == 7 and part.departures[0] == f"7 of {row.prompts:,} prompts"
-    assert all(prompts.texts[index] == text for index, text in part.texts.items())
-    assert part.sha256 == prompts.sha256
+    assert len(part) == 7 and part.departures == (f"7 of {row.prompts:,} prompts",)
+    assert all(given.texts[index] == text for index, text in part.texts.items())
+    assert part.sha256 == given.sha256
+    (cache / "data" / name).mkdir(parents=True)
+    shutil.copy(path, cache / "data" / name / f"test{path.suffix}")  # as `rtdmd data fetch` leaves it
+    assert choose_prompts(row, None, None) == given
 
 
 def test_a_limit_spreads_over_all_tasks() -> None:
@@ -67,23 +68,10 @@ def test_a_limit_spreads_over_all_tasks() -> None:
         assert max(counts.values()) - min(counts.values()) <= limit * 0.05 + 1
 
 
-def test_repeated_prompts_count_once_in_alphabetical_order() -> None:
-    Path("mine.txt").write_text("b\nc\na\nb\n" * 5)
-    found = choose_prompts(BENCHMARKS["drawbench"], "mine.txt", None)
-    assert list(found.texts.values()) == ["a", "b", "c"]
-    assert found.departures == ("3 of 200 prompts", "not the published prompt file")
-
-
-def test_prompts_that_are_not_here(cache: Path) -> None:
-    with pytest.raises(EnvironmentFailure, match="are not on this machine") as caught:
+def test_prompts_that_are_not_here() -> None:
+    with pytest.raises(EnvironmentFailure, match="not on this machine") as caught:
         choose_prompts(BENCHMARKS["geneval"], None, None)
-    assert "rtdmd data fetch geneval" in caught.value.hint
-    folder = cache / "data/geneval"
-    folder.mkdir(parents=True)
-    for name in ("a.jsonl", "b.txt"):
-        (folder / name).write_text("")
-    with pytest.raises(EnvironmentFailure, match="2 files"):
-        choose_prompts(BENCHMARKS["geneval"], None, None)
+    assert caught.value.hint == "Fetch it: rtdmd data fetch geneval"
     with pytest.raises(UsageError, match="built in"):
         choose_prompts(BENCHMARKS["shapes"], "mine.txt", None)
 
@@ -91,6 +79,7 @@ def test_prompts_that_are_not_here(cache: Path) -> None:
 def test_a_file_is_a_benchmark_of_its_own() -> None:
     row = find_benchmark("some/where/mine.jsonl")
     assert (row.name, row.file, row.judge, row.prompts) == ("mine", "some/where/mine.jsonl", "", None)
+    assert find_benchmark("data:geneval").name == "geneval" and find_benchmark("data:geneval").judge == ""
     Path("mine.txt").write_text("a dog\na cat\n")
     found = choose_prompts(find_benchmark("mine.txt"), None, 1)
     assert found.departures == ("1 of 2 prompts",)
