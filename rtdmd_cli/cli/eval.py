@@ -41,7 +41,7 @@ def eval_command(
         str,
         typer.Argument(
             metavar="BENCHMARK|FILE|list",
-            help="A benchmark of `rtdmd eval list`, or a prompt file (.txt, .jsonl) with --rewards.",
+            help="A benchmark of `rtdmd eval list`, or a prompt file (.txt, .json, .jsonl) with --rewards.",
         ),
     ],
     from_: From = None,

@@ -147,6 +147,7 @@ def _parse(raw: bytes) -> Line | None:
 
 
 def _key(entry: Line) -> Key | None:
-    prompt, image, score = entry.get("prompt"), entry.get("image"), entry.get("score")
-    whole = isinstance(prompt, int) and isinstance(image, int) and isinstance(score, float)
-    return (prompt, image) if whole and isinstance(prompt, int) and isinstance(image, int) else None
+    prompt, image = entry.get("prompt"), entry.get("image")
+    if isinstance(prompt, int) and isinstance(image, int) and isinstance(entry.get("score"), float):
+        return prompt, image
+    return None
