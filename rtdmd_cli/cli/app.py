@@ -55,6 +55,12 @@ def _eval() -> Callable[..., Any]:
     return eval_command
 
 
+def _export() -> Callable[..., Any]:
+    from rtdmd_cli.cli.export import export
+
+    return export
+
+
 def _presets() -> typer.Typer:
     from rtdmd_cli.cli.presets import app
 
@@ -80,6 +86,7 @@ COMMANDS = {
     "tune-reward": Entry(_tune_reward, "Raise a generator's rewards (stage 2)."),
     "sample": Entry(_sample, "Make pictures of a prompt, or of a file of prompts."),
     "eval": Entry(_eval, "Measure a model on a benchmark: strict score, interval, and what it cost."),
+    "export": Entry(_export, "Write a generator as other tools load it: diffusers, ComfyUI."),
     "rewards": Entry(_rewards, "List the rewards, and check that they work: order, range, gradient."),
     "presets": Entry(_presets, "List, show, copy and check presets: one YAML file is one recipe."),
 }

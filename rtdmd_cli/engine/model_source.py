@@ -1,7 +1,7 @@
 """What `--from` names, and the model it stands for.
 
-In this order: a path (a run folder, a checkpoint folder), the name of a run, a preset (its untouched base
-model). Nothing at all names the newest finished run, or else the built-in model.
+In this order: a path (a run folder, a checkpoint folder, an exported folder), the name of a run, a preset (its
+untouched base model). Nothing at all names the newest finished run, or else the built-in model.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -19,6 +19,8 @@ from torch import Tensor
 from rtdmd_cli.config.loader import list_presets, load_preset, preset_path
 from rtdmd_cli.config.schema import Preset
 from rtdmd_cli.engine.backbones.base import Backbone, load_backbone
+from rtdmd_cli.engine.export.exported import Exported, is_exported, read_exported
+from rtdmd_cli.engine.export.lora_files import add_lora, read_lora
 from rtdmd_cli.engine.roles import GENERATOR, STAGE1_GENERATOR, Roles
 from rtdmd_cli.engine.runtime.checkpoint import Checkpoint, load_checkpoint, newest_valid, verify_checkpoint
 from rtdmd_cli.engine.runtime.files import os_errors
@@ -36,7 +38,7 @@ class Source:
     """A generator (with its checkpoint) or a teacher (the preset's base model).
 
     preset: for a generator the one of its run. label: for people and for results, free of folders.
-    notes: lines for stderr about what was chosen.
+    notes: lines for stderr about what was chosen. exported: where the generator is an exported folder.
     """
 
     kind: Kind
@@ -44,11 +46,12 @@ class Source:
     checkpoint: Path | None
     label: str
     notes: tuple[str, ...] = ()
+    exported: Exported | None = None
 
 
 @dataclass(frozen=True)
 class Model:
-    """A loaded model, ready to sample. roles: None for a teacher. model_hash: 12 hexadecimal digits."""
+    """A loaded model, ready to sample. roles: None for a teacher and an exported folder. model_hash: 12 hexadecimal digits."""
 
     source: Source
     backbone: Backbone
@@ -61,7 +64,11 @@ class Model:
 
     def plan(self, steps: int | None = None, guidance: float | None = None) -> SamplingPlan:
         """How this model makes a picture. UsageError as `sampling_plan`."""
-        preset = self.source.preset
+        preset, exported = self.source.preset, self.source.exported
+        if exported is not None and exported.stock_schedule:
+            count = len(preset.sampler.raw_steps) if steps is None else steps
+            sigmas = tuple(self.backbone.stock_sigmas(count).tolist())
+            return SamplingPlan("generator", sigmas, eta=preset.sampler.eta)
         return sampling_plan(self.source.kind, self.backbone, preset.model, preset.sampler, steps, guidance)
 
 
@@ -87,6 +94,10 @@ def _in_folders(reference: str, out: Path) -> Source | None:
         return _from_checkpoint(found.checkpoint, found.run)
     if found is not None and found.run is not None:
         return _from_run(found.run)
+    if there and is_exported(path):
+        exported = read_exported(path)
+        label = f"{path.resolve().name} (export)"
+        return Source("generator", exported.preset, None, label, exported=exported)
     if there and path.is_dir():
         if path.resolve().parent.name == "checkpoints":
             verify_checkpoint(path)  # says what is missing
@@ -103,7 +114,7 @@ def _default(out: Path) -> Source:
     else:
         source = _from_run(run)
         note = f"using {source.label}, the newest finished run under {out}/"
-    return Source(source.kind, source.preset, source.checkpoint, source.label, (note, *source.notes))
+    return replace(source, notes=(note, *source.notes))
 
 
 def _from_run(run: RunFolder) -> Source:
@@ -159,7 +170,7 @@ def _unknown(reference: str, out: Path) -> UsageError:
             names += [path.name for path in out.iterdir() if is_run(path)]
     near = get_close_matches(reference, sorted(names), n=1)
     return UsageError(
-        f"`{shown}` is no run or checkpoint folder, no run under {out}/, and no preset.",
+        f"`{shown}` is no run or checkpoint folder, no exported folder, no run under {out}/, and no preset.",
         f"Did you mean `{near[0]}`?" if near else "List the shipped presets: rtdmd presets list",
     )
 
@@ -175,6 +186,8 @@ def open_model(source: Source, device: torch.device, dtype: torch.dtype) -> Mode
 
     DataError for a checkpoint that is damaged or doesn't fit the model; other errors as `load_backbone`.
     """
+    if source.exported is not None:
+        return _open_exported(source, source.exported, device, dtype)
     loaded = load_checkpoint(source.checkpoint) if source.checkpoint is not None else None
     if loaded is not None and EMA not in loaded.tensors:
         raise DataError(
@@ -192,6 +205,25 @@ def open_model(source: Source, device: torch.device, dtype: torch.dtype) -> Mode
         )
     roles, hashed = open_generator(backbone, source.preset, loaded)
     return Model(source, backbone, roles, hashed)
+
+
+def _open_exported(source: Source, exported: Exported, device: torch.device, dtype: torch.dtype) -> Model:
+    """A merged pipeline as it is, or the base model with the exported LoRA."""
+    model = exported.preset.model
+    if exported.merged:
+        model = model.model_copy(update={"path": str(exported.folder), "revision": None})
+    backbone = load_backbone(model, device, dtype)
+    base = backbone.model_id.hash
+    if exported.merged or exported.lora is None:
+        return Model(source, backbone, None, model_hash(base, {}, 0))
+    if base != exported.base_hash:
+        raise DataError(
+            f"{exported.folder} belongs to another version of {model.path}.",
+            "Use the base model that its README.md names.",
+        )
+    tensors = read_lora(exported.lora, exported.prefix, backbone.transformer)
+    add_lora(backbone.transformer, tensors, exported.prefix)
+    return Model(source, backbone, None, model_hash(base, tensors, 0))
 
 
 def open_generator(backbone: Backbone, preset: Preset, checkpoint: Checkpoint) -> tuple[Roles, str]:
