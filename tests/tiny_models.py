@@ -43,7 +43,7 @@ _WORDS = ("red", "blue", "green", "circle", "ring", "cross", "star", "photo", "l
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
-def _clip_tokenizer() -> CLIPTokenizer:
+def clip_tokenizer() -> CLIPTokenizer:
     """A byte-level alphabet of letters and the merges that make up `_WORDS`; length `CLIP_LENGTH`."""
     tokens = [*_LETTERS, *(letter + "</w>" for letter in _LETTERS)]
     merges: list[Any] = []
@@ -60,7 +60,7 @@ def _clip_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=CLIP_LENGTH)
 
 
-def _t5_tokenizer() -> T5Tokenizer:
+def t5_tokenizer() -> T5Tokenizer:
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
     pieces += [("▁" + word, -2.0) for word in _WORDS]
     pieces += [("▁", -3.0)] + [(letter, -4.0) for letter in _LETTERS]
@@ -83,7 +83,7 @@ def _clip_encoder(tokenizer: CLIPTokenizer, projection: int) -> CLIPTextModelWit
     return CLIPTextModelWithProjection(config)
 
 
-def _t5_encoder(tokenizer: T5Tokenizer) -> T5EncoderModel:
+def t5_encoder(tokenizer: T5Tokenizer) -> T5EncoderModel:
     config = T5Config(
         vocab_size=len(tokenizer),
         d_model=T5_WIDTH,
@@ -98,7 +98,7 @@ def _t5_encoder(tokenizer: T5Tokenizer) -> T5EncoderModel:
     return T5EncoderModel(config)
 
 
-def _vae() -> AutoencoderKL:
+def vae() -> AutoencoderKL:
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
@@ -140,20 +140,22 @@ def build_transformer(seed: int = 0, dual_attention_layers: tuple[int, ...] = ()
         return transformer.eval()
 
 
-def build_sd3_pipeline(seed: int = 0, shift: float = 3.0) -> StableDiffusion3Pipeline:
+def build_sd3_pipeline(
+    seed: int = 0, shift: float = 3.0, dual_attention_layers: tuple[int, ...] = ()
+) -> StableDiffusion3Pipeline:
     """The pipeline with random weights drawn from `seed`; the global random state is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        clip, clip_2, t5 = _clip_tokenizer(), _clip_tokenizer(), _t5_tokenizer()
+        clip, clip_2, t5 = clip_tokenizer(), clip_tokenizer(), t5_tokenizer()
         return StableDiffusion3Pipeline(
-            transformer=_transformer(),
+            transformer=_transformer(dual_attention_layers),
             scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=shift),
-            vae=_vae(),
+            vae=vae(),
             text_encoder=_clip_encoder(clip, 8),
             tokenizer=clip,
             text_encoder_2=_clip_encoder(clip_2, 12),
             tokenizer_2=clip_2,
-            text_encoder_3=_t5_encoder(t5),
+            text_encoder_3=t5_encoder(t5),
             tokenizer_3=t5,
         )
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from rtdmd_cli.config.loader import load_preset
-from rtdmd_cli.engine.backbones.sd3 import folder_hash
+from rtdmd_cli.engine.backbones.loading import folder_hash
+from rtdmd_cli.engine.backbones.sd3 import LAYOUT
 from rtdmd_cli.engine.roles import GENERATOR, Roles
 from rtdmd_cli.engine.runtime.checkpoint import save_checkpoint
 from rtdmd_cli.engine.runtime.run_folder import RunFolder, State, create_run
@@ -43,7 +44,7 @@ def add_checkpoint(
     """Save a checkpoint whose EMA is `weights`, and whose raw generator and fake score are something else."""
     tensors = {"ema": weights, "generator": {name: -tensor for name, tensor in weights.items()}}
     tensors["fake"] = {name: tensor.flip(0) for name, tensor in weights.items()}
-    meta = {"base_hash": base_hash or folder_hash(sd3_folder())}
+    meta = {"base_hash": base_hash or folder_hash(LAYOUT, sd3_folder())}
     return save_checkpoint(run.checkpoints, step, tensors, {"stage": "distill"}, 3, meta)
 
 

@@ -33,9 +33,7 @@ From = Annotated[
 Steps = Annotated[int | None, typer.Option(min=1, max=1000, help="Sampling steps. Default: the preset's.")]
 Guidance = Annotated[
     float | None,
-    typer.Option(
-        min=1, max=100, help="Classifier-free guidance of a base model; 1 is none. Default: the preset's."
-    ),
+    typer.Option(min=1, max=100, help="Guidance of a base model; 1 is none. Default: the preset's."),
 ]
 Batch = Annotated[
     int | None,
@@ -94,9 +92,8 @@ def sample(
 
     source, model = load_model(from_, guidance, device, dtype, quiet)
     preset = source.preset
-    plan = model.plan(steps, guidance)
     across, down = width or preset.model.resolution, height or preset.model.resolution
-    model.backbone.latent_shape(down, across)
+    plan = model.plan(steps, guidance, (down, across))
     size = batch or default_batch(preset, across, down)
     job = Job(model, plan, texts, number, seed, across, down, size)
     folder = choose_folder(out, job, grid)

@@ -161,6 +161,7 @@ def require_same_model(run: "RunFolder", resolved: Resolved) -> None:
     pairs = {
         "model.family": (made_with.model.family, now.model.family),
         "model.path": (made_with.model.path, now.model.path),
+        "model.generator_init": (made_with.model.generator_init, now.model.generator_init),
         "distill.lora": (made_with.distill.lora, now.distill.lora),
     }
     for key, (before, after) in pairs.items():

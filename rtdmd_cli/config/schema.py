@@ -14,15 +14,26 @@ from pydantic import Field, field_validator, model_validator
 from rtdmd_cli.config.section import MAX_COUNT, MAX_SEED, LoraConfig, Section, one_line
 from rtdmd_cli.config.tune_reward import TuneRewardConfig
 
+SHARED_BASE = "teacher"
+"""`model.generator_init` of a generator that shares the teacher's base."""
+
 
 class ModelConfig(Section):
     """The base model, which is also the teacher."""
 
-    family: Literal["sd3"] = Field(description="model family, which chooses the backbone's code")
+    family: Literal["sd3", "flux1", "flux2"] = Field(
+        description="model family, which chooses the backbone's code"
+    )
     path: str = Field(
         min_length=1,
         max_length=4096,
-        description="builtin:shapes, a repository id of the hub, or a local folder in diffusers' layout",
+        description="builtin:shapes, a hub id, a folder in diffusers' layout, or a .safetensors file with the transformer",
+    )
+    components: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=4096,
+        description="if `path` is a .safetensors file, where all but the transformer comes from: a hub id or a folder",
     )
     revision: str | None = Field(
         default=None,
@@ -30,21 +41,40 @@ class ModelConfig(Section):
         max_length=256,
         description="branch, tag or commit of the hub repository; null for its default branch",
     )
+    generator_init: str = Field(
+        default=SHARED_BASE,
+        min_length=1,
+        max_length=4096,
+        description="generator's start: teacher (one shared base), or a hub id or folder whose transformer is its own base",
+    )
+    generator_revision: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=256,
+        description="branch, tag or commit of the repository in `generator_init`; null for its default branch",
+    )
     resolution: int = Field(
         ge=16, le=2048, multiple_of=8, description="side of the square training pictures, pixels"
     )
-    text_length: int = Field(default=128, ge=1, le=512, description="length of the T5 prompt, tokens")
+    text_length: int = Field(
+        default=128,
+        ge=1,
+        le=512,
+        description="prompt length for T5 (sd3, flux1) or Qwen3 (flux2), tokens",
+    )
     guidance: float = Field(
         default=7.0,
         ge=1,
         le=100,
-        description="the teacher's classifier-free guidance scale, no unit; 1 is none",
+        description="the teacher's guidance scale, no unit: classifier-free, where 1 is none; embedded for FLUX.1-dev",
     )
     teacher_steps: int = Field(
         default=50, ge=1, le=1000, description="steps of the teacher when it is sampled in full"
     )
 
-    _printable = field_validator("path", "revision")(one_line)
+    _printable = field_validator("path", "components", "revision", "generator_init", "generator_revision")(
+        one_line
+    )
 
 
 class SamplerConfig(Section):

@@ -115,7 +115,7 @@ def encode_prompts(
     )
     backbone.drop_text_encoders()
     empty = cache.fetch([""])
-    if (len(prompts) + 1) * (empty.embeds.nbytes + empty.pooled.nbytes) > PRELOAD_BYTES:
+    if (len(prompts) + 1) * empty.nbytes > PRELOAD_BYTES:
         return lambda indices: cache.fetch([prompts[i] for i in indices]), empty
     everything = cache.fetch(list(prompts))
     return everything.select, empty
@@ -130,7 +130,7 @@ def build_trainer(
 ) -> Trainer:
     """Fresh adapters, optimisers and EMA on the backbone; UsageError if schedule and preset disagree."""
     config = preset.distill
-    sigmas = tuple(backbone.sigmas(few_step_levels(preset.sampler)).tolist())
+    sigmas = training_sigmas(backbone, preset)
     if sigmas[1] >= config.t_max:
         raise UsageError(
             f"The first boundary of the schedule lies at sigma {sigmas[1]:.3f}, not below `distill.t_max`.",
@@ -139,6 +139,12 @@ def build_trainer(
     roles = Roles(backbone.transformer, config.lora, config.seed)
     decays = {FAKE: config.weight_decay, GENERATOR: config.weight_decay}
     return assemble(backbone, preset, config, roles, sigmas, decays, prompts, conditioning, empty)
+
+
+def training_sigmas(backbone: Backbone, preset: Preset) -> tuple[float, ...]:
+    """The few-step schedule at the preset's resolution; UsageError for a size that the model can't do."""
+    shape = backbone.latent_shape(preset.model.resolution, preset.model.resolution)
+    return tuple(backbone.sigmas(few_step_levels(preset.sampler), shape).tolist())
 
 
 def assemble(

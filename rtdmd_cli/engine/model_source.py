@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from rtdmd_cli.config.loader import list_presets, load_preset, preset_path
-from rtdmd_cli.config.schema import Preset
+from rtdmd_cli.config.schema import SHARED_BASE, Preset
 from rtdmd_cli.engine.backbones.base import Backbone, load_backbone
+from rtdmd_cli.engine.backbones.two_bases import TwoBases
 from rtdmd_cli.engine.export.exported import Exported, is_exported, read_exported
 from rtdmd_cli.engine.export.lora_files import add_lora, read_lora
 from rtdmd_cli.engine.roles import GENERATOR, STAGE1_GENERATOR, Roles
@@ -62,14 +63,20 @@ class Model:
     def label(self) -> str:
         return self.source.label
 
-    def plan(self, steps: int | None = None, guidance: float | None = None) -> SamplingPlan:
-        """How this model makes a picture. UsageError as `sampling_plan`."""
-        preset, exported = self.source.preset, self.source.exported
+    def plan(
+        self,
+        steps: int | None = None,
+        guidance: float | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> SamplingPlan:
+        """How this model makes a picture of `size` (height, width). UsageError as `sampling_plan`."""
+        model, sampler = self.source.preset.model, self.source.preset.sampler
+        exported = self.source.exported
         if exported is not None and exported.stock_schedule:
-            count = len(preset.sampler.raw_steps) if steps is None else steps
-            sigmas = tuple(self.backbone.stock_sigmas(count).tolist())
-            return SamplingPlan("generator", sigmas, eta=preset.sampler.eta)
-        return sampling_plan(self.source.kind, self.backbone, preset.model, preset.sampler, steps, guidance)
+            shape = self.backbone.latent_shape(*(size or (model.resolution, model.resolution)))
+            levels = self.backbone.stock_sigmas(steps or len(sampler.raw_steps), shape)
+            return SamplingPlan("generator", tuple(levels.tolist()), eta=sampler.eta)
+        return sampling_plan(self.source.kind, self.backbone, model, sampler, steps, guidance, size)
 
 
 def resolve(reference: str | None, out: Path) -> Source:
@@ -194,7 +201,10 @@ def open_model(source: Source, device: torch.device, dtype: torch.dtype) -> Mode
             f"The checkpoint {loaded.path} holds no generator: {EMA}.safetensors is missing.",
             "Choose a checkpoint of `rtdmd distill` or `rtdmd tune-reward`.",
         )
-    backbone = load_backbone(source.preset.model, device, dtype)
+    config = source.preset.model
+    if loaded is None:  # the generator's own base is of no use to the teacher
+        config = config.model_copy(update={"generator_init": SHARED_BASE})
+    backbone = load_backbone(config, device, dtype)
     base = backbone.model_id.hash
     if loaded is None:
         return Model(source, backbone, None, model_hash(base, {}, 0))
@@ -208,22 +218,26 @@ def open_model(source: Source, device: torch.device, dtype: torch.dtype) -> Mode
 
 
 def _open_exported(source: Source, exported: Exported, device: torch.device, dtype: torch.dtype) -> Model:
-    """A merged pipeline as it is, or the base model with the exported LoRA."""
+    """A merged pipeline as it is, or the base model with the exported LoRA on the generator's base."""
     model = exported.preset.model
-    if exported.merged:
-        model = model.model_copy(update={"path": str(exported.folder), "revision": None})
-    backbone = load_backbone(model, device, dtype)
-    base = backbone.model_id.hash
     if exported.merged or exported.lora is None:
-        return Model(source, backbone, None, model_hash(base, {}, 0))
-    if base != exported.base_hash:
+        own = {"path": str(exported.folder), "revision": None, "components": None}
+        model = model.model_copy(update=own | {"generator_init": SHARED_BASE, "guidance": 1.0})
+        backbone = load_backbone(model, device, dtype)
+        return Model(source, backbone, None, model_hash(backbone.model_id.hash, {}, 0))
+    backbone = load_backbone(model, device, dtype)
+    if backbone.model_id.hash != exported.base_hash:
         raise DataError(
             f"{exported.folder} belongs to another version of {model.path}.",
             "Use the base model that its README.md names.",
         )
-    tensors = read_lora(exported.lora, exported.prefix, backbone.transformer)
-    add_lora(backbone.transformer, tensors, exported.prefix)
-    return Model(source, backbone, None, model_hash(base, tensors, 0))
+    base = backbone.transformer
+    if isinstance(base, TwoBases):
+        base.active = "generator"
+        base = base.generator
+    tensors = read_lora(exported.lora, exported.prefix, base)
+    add_lora(base, tensors, exported.prefix)
+    return Model(source, backbone, None, model_hash(backbone.model_id.hash, tensors, 0))
 
 
 def open_generator(backbone: Backbone, preset: Preset, checkpoint: Checkpoint) -> tuple[Roles, str]:

@@ -8,6 +8,9 @@
 In stage 2 the stage-1 adapters stay frozen underneath fresh ones: what merging them into the base would give,
 while the base stays shared. A role's own adapter, the one that is trained, bears the role's name.
 
+With `backbones.two_bases.TwoBases` in the base's place the generator's adapters (those of `start` too) live on the
+generator's own base, and a role switches to its base as well.
+
 A trap of peft: switching adapters between a role's forward and its backward loses gradients in silence, and
 peft's own `set_adapter` turns `requires_grad` on. So a role is entered with `Roles.role`, which restores all
 that it touches, and **`backward` is called inside the context of the role that is trained**; other roles may
@@ -27,6 +30,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from rtdmd_cli.config.section import LoraConfig
+from rtdmd_cli.engine.backbones.two_bases import Base, TwoBases
 from rtdmd_cli.engine.runtime import rng
 from rtdmd_cli.errors import DataError, UsageError
 
@@ -57,23 +61,29 @@ class Roles:
         self, transformer: Any, lora: LoraConfig, seed: int, fresh: LoraConfig | None = None
     ) -> None:
         self.transformer: nn.Module = transformer.requires_grad_(False)
+        self._pair = transformer if isinstance(transformer, TwoBases) else None
         self._stacks = STAGE_1 if fresh is None else STAGE_2
         if fresh is None:
             adapters = {GENERATOR: (lora, 1 / lora.rank), FAKE: (lora, 1 / lora.rank)}
         else:
             adapters = {STAGE1_GENERATOR: (lora, 1 / lora.rank), STAGE1_FAKE: (lora, 1 / lora.rank)}
             adapters |= {GENERATOR: (fresh, 1.0), FAKE: (fresh, 1.0)}
-        _check_targets(transformer, lora, "distill")
-        if fresh is not None:
-            _check_targets(transformer, fresh, "tune_reward")
+        bases = {
+            name: transformer if self._pair is None else self._pair.base(_base_of(name)) for name in adapters
+        }
+        modules = {
+            name: _targets(bases[name], config, "distill" if config is lora else "tune_reward")
+            for name, (config, _) in adapters.items()
+        }
         for name, (config, _) in adapters.items():
-            _add_adapter(transformer, name, config)
+            _add_adapter(bases[name], name, config, modules[name])
         self._layers: list[BaseTunerLayer] = []
         self._parameters: dict[str, dict[str, nn.Parameter]] = {name: {} for name in adapters}
-        for name, module in transformer.named_modules():
-            if isinstance(module, BaseTunerLayer):
-                self._layers.append(module)
-                self._collect(name, module)
+        for base in dict.fromkeys(bases.values()):
+            for name, module in base.named_modules():
+                if isinstance(module, BaseTunerLayer):
+                    self._layers.append(module)
+                    self._collect(name, module)
         self._all = [p for parameters in self._parameters.values() for p in parameters.values()]
         for name, (_, std) in adapters.items():
             self._initialise(name, std, seed)
@@ -105,11 +115,16 @@ class Roles:
         assert name in self._stacks and not (train and name not in self._parameters), name
         switches = [(layer, layer.active_adapters, layer.disable_adapters) for layer in self._layers]
         requires_grad = [parameter.requires_grad for parameter in self._all]
+        base = self._pair.active if self._pair else None
         try:
             self._activate(list(self._stacks[name]))
             self._train(name if train else None)
+            if self._pair:
+                self._pair.active = _base_of(name)
             yield
         finally:
+            if self._pair and base:
+                self._pair.active = base
             for layer, active, disabled in switches:
                 _switch(layer, active, disabled)
             for parameter, flag in zip(self._all, requires_grad, strict=True):
@@ -165,11 +180,16 @@ class Roles:
             parameter.copy_(tensors[key])
 
 
-def _add_adapter(transformer: Any, name: str, lora: LoraConfig) -> None:
+def _base_of(name: str) -> Base:
+    """Which of two bases a role computes on, and an adapter lives on."""
+    return "generator" if name in (GENERATOR, START, STAGE1_GENERATOR) else "teacher"
+
+
+def _add_adapter(transformer: Any, name: str, lora: LoraConfig, modules: list[str]) -> None:
     config = peft.LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
-        target_modules=[f"attn.{target}" for target in lora.targets],
+        target_modules=modules,
         init_lora_weights="gaussian",
     )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -177,16 +197,22 @@ def _add_adapter(transformer: Any, name: str, lora: LoraConfig) -> None:
         transformer.add_adapter(config, name)  # its draws are replaced by keyed ones
 
 
-def _check_targets(transformer: nn.Module, lora: LoraConfig, section: str) -> None:
-    """UsageError unless each of `lora.targets` ends the name of a linear layer in a module `attn`."""
-    linear = [f".{name}" for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
-    missing = [t for t in lora.targets if not any(name.endswith(f".attn.{t}") for name in linear)]
+def _targets(transformer: nn.Module, lora: LoraConfig, section: str) -> list[str]:
+    """Full names of the linear layers in a module `attn` that `lora.targets` name by their endings.
+
+    Full names, because FLUX.2 has linear layers and lists of layers of the same ending. UsageError for a target that
+    names none.
+    """
+    linear = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
+    inside = [name for name in linear if ".attn." in name]
+    missing = [t for t in lora.targets if not any(name.endswith(f".attn.{t}") for name in inside)]
     if missing:
-        there = sorted({name.rpartition(".attn.")[2] for name in linear if ".attn." in name})
+        there = sorted({name.rpartition(".attn.")[2] for name in inside})
         raise UsageError(
             f"{section}.lora.targets: no attention layer of the model is called {', '.join(missing)}.",
             f"It has {', '.join(there)}.",
         )
+    return [name for name in inside if name.endswith(tuple(f".attn.{target}" for target in lora.targets))]
 
 
 def _switch(layer: BaseTunerLayer, active: list[str], disabled: bool) -> None:

@@ -3,7 +3,7 @@
 The samplers are short functions over any `velocity(x, sigma)`, with the noise as an argument. What a base
 model and a generator run is a `SamplingPlan`:
 
-    teacher    Euler with classifier-free guidance, on the stock schedule; with as many steps as the preset's
+    teacher    Euler with guidance, on the stock schedule; with as many steps as the preset's
                few-step schedule has, on that one
     generator  CPS with the preset's eta, without guidance; another number of steps spaces the raw steps
                evenly
@@ -23,6 +23,7 @@ from torch import Tensor
 from rtdmd_cli.config.schema import ModelConfig, SamplerConfig
 from rtdmd_cli.engine.algo.flow import cfg, cps_step, guidance_at, to_x0
 from rtdmd_cli.engine.backbones.base import Backbone, Conditioning, concatenate
+from rtdmd_cli.engine.backbones.common import evenly_spaced
 from rtdmd_cli.engine.roles import Roles
 from rtdmd_cli.engine.runtime import rng
 from rtdmd_cli.errors import UsageError
@@ -55,34 +56,44 @@ def cps(
 def guided(
     backbone: Backbone, cond: Conditioning, uncond: Conditioning | None, guidance: float | tuple[float, float]
 ) -> Velocity:
-    """The active role's velocity for `cond`, with classifier-free guidance where `guidance` isn't 1.
+    """The active role's velocity for `cond`, with guidance where `guidance` isn't 1.
 
+    Classifier-free guidance, or embedded guidance where the backbone has it. Differentiable in x.
     cond: one row a sample, on the backbone's device. uncond: one row, the encoded prompt "", needed by
-    guidance alone. With guidance both run in one batch of 2B, as in the stock pipeline. Differentiable in x.
+    classifier-free guidance alone, for which both run in one batch of 2B.
     guidance: one scale, or those at low and high noise between which `guidance_at` goes.
     """
+
+    def scale(sigma: Tensor) -> float | Tensor:
+        return guidance_at(sigma, *guidance) if isinstance(guidance, tuple) else guidance
+
     if guidance in (1, (1, 1)):
         return lambda x, sigma: backbone.velocity(x, sigma, cond)
+    if backbone.embedded_guidance:
+        return lambda x, sigma: backbone.velocity(x, sigma, cond, scale(sigma))
     assert uncond is not None and len(uncond) == 1, "guidance needs the encoded empty prompt"
     empty = uncond.select([0] * len(cond)).to(cond.embeds.device, cond.embeds.dtype)
     both = concatenate([empty, cond])
 
     def velocity(x: Tensor, sigma: Tensor) -> Tensor:
         v_uncond, v_cond = backbone.velocity(torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
-        scale = guidance_at(sigma, *guidance) if isinstance(guidance, tuple) else guidance
-        return cfg(v_cond, v_uncond, scale)
+        return cfg(v_cond, v_uncond, scale(sigma))
 
     return velocity
 
 
 @dataclass(frozen=True)
 class SamplingPlan:
-    """How a picture is made. `sigmas` fall from 1 to 0; `eta` is a generator's, `guidance` a teacher's."""
+    """How a picture is made. `sigmas` fall from 1 to 0; `eta` is a generator's, `guidance` a teacher's.
+
+    embedded: guidance is an input of the network, not classifier-free.
+    """
 
     kind: Kind
     sigmas: tuple[float, ...]
     guidance: float = 1.0
     eta: float = 0.0
+    embedded: bool = False
 
     @property
     def steps(self) -> int:
@@ -90,8 +101,13 @@ class SamplingPlan:
 
     @property
     def evaluations(self) -> int:
-        """Network evaluations a picture; guidance takes two a step."""
-        return self.steps * (1 if self.guidance == 1 else 2)
+        """Network evaluations a picture; classifier-free guidance takes two a step."""
+        return self.steps * (2 if self.needs_empty_prompt else 1)
+
+    @property
+    def needs_empty_prompt(self) -> bool:
+        """Whether guidance is classifier-free."""
+        return self.guidance != 1 and not self.embedded
 
 
 def sampling_plan(
@@ -101,34 +117,36 @@ def sampling_plan(
     sampler: SamplerConfig,
     steps: int | None = None,
     guidance: float | None = None,
+    size: tuple[int, int] | None = None,
 ) -> SamplingPlan:
     """The plan for a base model ("teacher") or a generator; `steps` and `guidance` override the preset's.
 
-    UsageError for steps or guidance out of range, and for guidance on a generator, which is made without.
+    size: height and width in pixels, on which FLUX's schedules depend; None for the preset's resolution.
+    UsageError for steps, guidance or size out of range, and for guidance on a generator, which is made without.
     """
     if steps is not None and not 1 <= steps <= 1000:
         raise UsageError(f"--steps must lie between 1 and 1000, not {steps}.")
     if guidance is not None and not 1 <= guidance <= 100:
         raise UsageError(f"--guidance must lie between 1 and 100, not {guidance:g}.", "1 means none.")
     few = len(sampler.raw_steps)
+    shape = backbone.latent_shape(*(size or (model.resolution, model.resolution)))
     if kind == "generator":
         if guidance not in (None, 1):
             raise UsageError("A generator is sampled without guidance.", "Leave --guidance out, or give 1.")
         raw = few_step_levels(sampler) if steps in (None, few) else evenly_spaced(steps or few)
-        return SamplingPlan(kind, _levels(backbone.sigmas(raw)), eta=sampler.eta)
+        return SamplingPlan(kind, _levels(backbone.sigmas(raw, shape)), eta=sampler.eta)
     steps = model.teacher_steps if steps is None else steps
-    sigmas = backbone.sigmas(few_step_levels(sampler)) if steps == few else backbone.stock_sigmas(steps)
-    return SamplingPlan(kind, _levels(sigmas), guidance=model.guidance if guidance is None else guidance)
+    stock = steps != few
+    sigmas = (
+        backbone.stock_sigmas(steps, shape) if stock else backbone.sigmas(few_step_levels(sampler), shape)
+    )
+    scale = model.guidance if guidance is None else guidance
+    return SamplingPlan(kind, _levels(sigmas), guidance=scale, embedded=backbone.embedded_guidance)
 
 
 def few_step_levels(sampler: SamplerConfig) -> list[float]:
     """The preset's raw steps, in (0, 1]; `Backbone.sigmas` shifts them."""
     return [step / 1000 for step in sampler.raw_steps]
-
-
-def evenly_spaced(steps: int) -> list[float]:
-    """Raw steps `linspace(1, 1/n, n)`."""
-    return [(steps - i) / steps for i in range(steps)]
 
 
 def _levels(sigmas: Tensor) -> tuple[float, ...]:

@@ -13,7 +13,7 @@ from rtdmd_cli.config.tune_reward import TuneRewardConfig, split_paths, split_we
 from rtdmd_cli.engine import previews as pictures
 from rtdmd_cli.engine.backbones.base import Backbone, Conditioning, load_backbone
 from rtdmd_cli.engine.distill import ROLES, Trainer
-from rtdmd_cli.engine.distill_run import assemble, encode_prompts
+from rtdmd_cli.engine.distill_run import assemble, encode_prompts, training_sigmas
 from rtdmd_cli.engine.distill_start import Start
 from rtdmd_cli.engine.prompts import PromptSet, known_by
 from rtdmd_cli.engine.rewards.mixture import RewardMixture, open_mixture
@@ -22,7 +22,7 @@ from rtdmd_cli.engine.runtime.checkpoint import Checkpoint
 from rtdmd_cli.engine.runtime.device import resolve_device, resolve_dtype
 from rtdmd_cli.engine.runtime.run_folder import State, create_run
 from rtdmd_cli.engine.runtime.trackers import open_tracker
-from rtdmd_cli.engine.sample import decode_all, few_step_levels, generate, sampling_plan
+from rtdmd_cli.engine.sample import decode_all, generate, sampling_plan
 from rtdmd_cli.engine.training_run import (
     Outcome,
     Schedule,
@@ -171,7 +171,7 @@ def build_tuner(
     UsageError if the preset asks for more prompts, stochastic steps or back-propagated steps than there are.
     """
     config = preset.tune_reward
-    sigmas = tuple(backbone.sigmas(few_step_levels(preset.sampler)).tolist())
+    sigmas = training_sigmas(backbone, preset)
     check_counts(config, prompts, len(sigmas) - 1, preset.sampler.eta)
     roles = Roles(backbone.transformer, preset.distill.lora, config.seed, fresh=config.lora)
     decays = {FAKE: config.fake_weight_decay, GENERATOR: config.generator_weight_decay}

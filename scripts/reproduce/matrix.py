@@ -171,7 +171,8 @@ def make_cell(request: Request, row: Row, seed: int, rows: Sequence[Row]) -> Cel
 def _settings(
     request: Request, row: Row, seed: int, resolved: Resolved, stage_1: Cell | None
 ) -> dict[str, Any]:
-    from rtdmd_cli.engine.backbones.sd3 import find_folder, folder_hash  # imports diffusers
+    from rtdmd_cli.engine.backbones.base import FAMILIES, locate_model
+    from rtdmd_cli.engine.backbones.loading import folder_hash  # imports diffusers
 
     preset = resolved.preset
     schedule = {f"{section}.{key}" for section in ("distill", "tune_reward") for key in _SCHEDULE}
@@ -185,7 +186,7 @@ def _settings(
         "training": {
             "kind": row.kind,
             "values": values,
-            "weights": folder_hash(find_folder(preset.model.path, preset.model.revision)),
+            "weights": folder_hash(FAMILIES[preset.model.family].layout(), locate_model(preset.model).folder),
             "stage_1": stage_1.run_name if stage_1 else None,
         },
         "samplings": [[each.steps, each.guidance] for each in row.samplings],

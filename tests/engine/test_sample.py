@@ -121,13 +121,15 @@ def test_the_gradient_reaches_the_start() -> None:
 
 def test_teacher_plans(backbone: SD3Backbone) -> None:
     full = plan(backbone, "teacher")
-    assert full.sigmas == tuple(backbone.stock_sigmas(6).tolist()) and full.guidance == 4.0
+    assert full.sigmas == tuple(backbone.stock_sigmas(6, SHAPE).tolist()) and full.guidance == 4.0
     assert (full.steps, full.evaluations) == (6, 12)
     few = plan(backbone, "teacher", steps=4)
     assert few.sigmas == pytest.approx(SIGMAS) and few.evaluations == 8
-    assert few.sigmas != pytest.approx(backbone.stock_sigmas(4).tolist())
+    assert few.sigmas != pytest.approx(backbone.stock_sigmas(4, SHAPE).tolist())
     equal_cost = plan(backbone, "teacher", steps=2)
-    assert equal_cost.sigmas == tuple(backbone.stock_sigmas(2).tolist()) and equal_cost.evaluations == 4
+    assert (
+        equal_cost.sigmas == tuple(backbone.stock_sigmas(2, SHAPE).tolist()) and equal_cost.evaluations == 4
+    )
     assert plan(backbone, "teacher", steps=4, guidance=1.0).evaluations == 4
 
 

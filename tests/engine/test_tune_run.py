@@ -14,7 +14,8 @@ from torch import Tensor
 
 from rtdmd_cli.config.loader import Resolved, preset_sha256
 from rtdmd_cli.engine import tune_run
-from rtdmd_cli.engine.backbones.sd3 import folder_hash
+from rtdmd_cli.engine.backbones.loading import folder_hash
+from rtdmd_cli.engine.backbones.sd3 import LAYOUT
 from rtdmd_cli.engine.distill_run import encode_prompts
 from rtdmd_cli.engine.distill_start import Start
 from rtdmd_cli.engine.model_source import open_model, resolve
@@ -97,7 +98,7 @@ def test_a_checkpoint_holds_everything(tuned: Tuned, begin: Checkpoint) -> None:
     assert saved.state["stage"] == "tune-reward" and saved.state["generator_updates"] == 2
     assert saved.state["records"].keys() == {"rewards_before"}
     assert saved.meta["prompts_sha256"] == known_by(TRAINING, MEASURED)
-    assert saved.meta["base_hash"] == folder_hash(sd3_folder())
+    assert saved.meta["base_hash"] == folder_hash(LAYOUT, sd3_folder())
     assert RunFolder(tuned.outcome.run).stage == "tune-reward"
 
 

@@ -8,39 +8,55 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from rtdmd_cli.config.schema import ModelConfig
 
+if TYPE_CHECKING:
+    from rtdmd_cli.engine.backbones.loading import Layout, Sources
+
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Encoded prompts: `embeds [B, L, D]`, one row per token, and `pooled [B, P]`, one per prompt."""
+    """Encoded prompts: `embeds [B, L, D]`, one row per token, and `pooled [B, P]`, one per prompt.
+
+    pooled: None for families without. Position ids of the text follow from the shapes: a backbone makes them.
+    """
 
     embeds: Tensor
-    pooled: Tensor
+    pooled: Tensor | None = None
 
     def __len__(self) -> int:
         return self.embeds.shape[0]
 
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by name, those that there are."""
+        return {"embeds": self.embeds} | ({} if self.pooled is None else {"pooled": self.pooled})
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
     def select(self, indices: Sequence[int]) -> Conditioning:
         """The rows `indices`, in that order; a row may be taken several times."""
         rows = torch.as_tensor(indices, dtype=torch.long, device=self.embeds.device)
-        return Conditioning(self.embeds[rows], self.pooled[rows])
+        return Conditioning(**{name: tensor[rows] for name, tensor in self.tensors.items()})
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Conditioning:
         return Conditioning(
-            self.embeds.to(device=device, dtype=dtype), self.pooled.to(device=device, dtype=dtype)
+            **{name: tensor.to(device=device, dtype=dtype) for name, tensor in self.tensors.items()}
         )
 
 
 def concatenate(parts: Sequence[Conditioning]) -> Conditioning:
-    """The rows of all `parts`, one after another."""
+    """The rows of all `parts`, one after another; all of the same family."""
     return Conditioning(
-        torch.cat([part.embeds for part in parts]), torch.cat([part.pooled for part in parts])
+        **{name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors}
     )
 
 
@@ -57,11 +73,15 @@ class Backbone(Protocol):
     """A frozen base model: what training and sampling need of it.
 
     `transformer` is the network that `engine.roles.Roles` puts adapters on; `device` and `dtype` are its own.
+    `encoder_device` is where `encode` computes; it may be changed between calls, and starts as `device`.
+    `embedded_guidance`: whether guidance is an input of the network (FLUX.1-dev), and so costs no second evaluation.
     """
 
     transformer: nn.Module
     device: torch.device
     dtype: torch.dtype
+    encoder_device: torch.device
+    embedded_guidance: bool
 
     @property
     def model_id(self) -> ModelId: ...
@@ -79,53 +99,109 @@ class Backbone(Protocol):
         ...
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """As the stock pipeline encodes them, on the backbone's device, without gradient."""
+        """As the stock pipeline encodes them, on `encoder_device`, without gradient."""
         ...
 
     def drop_text_encoders(self) -> None:
         """Free the text encoders' memory; `encode` raises RtdmdError from then on."""
         ...
 
-    def velocity(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-        """v of `x [B, C, H, W]` at `sigma [B]`, under whatever adapters are active; float32 [B, C, H, W]."""
+    def velocity(
+        self, x: Tensor, sigma: Tensor, cond: Conditioning, guidance: float | Tensor = 1.0
+    ) -> Tensor:
+        """v of `x [B, C, H, W]` at `sigma [B]`, under whatever adapters are active; float32 [B, C, H, W].
+
+        guidance: the network's input where it has one (`embedded_guidance`), a number or [B]; else 1.
+        """
         ...
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures [B, 3, height, width], float32 in 0..1; differentiable in `latents`."""
         ...
 
-    def sigmas(self, raw_steps: Sequence[float]) -> Tensor:
-        """Raw steps in (0, 1], falling, shifted as the loaded scheduler does.
+    def sigmas(self, raw_steps: Sequence[float], shape: Sequence[int]) -> Tensor:
+        """Raw steps in (0, 1], falling, shifted as the loaded scheduler does for latents of `shape` [C, H, W].
 
         float32 [T + 1] on the CPU, ending in 0.
         """
         ...
 
-    def stock_sigmas(self, steps: int) -> Tensor:
-        """The stock pipeline's schedule for `num_inference_steps=steps`: float32 [steps + 1] ending in 0."""
+    def stock_sigmas(self, steps: int, shape: Sequence[int]) -> Tensor:
+        """The stock pipeline's schedule for `num_inference_steps=steps` and latents of `shape` [C, H, W].
+
+        float32 [steps + 1] on the CPU, ending in 0.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class Family:
-    """One row of the table: the name used in presets, what it covers, and its loader."""
+    """One row of the table: the name used in presets, what it covers, its loader, and what its folders hold."""
 
     name: str
     description: str
     load: Callable[[ModelConfig, torch.device, torch.dtype], Backbone]
+    layout: Callable[[], Layout]
+
+
+# These functions import their module when they are called: diffusers and transformers take seconds.
 
 
 def _load_sd3(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Backbone:
-    from rtdmd_cli.engine.backbones.sd3 import load  # diffusers and transformers take seconds to import
+    from rtdmd_cli.engine.backbones.sd3 import load
 
     return load(config, device, dtype)
 
 
+def _layout_sd3() -> Layout:
+    from rtdmd_cli.engine.backbones.sd3 import LAYOUT
+
+    return LAYOUT
+
+
+def _load_flux1(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Backbone:
+    from rtdmd_cli.engine.backbones.flux1 import load
+
+    return load(config, device, dtype)
+
+
+def _layout_flux1() -> Layout:
+    from rtdmd_cli.engine.backbones.flux1 import LAYOUT
+
+    return LAYOUT
+
+
+def _load_flux2(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Backbone:
+    from rtdmd_cli.engine.backbones.flux2 import load
+
+    return load(config, device, dtype)
+
+
+def _layout_flux2() -> Layout:
+    from rtdmd_cli.engine.backbones.flux2 import LAYOUT
+
+    return LAYOUT
+
+
 FAMILIES: dict[str, Family] = {
-    "sd3": Family("sd3", "Stable Diffusion 3 and 3.5 Medium, and the built-in shapes model", _load_sd3),
+    "sd3": Family(
+        "sd3", "Stable Diffusion 3 and 3.5 Medium, and the built-in shapes model", _load_sd3, _layout_sd3
+    ),
+    "flux1": Family("flux1", "FLUX.1-dev", _load_flux1, _layout_flux1),
+    "flux2": Family("flux2", "FLUX.2-klein, 4B and 9B", _load_flux2, _layout_flux2),
 }
 
 
 def load_backbone(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Backbone:
     """Load the model a preset names. EnvironmentFailure: can't be fetched; DataError: damaged or foreign."""
     return FAMILIES[config.family].load(config, device, dtype)
+
+
+def locate_model(config: ModelConfig) -> Sources:
+    """Find, and download where they are missing, the folders and files of the model a preset names.
+
+    Nothing is loaded. Errors as `load_backbone`.
+    """
+    from rtdmd_cli.engine.backbones.loading import locate
+
+    return locate(FAMILIES[config.family].layout(), config)

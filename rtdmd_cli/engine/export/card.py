@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from rtdmd_cli import __version__
 from rtdmd_cli.config.schema import Preset
 from rtdmd_cli.engine.export import code
-from rtdmd_cli.engine.export.families import Licence, Loader
+from rtdmd_cli.engine.export.families import Licence, Loader, generator_revision
 from rtdmd_cli.engine.export.roundtrip import RoundTrip
 from rtdmd_cli.engine.runtime.run_folder import scrub
 from rtdmd_cli.engine.tune_report import held_out_first, terms
@@ -225,12 +225,12 @@ def _recipe(facts: Facts) -> list[tuple[str, str]]:
     preset, stage_1, stage_2 = facts.preset, facts.preset.distill, facts.preset.tune_reward
     rows = [
         ("base model", facts.base),
-        ("revision", preset.model.revision or "default branch" if facts.on_hub else "none"),
+        ("revision", generator_revision(preset) or "default branch" if facts.on_hub else "none"),
         ("base model's hash", f"`{facts.base_hash}`"),
         ("generator's hash", f"`{facts.model_hash}`"),
         ("preset", f"{preset.name}, sha256 `{facts.preset_sha256}`"),
         ("resolution", f"{preset.model.resolution} px"),
-        ("teacher's guidance", f"{preset.model.guidance:g}"),
+        ("teacher", f"{public_name(preset.model.path)}, guidance {preset.model.guidance:g}"),
         (
             "stage 1",
             f"learning rates {stage_1.generator_lr:g} and {stage_1.fake_lr:g}, batch {stage_1.batch}",

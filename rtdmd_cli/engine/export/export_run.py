@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rtdmd_cli import __version__
+from rtdmd_cli.engine.backbones import base as backbones
 from rtdmd_cli.engine.export import merged
 from rtdmd_cli.engine.export.card import Facts, card_text, is_hub_id, local_name, public_name
 from rtdmd_cli.engine.export.comfyui import cps_workflow, euler_workflow
@@ -21,8 +22,9 @@ from rtdmd_cli.engine.export.families import (
     FAMILIES,
     Bases,
     ExportFamily,
-    base_folders,
+    find_bases,
     generator_base,
+    generator_revision,
     licence_of,
     row,
 )
@@ -92,7 +94,7 @@ def run_export(request: Request, say: Callable[[str], None]) -> dict[str, Any]:
     stacks = adapter_stacks(request.source.preset, checkpoint)
     folded = fold(stacks, request.rank)
     say(_folded_line(folded, max(len(parts) for parts in stacks.values())))
-    bases = base_folders(request.source.preset)
+    bases = find_bases(request.source.preset)
     out = request.out
     files.make_folder(out.parent)
     files.remove_leftovers(out.parent, out.name)
@@ -113,9 +115,14 @@ def check_target(request: Request) -> None:
     """UsageError for a target that exists without --force, is no export, or is or holds what is read."""
     out, checkpoint = request.out, request.source.checkpoint
     assert checkpoint is not None
-    base = base_folders(request.source.preset)
+    bases = find_bases(request.source.preset)
+    if bases.file is not None and "merged" in request.formats:
+        raise UsageError(
+            f"{bases.file.name} is a single file, into which nothing is merged.",
+            "Use --format diffusers or comfyui.",
+        )
     target = out.resolve()
-    for read in (checkpoint, base.pipeline, base.transformer):
+    for read in (checkpoint, *bases.read):
         path = read.resolve()
         if path.is_relative_to(target) or target.is_relative_to(path):
             raise UsageError(f"{out} is, holds or lies in {read}, which is read.", "Choose another --out.")
@@ -141,7 +148,8 @@ def draw_own(request: Request, prompts: Sequence[str]) -> Own:
     model = open_model(request.source, request.device, request.dtype)
     plan = model.plan()
     pictures, euler = own_pictures(model, plan, prompts, (plan.eta, 0.0))
-    stock = model.backbone.stock_sigmas(plan.steps).tolist()
+    side = request.source.preset.model.resolution
+    stock = model.backbone.stock_sigmas(plan.steps, model.backbone.latent_shape(side, side)).tolist()
     agree = all(abs(a - b) < 1e-6 for a, b in zip(stock, plan.sigmas, strict=True))
     return Own(pictures, euler, plan.sigmas, agree, model.backbone.model_id.hash, model.model_hash)
 
@@ -184,6 +192,7 @@ def build(
         prompts=prompts,
     )
     if "merged" in formats:
+        assert bases.transformer is not None
         exact = merged.write_merged(
             folder, bases.pipeline, bases.transformer, folded, own.sigmas, own.stock_already, family.index
         )
@@ -231,13 +240,14 @@ def prove(
 ) -> tuple[Tensor, dict[str, RoundTrip]]:
     """Reload each format in the stock pipeline; the last one's pictures, and the differences."""
     model, trips, pictures = facts.preset.model, {}, own.euler
+    layout = backbones.FAMILIES[model.family].layout()
     call: dict[str, Any] = {"guidance_scale": 1.0, "max_sequence_length": model.text_length}
     call |= {"height": model.resolution, "width": model.resolution}
     for name in facts.formats:
         dtype = request.dtype
         steps: dict[str, Any] = {"sigmas": facts.raw}
         if name == "merged":
-            pipe = open_stock(folder, request.device, dtype)
+            pipe = open_stock(folder, None, layout, request.device, dtype, None)
             dtype = max(
                 dtype, merged.stored_dtype(folder / merged.TRANSFORMER), key=lambda d: torch.finfo(d).eps
             )
@@ -248,7 +258,7 @@ def prove(
                 if name == "diffusers"
                 else folder / f"comfyui/{facts.name}.safetensors"
             )
-            pipe = open_stock(bases.pipeline, request.device, dtype, file)
+            pipe = open_stock(bases.pipeline, bases, layout, request.device, dtype, file)
         pictures = stock_pictures(pipe, facts.prompts, call | steps)
         trips[name] = compare(own.euler, pictures, dtype, facts.fold_error == 0, name)
         say(
@@ -262,7 +272,8 @@ def describe(request: Request, folder: Path, facts: Facts) -> dict[str, Any]:
     """Write README.md and export.json; what the latter says."""
     files.write_text(folder / "README.md", card_text(facts))
     preset = facts.preset.model_dump(mode="json")
-    preset["model"]["path"] = local_name(generator_base(facts.preset))
+    for key in ("path", "components", "generator_init"):
+        preset["model"][key] = preset["model"][key] and local_name(preset["model"][key])
     lora = {"diffusers": DIFFUSERS_NAME, "comfyui": f"comfyui/{facts.name}.safetensors"}
     described: dict[str, Any] = {
         "format": FORMAT,
@@ -274,7 +285,7 @@ def describe(request: Request, folder: Path, facts: Facts) -> dict[str, Any]:
         "prefix": FAMILIES[facts.preset.model.family].prefix,
         "merged": "merged" in facts.formats,
         "stock_schedule": facts.stock_schedule,
-        "base": {"name": facts.base, "revision": facts.preset.model.revision, "hash": facts.base_hash},
+        "base": {"name": facts.base, "revision": generator_revision(facts.preset), "hash": facts.base_hash},
         "model_hash": facts.model_hash,
         "preset": {key: preset[key] for key in ("name", "model", "sampler")},
         "sigmas": list(facts.sigmas),

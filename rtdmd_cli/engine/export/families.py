@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rtdmd_cli.config.schema import Preset
+from rtdmd_cli.config.schema import SHARED_BASE, Preset
+from rtdmd_cli.engine.backbones.base import locate_model
 
 
 @dataclass(frozen=True)
@@ -54,15 +55,30 @@ _SD3_CLIP = (
         "clip_name3": "t5xxl_fp16.safetensors",
     },
 )
-_SD3_TEXT = (
-    "ComfyUI pads the T5 prompt to 77 tokens; this model was trained with {text_length}, and the padding is not "
-    "masked, so its pictures differ a little from those of diffusers."
-)
+_BFL = "black-forest-labs/"
+_LEVELS = "The levels in the workflows are those of this size: FLUX shifts them by the number of pixels."
+
+
+def _padding(tokens: int) -> str:
+    return (
+        f"ComfyUI pads the T5 prompt to {tokens} tokens; this model was trained with {{text_length}}, and the padding "
+        "is not masked, so its pictures differ a little from those of diffusers."
+    )
 
 
 def _sd3(checkpoint: str) -> Loader:
     model = ("CheckpointLoaderSimple", {"ckpt_name": checkpoint})
-    return Loader(model, _SD3_CLIP, None, "EmptySD3LatentImage", text=_SD3_TEXT)
+    return Loader(model, _SD3_CLIP, None, "EmptySD3LatentImage", text=_padding(77))
+
+
+def _klein(unet: str, encoder: str) -> Loader:
+    return Loader(
+        ("UNETLoader", {"unet_name": f"{unet}.safetensors", "weight_dtype": "default"}),
+        ("CLIPLoader", {"clip_name": f"{encoder}.safetensors", "type": "flux2"}),
+        "flux2-vae.safetensors",
+        "EmptyFlux2LatentImage",
+        text=_LEVELS,
+    )
 
 
 FAMILIES: dict[str, ExportFamily] = {
@@ -76,6 +92,41 @@ FAMILIES: dict[str, ExportFamily] = {
             "stabilityai/stable-diffusion-3.5-medium": _sd3("sd3.5_medium.safetensors"),
         },
     ),
+    "flux1": ExportFamily(
+        architecture={"": "flux-1-dev"},
+        comfy={
+            "": Loader(
+                ("UNETLoader", {"unet_name": "flux1-dev.safetensors", "weight_dtype": "default"}),
+                (
+                    "DualCLIPLoader",
+                    {
+                        "clip_name1": "t5xxl_fp16.safetensors",
+                        "clip_name2": "clip_l.safetensors",
+                        "type": "flux",
+                    },
+                ),
+                "ae.safetensors",
+                "EmptySD3LatentImage",
+                guidance=1.0,
+                text=f"{_padding(256)} {_LEVELS}",
+            )
+        },
+    ),
+    "flux2": ExportFamily(
+        architecture={
+            "": "flux-2-klein-4b",
+            f"{_BFL}flux.2-klein-base-4b": "flux-2-klein-base-4b",
+            f"{_BFL}flux.2-klein-9b": "flux-2-klein-9b",
+            f"{_BFL}flux.2-klein-base-9b": "flux-2-klein-base-9b",
+        },
+        comfy={
+            "": _klein("flux-2-klein-4b", "qwen_3_4b"),
+            f"{_BFL}flux.2-klein-base-4b": _klein("flux-2-klein-base-4b", "qwen_3_4b"),
+            f"{_BFL}flux.2-klein-9b": _klein("flux-2-klein-9b", "qwen_3_8b"),
+            f"{_BFL}flux.2-klein-base-9b": _klein("flux-2-klein-base-9b", "qwen_3_8b"),
+        },
+        index={"is_distilled": True},
+    ),
 }
 """Family of the preset -> its row."""
 
@@ -88,8 +139,20 @@ def _stability(repo: str) -> Licence:
     return _other(repo, "Stability AI Community License", "stabilityai-ai-community")
 
 
+_APACHE = Licence("apache-2.0", "Apache 2.0")
 LICENCES: dict[str, Licence] = {
-    "builtin:shapes": Licence("apache-2.0", "Apache 2.0"),
+    "builtin:shapes": _APACHE,
+    f"{_BFL}flux.1-dev": _other(
+        "black-forest-labs/FLUX.1-dev",
+        "FLUX.1 [dev] Non-Commercial License",
+        "flux-1-dev-non-commercial-license",
+    ),
+    f"{_BFL}flux.2-klein-4b": _APACHE,
+    f"{_BFL}flux.2-klein-base-4b": _APACHE,
+    **{
+        repo.lower(): _other(repo, "FLUX Non-Commercial License", "flux-non-commercial-license")
+        for repo in (f"{_BFL}FLUX.2-klein-9B", f"{_BFL}FLUX.2-klein-base-9B")
+    },
     **{
         repo: _stability(repo)
         for repo in (
@@ -104,7 +167,14 @@ UNKNOWN = Licence("other", "look it up where that model came from")
 
 def generator_base(preset: Preset) -> str:
     """The base model that the generator's adapters belong to: a hub id, a built-in name or a path."""
-    return preset.model.path
+    own = preset.model.generator_init
+    return preset.model.path if own == SHARED_BASE else own
+
+
+def generator_revision(preset: Preset) -> str | None:
+    """Its pinned revision, if it has one."""
+    model = preset.model
+    return model.revision if model.generator_init == SHARED_BASE else model.generator_revision
 
 
 def licence_of(base: str) -> Licence:
@@ -119,15 +189,31 @@ def row(table: Mapping[str, Any], base: str) -> Any:
 
 @dataclass(frozen=True)
 class Bases:
-    """Folders that the generator's base model lies in: the pipeline, and the transformer that is adapted."""
+    """Where the generator's base model lies. pipeline: a whole folder, whose transformer counts unless there is another.
+
+    transformer: the folder of the weights that are adapted; None where they are the single `file`.
+    """
 
     pipeline: Path
-    transformer: Path
+    transformer: Path | None
+    file: Path | None
+
+    @property
+    def own(self) -> bool:
+        """Whether the transformer is not the pipeline's."""
+        return self.transformer != self.pipeline / "transformer"
+
+    @property
+    def read(self) -> list[Path]:
+        """All of them."""
+        return [path for path in (self.pipeline, self.transformer, self.file) if path is not None]
 
 
-def base_folders(preset: Preset) -> Bases:
-    """Where the generator's base model lies; errors as `load_backbone`, and nothing is loaded."""
-    from rtdmd_cli.engine.backbones.sd3 import find_folder  # diffusers takes seconds to import
-
-    folder = find_folder(preset.model.path, preset.model.revision)
-    return Bases(folder, folder / "transformer")
+def find_bases(preset: Preset) -> Bases:
+    """Where the generator's base model lies; downloads what is missing, loads nothing. Errors as `load_backbone`."""
+    found = locate_model(preset.model)
+    if found.generator is not None:
+        return Bases(found.folder, found.generator / "transformer", None)
+    if found.file is not None:
+        return Bases(found.folder, None, found.file)
+    return Bases(found.folder, found.folder / "transformer", None)

@@ -16,6 +16,8 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from rtdmd_cli.engine.backbones.loading import Layout
+from rtdmd_cli.engine.export.families import Bases
 from rtdmd_cli.engine.model_source import Model
 from rtdmd_cli.engine.pictures import encode
 from rtdmd_cli.engine.roles import GENERATOR
@@ -94,10 +96,29 @@ def own_pictures(
     return sets
 
 
-def open_stock(folder: Path, device: torch.device, dtype: torch.dtype, lora: Path | None = None) -> Any:
-    """The stock pipeline of a folder, with a LoRA file; on a GPU its parts take turns there."""
+def open_stock(
+    folder: Path,
+    bases: Bases | None,
+    layout: Layout,
+    device: torch.device,
+    dtype: torch.dtype,
+    lora: Path | None,
+) -> Any:
+    """The stock pipeline of a folder, with a LoRA file; on a GPU its parts take turns there.
+
+    bases: for a transformer that doesn't lie in the folder, loaded with diffusers' own class too.
+    """
+    network, parts = layout.networks["transformer"], {}
     with quiet_loading():
-        pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+        if bases is not None and bases.file is not None:
+            parts["transformer"] = network.from_single_file(
+                str(bases.file), config=str(folder), subfolder="transformer", dtype=dtype
+            )
+        elif bases is not None and bases.own:
+            parts["transformer"] = network.from_pretrained(
+                bases.transformer, dtype=dtype, use_safetensors=True
+            )
+        pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True, **parts)
         if lora is not None:
             pipe.load_lora_weights(lora.parent, weight_name=lora.name)
     pipe.set_progress_bar_config(disable=True)

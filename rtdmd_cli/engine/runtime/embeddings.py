@@ -1,6 +1,7 @@
 """Encoded prompts on disk, so that a prompt is encoded once and training needs no text encoders.
 
-    <folder>/<model>/<block>.safetensors    embeds [n, L, D], pooled [n, P]; metadata: the rows' keys, sha256
+    <folder>/<model>/<block>.safetensors    embeds [n, L, D], pooled [n, P] where the family has it; metadata: the
+                                            rows' keys, sha256
 
 A key is the sha256 of (model, text length, prompt). A block holds up to 64 prompts, so thousands of prompts
 make few files, and a large model's block stays near 100 MB. Above `max_gb` the blocks that have not been used
@@ -90,11 +91,12 @@ class EmbeddingCache:
     def fetch(self, prompts: Sequence[str]) -> Conditioning:
         """The rows of `prompts`, in their order, on the CPU, in the dtype in which they were encoded."""
         rows = [self._rows[self._key(prompt)] for prompt in prompts]
-        embeds, pooled = (
-            torch.cat([block.tensors.get_slice(name)[row : row + 1] for block, row in rows])
-            for name in ("embeds", "pooled")
+        return Conditioning(
+            **{
+                name: torch.cat([block.tensors.get_slice(name)[row : row + 1] for block, row in rows])
+                for name in rows[0][0].tensors.keys()  # noqa: SIM118 - safe_open is no mapping
+            }
         )
-        return Conditioning(embeds, pooled)
 
     def _key(self, prompt: str) -> str:
         return hashlib.sha256(json.dumps([*self._identity, prompt]).encode()).hexdigest()
@@ -114,7 +116,7 @@ class EmbeddingCache:
         self._rows.update({key: (block, row) for row, key in enumerate(block.keys)})
 
     def _write(self, keys: tuple[str, ...], cond: Conditioning) -> None:
-        tensors = {"embeds": cond.embeds.cpu().contiguous(), "pooled": cond.pooled.cpu().contiguous()}
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in cond.tensors.items()}
         metadata = {"keys": json.dumps(keys), "sha256": _digest(tensors)}
         self._make_room(sum(tensor.nbytes for tensor in tensors.values()))
         name = hashlib.sha256("".join(keys).encode()).hexdigest()[:24]
@@ -161,7 +163,10 @@ def _open(path: Path) -> _Block | None:
         tensors = safe_open(path, framework="pt")
         metadata = tensors.metadata() or {}
         keys = tuple(json.loads(metadata["keys"]))
-        rows = {tensors.get_slice(name).get_shape()[0] for name in ("embeds", "pooled")}
+        names = set(tensors.keys())
+        if "embeds" not in names or not names <= {"embeds", "pooled"}:
+            raise ValueError(f"tensors {sorted(names)}")
+        rows = {tensors.get_slice(name).get_shape()[0] for name in names}
         if rows != {len(keys)}:
             raise ValueError(f"{len(keys)} keys for {rows} rows")
         return _Block(path, keys, metadata["sha256"], tensors)
@@ -176,7 +181,7 @@ def _open(path: Path) -> _Block | None:
 
 def _intact(block: _Block) -> bool:
     """Whether the contents are those that were written; a damaged block is removed."""
-    found = _digest({name: block.tensors.get_tensor(name) for name in ("embeds", "pooled")})
+    found = _digest({name: block.tensors.get_tensor(name) for name in block.tensors.keys()})  # noqa: SIM118
     if found != block.sha256:
         _discard(block.path, "its contents have changed")
     return found == block.sha256

@@ -6,7 +6,6 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +20,7 @@ from huggingface_hub.errors import (
 from safetensors.torch import load_file, save_file
 
 from rtdmd_cli.config.schema import ModelConfig
-from rtdmd_cli.engine.backbones import sd3
+from rtdmd_cli.engine.backbones import loading, sd3
 from rtdmd_cli.engine.backbones.base import FAMILIES, Backbone, Conditioning, load_backbone
 from rtdmd_cli.engine.sample import euler, guided
 from rtdmd_cli.errors import DataError, EnvironmentFailure, RtdmdError, UsageError
@@ -88,14 +87,14 @@ def test_many_prompts_are_encoded_in_parts(backbone: Backbone, monkeypatch: pyte
 @pytest.mark.parametrize("steps", [1, 2, 4, 50])
 def test_stock_schedule(backbone: Backbone, stock: Any, steps: int) -> None:
     stock.scheduler.set_timesteps(steps)
-    assert torch.equal(backbone.stock_sigmas(steps), stock.scheduler.sigmas)
+    assert torch.equal(backbone.stock_sigmas(steps, SHAPE), stock.scheduler.sigmas)
 
 
 def test_few_step_schedule_is_what_the_pipeline_makes_of_the_raw_steps(
     backbone: Backbone, stock: Any
 ) -> None:
     raw = [1.0, 0.75, 0.5, 0.25]
-    sigmas = backbone.sigmas(raw)
+    sigmas = backbone.sigmas(raw, SHAPE)
     assert sigmas.dtype == torch.float32
     torch.testing.assert_close(sigmas, torch.tensor([1, 0.9, 0.75, 0.5, 0]))
     cond = backbone.encode(PROMPTS[:1])
@@ -112,7 +111,7 @@ def test_few_step_schedule_is_what_the_pipeline_makes_of_the_raw_steps(
 
 def test_shift_comes_from_the_saved_scheduler(tmp_path: Path) -> None:
     backbone = sd3.load(sd3_config(save_sd3(tmp_path / "m", shift=2.0)), CPU, torch.float32)
-    torch.testing.assert_close(backbone.sigmas([1.0, 0.5]), torch.tensor([1, 2 / 3, 0]))
+    torch.testing.assert_close(backbone.sigmas([1.0, 0.5], SHAPE), torch.tensor([1, 2 / 3, 0]))
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
@@ -132,7 +131,7 @@ def test_pictures_equal_the_stock_pipeline(
         output_type="pt",
         **call,
     ).images
-    sigmas = backbone.stock_sigmas(5) if raw is None else backbone.sigmas(raw)
+    sigmas = backbone.stock_sigmas(5, SHAPE) if raw is None else backbone.sigmas(raw, SHAPE)
     velocity = guided(backbone, backbone.encode(PROMPTS[:2]), backbone.encode([""]), guidance)
     with torch.no_grad():
         pictures = backbone.decode(euler(velocity, x, sigmas.tolist()))
@@ -238,10 +237,10 @@ def test_the_table_of_families_matches_the_presets() -> None:
 def test_model_hash_follows_the_contents(tmp_path: Path) -> None:
     first, same, other = (save_sd3(tmp_path / str(i), seed) for i, seed in enumerate((0, 0, 1)))
     (same / "README.md").write_text("not part of the model")
-    hashes = [sd3.folder_hash(folder) for folder in (first, same, other)]
+    hashes = [loading.folder_hash(sd3.LAYOUT, folder) for folder in (first, same, other)]
     assert hashes[0] == hashes[1] != hashes[2] and len(hashes[0]) == 64
     (first / "scheduler/scheduler_config.json").write_text("{}")
-    assert sd3.folder_hash(first) != hashes[0]
+    assert loading.folder_hash(sd3.LAYOUT, first) != hashes[0]
 
 
 def test_encoder_key_tells_dtypes_apart() -> None:
@@ -344,7 +343,7 @@ def test_missing_folder_and_unknown_built_in() -> None:
 
 
 def test_the_built_in_model_lies_in_the_package() -> None:
-    folder = sd3.find_folder("builtin:shapes", None)
+    folder = loading.find_folder(sd3.LAYOUT, "builtin:shapes", None)
     assert folder.parts[-4:] == ("rtdmd_cli", "shapes", "weights", "sd3")
 
 
@@ -375,7 +374,7 @@ def test_hub_failures_say_what_to_do(
     def download(*_: object, **__: object) -> Path:
         raise error
 
-    monkeypatch.setattr(sd3, "StableDiffusion3Pipeline", SimpleNamespace(download=download))
+    monkeypatch.setattr(StableDiffusion3Pipeline, "download", download)
     config = sd3_config("someone/some-model").model_copy(update={"revision": "v7"})
     with pytest.raises(EnvironmentFailure, match=message) as caught:
         sd3.load(config, CPU, torch.float32)
@@ -398,7 +397,7 @@ def test_a_hub_model_is_known_by_its_commit(monkeypatch: pytest.MonkeyPatch, tmp
         asked.append((path, revision, use_safetensors))
         return str(folder)
 
-    monkeypatch.setattr(sd3.StableDiffusion3Pipeline, "download", download)
+    monkeypatch.setattr(StableDiffusion3Pipeline, "download", download)
     config = sd3_config("someone/some-model").model_copy(update={"revision": "main"})
     backbone = sd3.load(config, CPU, torch.float32)
     assert asked == [("someone/some-model", "main", True)]

@@ -48,7 +48,20 @@ def blocks(folder: Path) -> list[Path]:
 
 
 def same(one: Conditioning, other: Conditioning) -> bool:
-    return torch.equal(one.embeds, other.embeds) and torch.equal(one.pooled, other.pooled)
+    names = one.tensors.keys()
+    return names == other.tensors.keys() and all(torch.equal(one.tensors[n], other.tensors[n]) for n in names)
+
+
+def test_a_family_without_pooled_embeddings(tmp_path: Path) -> None:
+    def encode(texts: Sequence[str]) -> Conditioning:
+        return Conditioning(Encoder()(texts).embeds)
+
+    first, again = cache(tmp_path), cache(tmp_path)
+    assert first.ensure(prompts(3), encode) == 3 and again.ensure(prompts(3), encode) == 0
+    for opened in (first, again):
+        found = opened.fetch([prompts(3)[i] for i in (2, 0, 2)])
+        assert found.pooled is None and same(found, encode(prompts(3)).select([2, 0, 2]))
+    assert found.nbytes == 3 * 15 * 4
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,0 +1,72 @@
+"""What the families' backbones do alike, as functions over diffusers' pipelines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rtdmd_cli.engine.backbones.base import Conditioning, concatenate
+from rtdmd_cli.errors import RtdmdError, UsageError
+
+
+def encode_in_parts(
+    pipe: Any,
+    encoders: Iterable[str],
+    device: torch.device,
+    prompts: Sequence[str],
+    size: int,
+    encode: Callable[[list[str]], Conditioning],
+) -> Conditioning:
+    """`encode` on `size` prompts at a time. RtdmdError after `drop_encoders`.
+
+    The encoders move to `device` only now: with every prompt in the cache they are never needed.
+    """
+    assert prompts, "no prompts to encode"
+    if pipe.text_encoder is None:
+        raise RtdmdError(
+            "The text encoders have been freed, so prompts can't be encoded any more.",
+            "Encode all prompts before training starts.",
+        )
+    for name in encoders:
+        encoder = pipe.components[name]
+        if encoder is not None:
+            encoder.to(device)
+    parts = [list(prompts[start : start + size]) for start in range(0, len(prompts), size)]
+    return concatenate([encode(part) for part in parts])
+
+
+def drop_encoders(pipe: Any, encoders: Iterable[str], device: torch.device) -> None:
+    """Free the memory of the text encoders."""
+    pipe.register_modules(**dict.fromkeys(encoders))
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def check_size(height: int, width: int, multiple: int, largest: int) -> None:
+    """UsageError unless both sides (pixels) are multiples of `multiple`, above 0 and at most `largest`."""
+    for side in (height, width):
+        if side % multiple or not 0 < side <= largest:
+            raise UsageError(
+                f"This model can't make pictures of {width} x {height} px.",
+                f"Use multiples of {multiple} px, {largest} px at most.",
+            )
+
+
+def schedule(scheduler: Any, **arguments: Any) -> Tensor:
+    """The sigmas after `scheduler.set_timesteps(**arguments)`: float32 on the CPU, ending in 0."""
+    scheduler.set_timesteps(device="cpu", **arguments)
+    sigmas: Tensor = scheduler.sigmas.clone()
+    return sigmas
+
+
+def require_unguided(guidance: float | Tensor) -> None:
+    """For a network without an input for guidance: it is 1, which means none."""
+    assert not isinstance(guidance, Tensor) and guidance == 1, guidance
+
+
+def evenly_spaced(steps: int) -> list[float]:
+    """Raw steps `linspace(1, 1/n, n)`, from which the pipelines of FLUX make their schedule."""
+    return [(steps - i) / steps for i in range(steps)]

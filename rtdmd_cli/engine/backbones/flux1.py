@@ -1,0 +1,149 @@
+"""FLUX.1-dev on diffusers' own pipeline.
+
+Prompt encoding, packing, position ids, latent scaling and the scheduler's shift (`mu`) are the pipeline's; none is
+written again here. The guidance scale is an input of the network, so guidance costs no second evaluation. Latents
+are the VAE's, [B, 16, H/8, W/8], and are packed 2 x 2 for the network alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from torch import Tensor, nn
+from transformers import CLIPTextModel, T5EncoderModel
+
+from rtdmd_cli.config.schema import ModelConfig
+from rtdmd_cli.engine.backbones.base import Conditioning, ModelId
+from rtdmd_cli.engine.backbones.common import (
+    check_size,
+    drop_encoders,
+    encode_in_parts,
+    evenly_spaced,
+    require_unguided,
+    schedule,
+)
+from rtdmd_cli.engine.backbones.loading import Layout, Loaded, load_pipeline
+
+LAYOUT = Layout(
+    FluxPipeline,
+    {
+        "transformer": FluxTransformer2DModel,
+        "vae": AutoencoderKL,
+        "text_encoder": CLIPTextModel,
+        "text_encoder_2": T5EncoderModel,
+    },
+    ("tokenizer", "tokenizer_2"),
+)
+ENCODE_BATCH = 16  # prompts at once
+PACK = 2  # latent pixels of a token's side
+LARGEST = 4096  # px
+
+
+class Flux1Backbone:
+    """See `base.Backbone`. Made by `load`."""
+
+    def __init__(self, loaded: Loaded, device: torch.device, dtype: torch.dtype) -> None:
+        self.transformer: nn.Module = loaded.transformer
+        self.device = device
+        self.encoder_device = device
+        self.dtype = dtype
+        self.text_length = loaded.config.text_length
+        self.embedded_guidance = bool(loaded.pipe.transformer.config.guidance_embeds)
+        self._loaded = loaded
+        self._pipe = loaded.pipe
+
+    @property
+    def model_id(self) -> ModelId:
+        return self._loaded.model_id
+
+    @property
+    def encoder_key(self) -> str:
+        return self._loaded.encoder_key(self.dtype)
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        scale = self._pipe.vae_scale_factor
+        check_size(height, width, PACK * scale, LARGEST)
+        return self._pipe.transformer.config.in_channels // PACK**2, height // scale, width // scale
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        def part(texts: list[str]) -> Conditioning:
+            embeds, pooled, _ = self._pipe.encode_prompt(
+                prompt=texts, prompt_2=None, device=self.encoder_device, max_sequence_length=self.text_length
+            )
+            return Conditioning(embeds, pooled)
+
+        return encode_in_parts(self._pipe, LAYOUT.encoders, self.encoder_device, prompts, ENCODE_BATCH, part)
+
+    def drop_text_encoders(self) -> None:
+        drop_encoders(self._pipe, LAYOUT.encoders, self.device)
+
+    def velocity(
+        self, x: Tensor, sigma: Tensor, cond: Conditioning, guidance: float | Tensor = 1.0
+    ) -> Tensor:
+        assert sigma.shape == x.shape[:1], f"sigma {tuple(sigma.shape)} for x {tuple(x.shape)}"
+        assert cond.pooled is not None
+        pipe, (count, channels, height, width) = self._pipe, x.shape
+        embeds, pooled = cond.embeds.to(self.dtype), cond.pooled.to(self.dtype)
+        _, _, text_ids = pipe.encode_prompt(
+            prompt=None, prompt_embeds=embeds, pooled_prompt_embeds=pooled, device=x.device
+        )
+        v: Tensor = self.transformer(
+            hidden_states=pipe._pack_latents(x.to(self.dtype), count, channels, height, width),
+            timestep=sigma.float(),
+            guidance=self._guidance(guidance, sigma),
+            pooled_projections=pooled,
+            encoder_hidden_states=embeds,
+            txt_ids=text_ids,
+            img_ids=pipe._prepare_latent_image_ids(
+                count, height // PACK, width // PACK, x.device, torch.float32
+            ),
+            return_dict=False,
+        )[0]
+        scale = pipe.vae_scale_factor
+        unpacked: Tensor = pipe._unpack_latents(v, height * scale, width * scale, scale)
+        return unpacked.float()
+
+    def _guidance(self, guidance: float | Tensor, sigma: Tensor) -> Tensor | None:
+        """[B] float32; None for a network without that input."""
+        if not self.embedded_guidance:
+            require_unguided(guidance)
+            return None
+        given = torch.as_tensor(guidance, dtype=torch.float32, device=sigma.device)
+        return given.expand(sigma.shape)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        vae = self._pipe.vae
+        scaled = latents / vae.config.scaling_factor + vae.config.shift_factor
+        images = vae.decode(scaled.to(self.dtype), return_dict=False)[0]
+        pictures: Tensor = self._pipe.image_processor.postprocess(images.float(), output_type="pt")
+        return pictures
+
+    def sigmas(self, raw_steps: Sequence[float], shape: Sequence[int]) -> Tensor:
+        scheduler = self._pipe.scheduler
+        mu = _mu(scheduler.config, tokens=shape[-2] * shape[-1] // PACK**2)
+        return schedule(scheduler, sigmas=list(raw_steps), mu=mu)
+
+    def stock_sigmas(self, steps: int, shape: Sequence[int]) -> Tensor:
+        return self.sigmas(evenly_spaced(steps), shape)
+
+
+def _mu(config: Any, tokens: int) -> float:
+    """The shift's exponent for a picture of `tokens`; the defaults are those of the stock pipeline's call."""
+    mu: float = calculate_shift(
+        tokens,
+        config.get("base_image_seq_len", 256),
+        config.get("max_image_seq_len", 4096),
+        config.get("base_shift", 0.5),
+        config.get("max_shift", 1.15),
+    )
+    return mu
+
+
+def load(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Flux1Backbone:
+    """Load the model that `config` names. Errors as `loading.load_pipeline`."""
+    return Flux1Backbone(load_pipeline(LAYOUT, config, device, dtype), device, dtype)

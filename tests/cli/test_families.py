@@ -1,0 +1,115 @@
+"""Both stages and sampling of every FLUX family through the command line, on small models with a small CLIP."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from rtdmd_cli.cli import app
+from rtdmd_cli.config import list_presets
+from rtdmd_cli.engine.runtime.checkpoint import load_checkpoint
+from tests.tiny_clip import save_clip
+from tests.tiny_flux import TINY, build_flux2_pipeline, save, tiny_folder
+from tests.tiny_models import PROMPTS
+
+SHARED, OWN = "flux2", "flux2-two-bases"
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    """As many as before: a preset sets them for the process."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def write_preset(folder: Path, name: str) -> None:
+    """tiny.yaml and tiny.txt: 4 iterations, 1 epoch."""
+    tiny = TINY[SHARED if name == OWN else name]
+    model = f"family: {tiny.family}, path: {tiny_folder(tiny.family)}, resolution: 32, "
+    model += f"text_length: {tiny.text_length}, guidance: {tiny.guidance}, teacher_steps: 2"
+    if name == OWN:
+        model += (
+            f", generator_init: {save(build_flux2_pipeline(seed=1, is_distilled=True), folder / 'klein')}"
+        )
+    lora = f"lora: {{rank: 2, alpha: 4, targets: [{tiny.targets}]}}"
+    rates = "generator_lr: 0.01, fake_lr: 0.01"
+    clip = save_clip(folder / "clip")
+    tune = f"rewards: [pickscore], reward_paths: ['pickscore={clip}'], epochs: 1, images_per_epoch: 4, "
+    tune += f"images_per_prompt: 2, eval_images: 2, prompts: tiny.txt, {rates}, {lora}"
+    (folder / "tiny.txt").write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
+    (folder / "tiny.yaml").write_text(
+        f"model: {{{model}}}\n"
+        f"distill: {{iterations: 4, batch: 2, fake_per_generator: 2, {rates}, prompts: tiny.txt, {lora}}}\n"
+        f"tune_reward: {{{tune}}}\n"
+        "hardware: {threads: 1, gradient_checkpointing: true}\n",
+        encoding="utf-8",
+    )
+
+
+def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
+    """The JSON that a command prints."""
+    capsys.readouterr()
+    code = app.main([*arguments, "--json"])
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    return json.loads(out)
+
+
+@pytest.mark.parametrize("name", ["flux1", SHARED, OWN])
+def test_from_nothing_to_a_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RTDMD_CACHE", str(tmp_path / "cache"))
+    write_preset(tmp_path, name)
+    made = call(capsys, "distill", "--preset", "tiny.yaml")
+    assert made["finished"] and made["iterations"] == 4
+    tuned = call(capsys, "tune-reward")
+    assert tuned["finished"] and tuned["rewards"].keys() == {"pickscore"}
+    for checkpoint in (made["checkpoint"], tuned["checkpoint"]):
+        saved = load_checkpoint(Path(checkpoint))
+        layers = {key.partition(".")[0] for key in saved.tensors["ema"]}
+        assert layers == {"transformer_blocks", "single_transformer_blocks"}
+        moved = [t for key, t in saved.tensors["ema"].items() if key.endswith("lora_B.weight")]
+        assert all(tensor.abs().max() > 0 for tensor in moved)
+    pictures = {}
+    for source in (tuned["run"], made["run"], "tiny.yaml"):
+        size = ("--width", "16") if source == made["run"] else ()
+        drawn = call(capsys, "sample", PROMPTS[0], "--from", source, "--out", f"{len(pictures)}", *size)
+        pictures[source] = drawn
+        with Image.open(drawn["pictures"][0]["path"]) as image:
+            assert image.size == (16 if size else 32, 32)
+    assert [each["evaluations"] for each in pictures.values()] == [4, 4, 2 if name == "flux1" else 4]
+    assert len({each["model_hash"] for each in pictures.values()}) == 3
+
+
+@pytest.mark.parametrize("name", [info.name for info in list_presets()])
+def test_every_preset_is_ready_without_a_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert call(capsys, "presets", "validate", name)
+    prompts = ("--set", "distill.prompts=builtin:shapes")
+    plan = call(capsys, "distill", "--preset", name, "--dry-run", *prompts)
+    assert plan["preset"] == name and plan["generator_updates"] > 0 and not list(tmp_path.iterdir())
+
+
+def test_a_model_that_cannot_be_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit code 3 with what to do, before anything is made."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    for name in ("flux1-4step", "flux2-klein-4b-4step", "sd35-4step"):
+        code = app.main(["distill", "--preset", name, "--set", "distill.prompts=builtin:shapes"])
+        out, err = capsys.readouterr()
+        assert code == 3 and out == "" and "HF_HUB_OFFLINE" in err
+    assert not (tmp_path / "runs").exists()

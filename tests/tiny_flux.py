@@ -1,0 +1,227 @@
+"""Tiny random FLUX.1 and FLUX.2-klein pipelines in the exact layout of diffusers, and one table of all families.
+
+As `tiny_models`: pictures of 32 x 32 px, 4x compression, 16 image tokens; every component is the real class.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKLFlux2,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
+    FluxPipeline,
+    FluxTransformer2DModel,
+)
+from tokenizers import AddedToken
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import CLIPTextConfig, CLIPTextModel, Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
+
+from rtdmd_cli.config.schema import ModelConfig
+from rtdmd_cli.engine.backbones.base import Backbone, load_backbone
+from tests.tiny_models import (
+    CLIP_LENGTH,
+    CLIP_WIDTH,
+    RESOLUTION,
+    T5_WIDTH,
+    build_sd3_pipeline,
+    clip_tokenizer,
+    t5_encoder,
+    t5_tokenizer,
+    vae,
+)
+
+CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+QWEN_WIDTH = 16
+QWEN_LAYERS = 28  # the pipeline reads the hidden states 9, 18 and 27
+
+
+def build_flux1_pipeline(seed: int = 0, guidance_embeds: bool = True) -> Any:
+    """FLUX.1 with random weights drawn from `seed`; the global random state is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        clip, t5 = clip_tokenizer(), t5_tokenizer()
+        config = CLIPTextConfig(
+            vocab_size=len(clip),
+            hidden_size=CLIP_WIDTH,
+            intermediate_size=2 * CLIP_WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=CLIP_LENGTH,
+            bos_token_id=clip.bos_token_id,
+            eos_token_id=clip.eos_token_id,
+            pad_token_id=clip.pad_token_id,
+        )
+        return FluxPipeline(
+            scheduler=_scheduler(),
+            vae=vae(),
+            text_encoder=CLIPTextModel(config),
+            tokenizer=clip,
+            text_encoder_2=t5_encoder(t5),
+            tokenizer_2=t5,
+            transformer=FluxTransformer2DModel(
+                in_channels=16,
+                num_layers=1,
+                num_single_layers=2,
+                attention_head_dim=16,
+                num_attention_heads=2,
+                joint_attention_dim=T5_WIDTH,
+                pooled_projection_dim=CLIP_WIDTH,
+                guidance_embeds=guidance_embeds,
+                axes_dims_rope=(4, 6, 6),
+            ),
+        )
+
+
+def build_flux2_pipeline(seed: int = 0, is_distilled: bool = False) -> Any:
+    """FLUX.2-klein with random weights and random statistics of the VAE's batch norm, drawn from `seed`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tokenizer = _qwen_tokenizer()
+        config = Qwen3Config(
+            vocab_size=len(tokenizer),
+            hidden_size=QWEN_WIDTH,
+            intermediate_size=2 * QWEN_WIDTH,
+            num_hidden_layers=QWEN_LAYERS,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+            max_position_embeddings=64,
+        )
+        pipe: Any = Flux2KleinPipeline(
+            scheduler=_scheduler(),
+            vae=_flux2_vae(),
+            text_encoder=Qwen3ForCausalLM(config),
+            tokenizer=tokenizer,
+            transformer=Flux2Transformer2DModel(
+                in_channels=16,
+                num_layers=1,
+                num_single_layers=2,
+                attention_head_dim=16,
+                num_attention_heads=2,
+                joint_attention_dim=3 * QWEN_WIDTH,
+                guidance_embeds=False,
+                axes_dims_rope=(4, 4, 4, 4),
+                timestep_guidance_channels=16,
+            ),
+            is_distilled=is_distilled,
+        )
+        pipe.vae.bn.running_mean.normal_(std=0.5)
+        pipe.vae.bn.running_var.uniform_(0.5, 2.0)
+        return pipe
+
+
+def _scheduler() -> FlowMatchEulerDiscreteScheduler:
+    """As FLUX.1-dev's and FLUX.2-klein's: shifted by the number of tokens."""
+    return FlowMatchEulerDiscreteScheduler(
+        num_train_timesteps=1000,
+        shift=3.0,
+        use_dynamic_shifting=True,
+        base_shift=0.5,
+        max_shift=1.15,
+        base_image_seq_len=8,  # not the defaults, so that the file's values show
+        max_image_seq_len=64,
+    )
+
+
+def _flux2_vae() -> AutoencoderKLFlux2:
+    return AutoencoderKLFlux2(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 8, 8),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=RESOLUTION,
+    )
+
+
+def _qwen_tokenizer() -> Any:
+    """All bytes, and the special tokens of Qwen3's chat template."""
+    vocab = {character: index for index, character in enumerate(sorted(ByteLevel.alphabet()))}
+    made: Any = Qwen2Tokenizer(vocab=vocab, merges=[], model_max_length=64)
+    special = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+    made.add_tokens([AddedToken(token, special=True) for token in special])
+    made.chat_template = CHAT
+    return made
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A family's small model: how it is built, and what a preset says of it. shape: of its latents."""
+
+    family: str
+    build: Callable[[], Any]
+    guidance: float
+    shape: tuple[int, int, int]
+    text_length: int
+    targets: str  # of its adapters, in a preset
+
+
+ATTENTION = "to_q, to_k, to_v, to_out.0, add_q_proj, add_k_proj, add_v_proj, to_add_out"
+TINY: dict[str, Tiny] = {
+    "sd3": Tiny("sd3", build_sd3_pipeline, 4.0, (4, 8, 8), 8, ATTENTION),
+    "sd35": Tiny(
+        "sd3",
+        functools.partial(build_sd3_pipeline, dual_attention_layers=(0, 1)),
+        4.5,
+        (4, 8, 8),
+        8,
+        ATTENTION,
+    ),
+    "flux1": Tiny("flux1", build_flux1_pipeline, 3.5, (4, 8, 8), 8, ATTENTION),
+    "flux2": Tiny(
+        "flux2", build_flux2_pipeline, 4.0, (16, 4, 4), 48, f"{ATTENTION}, to_qkv_mlp_proj, to_out"
+    ),
+}
+
+
+@functools.cache
+def tiny_folder(name: str) -> Path:
+    """One saved pipeline per name and test process, not to be written to; removed when the process ends."""
+    folder = Path(tempfile.mkdtemp(prefix=f"tiny-{name}-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    save(TINY[name].build(), folder)
+    return folder
+
+
+def save(pipe: Any, folder: Path) -> Path:
+    """Save a pipeline as the hub holds it; returns `folder`."""
+    for component in pipe.components.values():
+        if isinstance(component, torch.nn.Module):
+            component.eval()
+    pipe.save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def tiny_config(name: str, **changes: Any) -> ModelConfig:
+    """A preset's model section for a small model."""
+    tiny = TINY[name]
+    values: dict[str, Any] = {
+        "family": tiny.family,
+        "path": str(changes.pop("path", None) or tiny_folder(name)),
+        "resolution": RESOLUTION,
+        "text_length": tiny.text_length,
+        "guidance": tiny.guidance,
+        "teacher_steps": 6,
+    }
+    return ModelConfig(**(values | changes))
+
+
+def load_tiny(name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Backbone:
+    """A fresh backbone on a small model, on the CPU."""
+    return load_backbone(tiny_config(name, **changes), torch.device("cpu"), dtype)
