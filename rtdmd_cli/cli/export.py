@@ -76,6 +76,7 @@ def export(
     where = resolve_device(device or hardware.device)
     assert source.checkpoint is not None
     folder = out if out is not None else EXPORTS / source.label.partition("/")[0]
+    folder = folder if folder.name not in ("", "..") else folder.resolve()
     request = Request(
         source=source,
         formats=formats,

@@ -108,6 +108,7 @@ def test_the_files_hold_both_stages(world: World) -> None:
     merged = load_file(folder / "transformer/diffusion_pytorch_model.safetensors")
     lora = load_file(folder / "pytorch_lora_weights.safetensors")
     assert lora.keys() == load_file(folder / "comfyui/tuned.safetensors").keys()
+    assert_comfyui_knows(folder / "comfyui/tuned.safetensors")
     assert len(lora) == 2 * len(stacks) > 0 and merged.keys() == base.keys()
     assert {len(parts) for parts in stacks.values()} == {2}
     for layer, (first, second) in stacks.items():
@@ -267,6 +268,33 @@ def test_steps_that_the_stock_scheduler_does_not_know(world: World) -> None:
     assert made.json["steps"] == 4 and made.json["pictures"][0]["eta"] == 0.5
 
 
+COMFYUI = {
+    "transformer_blocks": {
+        *(f"attn.to_{end}" for end in ("q", "k", "v", "out.0", "add_out")),
+        *(f"attn.add_{end}_proj" for end in "qkv"),
+        *(f"attn2.to_{end}" for end in ("q", "k", "v", "out.0")),
+    },
+    "single_transformer_blocks": {
+        *(f"attn.to_{end}" for end in "qkv"),
+        "attn.to_qkv_mlp_proj",
+        "attn.to_out",
+    },
+}
+"""Layers of a block that ComfyUI's `mmdit_to_diffusers` and `flux_to_diffusers` (comfy/utils.py) know, after
+`transformer.`, the block's list and its number; the attention's alone."""
+
+
+def assert_comfyui_knows(path: Path) -> None:
+    """Every key of a LoRA file is one that ComfyUI loads."""
+    keys = load_file(path).keys()
+    for key in keys:
+        start, blocks, number, layer = key.split(".", 3)
+        name, _, end = layer.rpartition(".lora_")
+        assert start == "transformer" and number.isdigit() and end in ("A.weight", "B.weight"), key
+        assert name in COMFYUI[blocks], key
+    assert keys
+
+
 @pytest.mark.parametrize("family", ["sd35", "flux1", "flux2", "two-bases"])
 def test_other_families(world: World, family: str) -> None:
     own = family == "two-bases"
@@ -279,6 +307,7 @@ def test_other_families(world: World, family: str) -> None:
     assert result.code == 0, result.err
     for kind, trip in result.json["round_trip"].items():
         assert trip["mean_difference"] < ROUNDING, kind
+    assert_comfyui_knows(world.folder / f"exports/{family}/comfyui/{family}.safetensors")
     index = json.loads((world.folder / "exports" / family / "model_index.json").read_text())
     assert index.get("is_distilled", False) is (name == "flux2")
     shutil.rmtree(world.folder / "cache", ignore_errors=True)
@@ -288,6 +317,28 @@ def test_other_families(world: World, family: str) -> None:
         assert made.code == 0, made.err
     pictures = [pixels(world.folder / f"{out}-{family}" / first) for out in ("own", "merged")]
     assert abs(pictures[0] - pictures[1]).max() <= 1
+
+
+def test_a_base_model_in_a_single_file(world: World) -> None:
+    folder = tiny_folder("sd3")
+    shutil.copyfile(
+        folder / "transformer/diffusion_pytorch_model.safetensors", world.folder / "tuned-by-me.safetensors"
+    )
+    world.make("single", base="tuned-by-me.safetensors", model=f", components: {folder}")
+    refused = world.run("export", "single", "--format", "merged")
+    assert refused.code == 2 and "single file" in refused.err
+    result = world.run("export", "single", "--json")
+    assert result.code == 0, result.err
+    assert result.json["round_trip"]["diffusers"]["mean_difference"] < ROUNDING
+    card = (world.folder / "exports/single/README.md").read_text()
+    assert 'from_single_file(\n    "tuned-by-me.safetensors"' in card and "transformer=transformer" in card
+
+
+def test_in_half_the_bytes(world: World) -> None:
+    result = world.run("export", "tuned", "--dtype", "bf16", "--out", "exports/half", "--json")
+    assert result.code == 0, result.err
+    trip = result.json["round_trip"]["diffusers"]
+    assert trip["dtype"] == "bfloat16" and ROUNDING < trip["mean_difference"] < trip["tolerance"]
 
 
 def test_the_built_in_model_and_the_code_for_a_lora(world: World) -> None:

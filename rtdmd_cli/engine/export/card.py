@@ -28,7 +28,7 @@ ETA_NOTE = (
 class Facts:
     """What a card says. where: what the code loads, a folder's or a repository's name.
 
-    base: hub id, built-in name or the name of a local folder. on_hub: base is a hub id. formats: of FORMATS.
+    base: hub id, built-in name or the name of a local folder or `single` file. on_hub: base is a hub id. formats: of FORMATS.
     records: the checkpoint's own, with rewards before and after. rewards, held_out: trained on and not, by name.
     files: path in the folder -> (bytes, sha256). trips: format -> its round trip, empty where none was run.
     """
@@ -39,6 +39,7 @@ class Facts:
     preset: Preset
     base: str
     on_hub: bool
+    single: code.SingleFile | None
     base_hash: str
     licence: Licence
     pipeline: str
@@ -133,7 +134,7 @@ def _use(facts: Facts) -> list[str]:
     if "diffusers" in facts.formats:
         parts += [
             "### diffusers, LoRA",
-            code.lora_code(facts.pipeline, facts.base, facts.where, _call(facts, False)),
+            code.lora_code(facts.pipeline, facts.base, facts.single, facts.where, _call(facts, False)),
         ]
     if "merged" in facts.formats:
         parts += [
@@ -291,5 +292,5 @@ def is_hub_id(path: str) -> bool:
 
 
 def local_name(path: str) -> str:
-    """A path without home and user name, which still opens on this machine where it lies under the home."""
-    return scrub([path])[0]
+    """A model's path without home and user name, which still opens on this machine where it lies under the home."""
+    return path if is_hub_id(path) else scrub([path])[0]

@@ -3,22 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from rtdmd_cli.engine.export.lora_files import DIFFUSERS_NAME
 
 BUILTIN = "builtin:"
 
 
-def lora_code(pipeline: str, base: str, where: str, call: Mapping[str, str]) -> str:
+@dataclass(frozen=True)
+class SingleFile:
+    """A base model whose transformer is a file: its class in diffusers, and where everything else comes from."""
+
+    network: str
+    components: str
+
+
+def lora_code(
+    pipeline: str, base: str, single: SingleFile | None, where: str, call: Mapping[str, str]
+) -> str:
     """Base model, LoRA, one picture."""
     lines = ["import torch", f"from diffusers import {pipeline}"]
-    model = f'"{base}"'
+    model, parts = f'"{base}"', ""
     if base.startswith(BUILTIN):
         lines.insert(0, "from importlib.resources import files\n")
         model = 'files("rtdmd_cli") / "shapes/weights/sd3"'
+    if single is not None:
+        lines[1] += f", {single.network}"
+        model, parts = f'"{single.components}"', "transformer=transformer, "
+        lines += [
+            "",
+            f"transformer = {single.network}.from_single_file(",
+            f'    "{base}", config={model}, subfolder="transformer", torch_dtype=torch.bfloat16',
+            ")",
+        ]
     lines += [
-        "",
-        f"pipe = {pipeline}.from_pretrained({model}, torch_dtype=torch.bfloat16)",
+        *([] if single else [""]),
+        f"pipe = {pipeline}.from_pretrained({model}, {parts}torch_dtype=torch.bfloat16)",
         f'pipe.load_lora_weights("{where}", weight_name="{DIFFUSERS_NAME}")',
         *_picture(call),
     ]

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from rtdmd_cli import __version__
+from rtdmd_cli.config.schema import Preset
 from rtdmd_cli.engine.backbones import base as backbones
 from rtdmd_cli.engine.export import merged
 from rtdmd_cli.engine.export.card import Facts, card_text, is_hub_id, local_name, public_name
+from rtdmd_cli.engine.export.code import SingleFile
 from rtdmd_cli.engine.export.comfyui import cps_workflow, euler_workflow
 from rtdmd_cli.engine.export.exported import FORMAT, MANIFEST, VERSION, file_sha256, is_exported
 from rtdmd_cli.engine.export.families import (
@@ -165,20 +167,42 @@ def build(
     say: Callable[[str], None],
 ) -> Facts:
     """Write everything but the descriptions."""
-    preset, formats = request.source.preset, request.formats
-    family = FAMILIES[preset.model.family]
+    facts = gather(request, bases, checkpoint, folded, own, prompts)
+    family = FAMILIES[facts.preset.model.family]
+    if "merged" in facts.formats:
+        assert bases.transformer is not None
+        exact = merged.write_merged(
+            folder, bases.pipeline, bases.transformer, folded, own.sigmas, own.stock_already, family.index
+        )
+        if not exact:
+            say("the stock scheduler can't take the run's noise levels by itself: call it with sigmas=")
+        facts = replace(facts, stock_schedule=exact)
+    write_loras(folder, facts, family, folded)
+    stock, trips = prove(request, folder, bases, facts, own, say) if request.check else (None, {})
+    rows = [GridRow(f"rtdmd sample, eta {facts.preset.sampler.eta:g}", own.pictures)]
+    rows += [GridRow("stock pipeline, Euler", stock)] if stock is not None else []
+    save_png(picture_grid(rows, list(prompts)), folder / "samples.png", {"model_hash": own.model_hash})
+    return replace(facts, trips=trips, files=_listing(folder))
+
+
+def gather(
+    request: Request, bases: Bases, checkpoint: Checkpoint, folded: Folded, own: Own, prompts: Sequence[str]
+) -> Facts:
+    """What is known before anything is written."""
+    preset = request.source.preset
     base = generator_base(preset)
-    facts = Facts(
+    return Facts(
         name=request.out.name,
         where=request.where,
-        formats=formats,
+        formats=request.formats,
         preset=preset,
         base=public_name(base),
         on_hub=is_hub_id(base),
+        single=_single_file(preset, bases),
         base_hash=own.base_hash,
         licence=licence_of(base),
         pipeline=json.loads((bases.pipeline / merged.INDEX).read_bytes())["_class_name"],
-        loader=row(family.comfy, base),
+        loader=row(FAMILIES[preset.model.family].comfy, base),
         tuned=is_tuned(checkpoint),
         iterations=checkpoint.step,
         preset_sha256=checkpoint.meta.get("preset_sha256", "not recorded"),
@@ -191,20 +215,6 @@ def build(
         stock_schedule=False,
         prompts=prompts,
     )
-    if "merged" in formats:
-        assert bases.transformer is not None
-        exact = merged.write_merged(
-            folder, bases.pipeline, bases.transformer, folded, own.sigmas, own.stock_already, family.index
-        )
-        if not exact:
-            say("the stock scheduler can't take the run's noise levels by itself: call it with sigmas=")
-        facts = replace(facts, stock_schedule=exact)
-    write_loras(folder, facts, family, folded)
-    stock, trips = prove(request, folder, bases, facts, own, say) if request.check else (None, {})
-    rows = [GridRow(f"rtdmd sample, eta {preset.sampler.eta:g}", own.pictures)]
-    rows += [GridRow("stock pipeline, Euler", stock)] if stock is not None else []
-    save_png(picture_grid(rows, list(prompts)), folder / "samples.png", {"model_hash": own.model_hash})
-    return replace(facts, trips=trips, files=_listing(folder))
 
 
 def write_loras(folder: Path, facts: Facts, family: ExportFamily, folded: Folded) -> None:
@@ -297,6 +307,13 @@ def describe(request: Request, folder: Path, facts: Facts) -> dict[str, Any]:
     }
     files.write_json(folder / MANIFEST, described)
     return described
+
+
+def _single_file(preset: Preset, bases: Bases) -> SingleFile | None:
+    if bases.file is None:
+        return None
+    network = backbones.FAMILIES[preset.model.family].layout().networks["transformer"]
+    return SingleFile(network.__name__, public_name(preset.model.components or ""))
 
 
 def _listing(folder: Path) -> dict[str, tuple[int, str]]:
