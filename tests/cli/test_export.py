@@ -263,7 +263,7 @@ def test_steps_that_the_stock_scheduler_does_not_know(world: World) -> None:
     assert result.json["stock_schedule"] is False and "sigmas=" in result.err
     assert result.json["round_trip"]["merged"]["mean_difference"] < ROUNDING
     card = (world.folder / "exports/uneven/README.md").read_text()
-    assert "sigmas=[1.0, 0.9, 0.4, 0.3]" in card and "num_inference_steps" not in card
+    assert card.count("sigmas=[1.0, 0.9, 0.4, 0.3]") == 1
     made = world.run("sample", "a", "--from", "exports/uneven", "--out", "uneven-pictures", "--json")
     assert made.json["steps"] == 4 and made.json["pictures"][0]["eta"] == 0.5
 

@@ -149,14 +149,10 @@ def _use(facts: Facts) -> list[str]:
 def _call(facts: Facts, merged: bool) -> dict[str, str]:
     """The arguments of a call, as Python text."""
     model = facts.preset.model
-    few = (
-        f"sigmas={facts.raw}"
-        if not (merged and facts.stock_schedule)
-        else f"num_inference_steps={facts.steps}"
-    )
-    name, _, value = few.partition("=")
+    levels = {} if merged and facts.stock_schedule else {"sigmas": str(facts.raw)}
     return {
-        name: value,
+        "num_inference_steps": str(facts.steps),  # FLUX.2's shift depends on it, with sigmas= as well
+        **levels,
         "guidance_scale": "1.0",
         "max_sequence_length": str(model.text_length),
         "height": str(model.resolution),

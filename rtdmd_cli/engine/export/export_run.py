@@ -253,15 +253,16 @@ def prove(
     layout = backbones.FAMILIES[model.family].layout()
     call: dict[str, Any] = {"guidance_scale": 1.0, "max_sequence_length": model.text_length}
     call |= {"height": model.resolution, "width": model.resolution}
+    call |= {"num_inference_steps": facts.steps}  # FLUX.2's shift asks for it, whatever sigmas= says
     for name in facts.formats:
         dtype = request.dtype
-        steps: dict[str, Any] = {"sigmas": facts.raw}
+        steps = {"sigmas": facts.raw}
         if name == "merged":
             pipe = open_stock(folder, None, layout, request.device, dtype, None)
             dtype = max(
                 dtype, merged.stored_dtype(folder / merged.TRANSFORMER), key=lambda d: torch.finfo(d).eps
             )
-            steps = {"num_inference_steps": facts.steps} if facts.stock_schedule else steps
+            steps = {} if facts.stock_schedule else steps
         else:
             file = (
                 folder / DIFFUSERS_NAME

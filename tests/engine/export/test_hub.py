@@ -86,7 +86,7 @@ def test_a_repository_is_private_unless_asked_otherwise(hub: Hub, tmp_path: Path
     hub.answers |= repository(private=not public)
     assert "me/mine" in push(hub.api, tmp_path, "me/mine", public)
     created = next(body for _, path, body in hub.asked if path == "/api/repos/create")
-    assert created["private"] is not public
+    assert created["visibility"] == ("public" if public else "private")
     assert any(path.endswith("/commit/main") for _, path, _ in hub.asked)
 
 
