@@ -371,6 +371,10 @@ def test_bad_input(world: World) -> None:
     ema = world.folder / spoilt.checkpoints / "step-000020/ema.safetensors"
     ema.write_bytes(ema.read_bytes()[:-1])
     assert world.run("export", "spoilt-run", "--out", "exports/never").code == 4
+    recipe = world.folder / world.make("whole").preset
+    recipe.write_text(recipe.read_text().replace("train: lora", "train: full"))
+    result = world.run("export", "whole", "--out", "exports/never")
+    assert result.code == 2 and "trained in full, and only adapters" in result.err
     assert not (world.folder / "exports/never").exists()
 
 

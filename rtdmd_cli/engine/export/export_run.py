@@ -114,9 +114,17 @@ def run_export(request: Request, say: Callable[[str], None]) -> dict[str, Any]:
 
 
 def check_target(request: Request) -> None:
-    """UsageError for a target that exists without --force, is no export, or is or holds what is read."""
+    """UsageError for a target that exists without --force, is no export, or is or holds what is read.
+
+    And for a generator without adapters, which none of the formats takes yet.
+    """
     out, checkpoint = request.out, request.source.checkpoint
     assert checkpoint is not None
+    if request.source.preset.distill.train == "full":
+        raise UsageError(
+            f"{checkpoint} was trained in full, and only adapters can be exported so far.",
+            "Use rtdmd sample with it, or train with distill.train=lora.",
+        )
     bases = find_bases(request.source.preset)
     if bases.file is not None and "merged" in request.formats:
         raise UsageError(
