@@ -203,7 +203,7 @@ def test_the_report_begins_with_the_warning_and_the_rewards_held_out(done: dict[
     assert html.escape(json.loads(done["on"].out)["warning"]) in page
     words = f"builtin:shapes; {2 * PROMPTS} pictures, 2 a prompt; {PROMPTS} of the teacher at {TEACHER_STEPS} steps"
     assert f"picture features of the CLIP {words}" in page
-    assert "12 pictures, one of a prompt" in page
+    assert "12 pictures, one of a prompt; builtin:shapes-benchmark" in page
 
 
 def test_diversity_and_distance_are_those_of_the_pictures(done: dict[str, Done]) -> None:
