@@ -111,7 +111,8 @@ def _comparison(summary: Mapping[str, Any]) -> list[str]:
     compare = summary.get("compare")
     if compare is None:
         return []
-    lines = [f"compared with {compare['other']['model']}, equal prompts and seeds"]
+    other = compare["other"]
+    lines = [f"compared with {other['model']}, {other['steps']} steps; equal prompts and seeds"]
     for pair in compare["pairs"]:
         (low, high), (win_low, win_high) = pair["interval"], pair["win_interval"]
         lines.append(

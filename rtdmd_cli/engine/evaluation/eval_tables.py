@@ -45,7 +45,7 @@ def tables(summary: Summary) -> list[Table]:
     """Results beside published figures, then comparison, groups and failures, as far as there are any."""
     found = [result_table(summary)]
     if "compare" in summary:
-        found += comparison_tables(summary["compare"], str(summary["model"]))
+        found += comparison_tables(summary["compare"], side_name(summary))
     if summary.get("clip"):
         found.append(_side_table(summary))
     found += [_group_table(part) for part in summary["breakdowns"]]
@@ -87,7 +87,7 @@ def comparison_tables(compare: Mapping[str, Any], model: str) -> list[Table]:
         ]
         for pair in compare["pairs"]
     ]
-    title = f"{model} against {other['model']}"
+    title = f"{model} against {side_name(other)}"
     columns = (
         "judge",
         "this model",
@@ -101,6 +101,13 @@ def comparison_tables(compare: Mapping[str, Any], model: str) -> list[Table]:
         "Pictures of the same prompt and noise are compared; intervals are over prompts; a tie is half a win."
     )
     return [Table(title, columns, rows, f"{note} {compare['stamp']}".strip())]
+
+
+def side_name(side: Summary) -> str:
+    """A model with its steps and guidance, which tell two samplings of one model apart."""
+    steps, guidance = side.get("steps"), side.get("guidance")
+    parts = [str(side["model"]), *([f"{steps} steps"] if steps else [])]
+    return ", ".join([*parts, *([f"guidance {guidance:g}"] if guidance not in (None, 1) else [])])
 
 
 def _side_table(summary: Summary) -> Table:
@@ -120,7 +127,7 @@ def _side_table(summary: Summary) -> Table:
         [name, *("–" if value is None else f"{value:.4g}" for value in values)]
         for name, values in measures.items()
     ]
-    return Table("Beside the score", ("measure", *(str(side["model"]) for side in sides)), rows)
+    return Table("Beside the score", ("measure", *(side_name(side) for side in sides)), rows)
 
 
 def _group_table(part: Mapping[str, Any]) -> Table:
