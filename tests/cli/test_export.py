@@ -96,6 +96,7 @@ def test_every_format_makes_the_runs_pictures(world: World) -> None:
         assert f"round trip {name}" in world.exported.err
     assert len(found["round_trip"]) == 3 and found["stock_schedule"] is True
     assert "two stacked adapters" in world.exported.err
+    assert found["trained_on"] == ["clipscore", "hpsv2", "pickscore", "geneval-soft"]
 
 
 def test_the_files_hold_both_stages(world: World) -> None:

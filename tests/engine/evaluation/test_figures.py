@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from rtdmd_cli.config.loader import load_preset
 from rtdmd_cli.engine.evaluation.benchmark_prompts import EvalPrompts
 from rtdmd_cli.engine.evaluation.benchmarks import BENCHMARKS
 from rtdmd_cli.engine.evaluation.comparison import compare
-from rtdmd_cli.engine.evaluation.eval_run import Ask, Evaluation, choose_judges
+from rtdmd_cli.engine.evaluation.eval_run import Ask, Evaluation, choose_judges, trained_on
 from rtdmd_cli.engine.evaluation.figures import (
     geneval2_figures,
     geneval_figures,
@@ -18,7 +20,10 @@ from rtdmd_cli.engine.evaluation.figures import (
     plain_figures,
 )
 from rtdmd_cli.engine.evaluation.generate_phase import Timing
+from rtdmd_cli.engine.evaluation.judges import find_judge
 from rtdmd_cli.engine.evaluation.picture_store import MemoryPictures
+from rtdmd_cli.engine.export.exported import Exported
+from rtdmd_cli.engine.model_source import Source
 
 
 def prompts(metadata: dict[int, dict[str, Any]]) -> EvalPrompts:
@@ -88,6 +93,15 @@ def evaluation(scores: list[float], images: int = 1) -> Evaluation:
     ask = Ask(row, asked, images, None, choose_judges(row, []), {})
     lines = [line(*key, score) for key, score in zip(ask.keys, scores, strict=True)]
     return Evaluation(ask, {"seed": 0}, (), MemoryPictures(), None, Timing(None, []), {"pickscore": lines})
+
+
+def test_an_export_says_what_it_was_trained_on() -> None:
+    preset = load_preset("shapes-4step", [], {}).preset
+    judges = [find_judge(name) for name in ("geneval", "shapes", "hpsv2", "pickscore")]
+    for rewards, expected in ((("geneval-soft", "pickscore"), ("geneval", "pickscore")), ((), ())):
+        export = Exported(Path("x"), preset, None, "", True, True, "-", rewards)
+        assert trained_on(Source("generator", preset, None, "x", exported=export), judges) == expected
+    assert trained_on(Source("teacher", preset, None, "x"), judges) == ()
 
 
 def test_paired_differences_and_wins() -> None:
