@@ -73,6 +73,24 @@ def _rewards() -> typer.Typer:
     return app
 
 
+def _runs() -> typer.Typer:
+    from rtdmd_cli.cli.runs import app
+
+    return app
+
+
+def _data() -> typer.Typer:
+    from rtdmd_cli.cli.data import app
+
+    return app
+
+
+def _fetch() -> Callable[..., Any]:
+    from rtdmd_cli.cli.fetch import fetch
+
+    return fetch
+
+
 @dataclass(frozen=True)
 class Entry:
     """A command of the program: how to import its function or Typer app, and the first sentence of its help."""
@@ -87,6 +105,11 @@ COMMANDS = {
     "sample": Entry(_sample, "Make pictures of a prompt, or of a file of prompts."),
     "eval": Entry(_eval, "Measure a model on a benchmark: strict score, interval, and what it cost."),
     "export": Entry(_export, "Write a generator as other tools load it: diffusers, ComfyUI."),
+    "runs": Entry(_runs, "List the runs, show one, compare two on one page."),
+    "fetch": Entry(
+        _fetch, "Download the weights of a model or a reward beforehand, naming size and licence."
+    ),
+    "data": Entry(_data, "List and fetch the public sets of prompts."),
     "rewards": Entry(_rewards, "List the rewards, and check that they work: order, range, gradient."),
     "presets": Entry(_presets, "List, show, copy and check presets: one YAML file is one recipe."),
 }

@@ -20,13 +20,13 @@ def say(text: str, quiet: bool = False) -> None:
 
 
 def show(result: Mapping[str, Any], as_json: bool) -> None:
-    """The result on stdout: one JSON object (ASCII, NaN and infinities as null), or a line `key  value` for each."""
+    """The result on stdout: one JSON object (ASCII, no NaN or infinity), or a line `key  value` for each, "-" for None."""
     if as_json:
         typer.echo(json.dumps(plain(result), indent=2, allow_nan=False))
         return
     width = max((len(key) for key in result), default=0)
     for key, value in result.items():
-        typer.echo(f"{key:<{width}}  {value}")
+        typer.echo(f"{key:<{width}}  {'-' if value is None else value}")
 
 
 def plain(value: Any) -> Any:

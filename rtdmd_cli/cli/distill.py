@@ -18,6 +18,7 @@ from rtdmd_cli.cli.starting import (
     Overrides,
     Quiet,
     Resume,
+    find_prompts,
     find_start,
 )
 from rtdmd_cli.config.loader import Resolved, load_preset
@@ -48,13 +49,14 @@ def distill(
     """
     hardware = [f"hardware.{key}={value}" for key, value in (("device", device), ("dtype", dtype)) if value]
     resolved = load_preset(preset, [*(overrides or []), *hardware])
-    from rtdmd_cli.engine.prompts import known_by, read_prompt_set
+    from rtdmd_cli.engine.prompts import known_by
 
-    prompts = read_prompt_set(resolved.preset.distill.prompts)
+    prompts = find_prompts(resolved.preset.distill.prompts, dry_run, quiet)
     run_name = resolved.preset.name if name is None else name
-    start = find_start(resume, out, name, run_name, resolved, known_by(prompts), quiet, DISTILL)
-    if dry_run:
-        console.show(plan(resolved, len(prompts), out / run_name, start), json_output)
+    known = known_by(prompts) if prompts else None
+    start = find_start(resume, out, name, run_name, resolved, known, quiet, DISTILL)
+    if dry_run or prompts is None:
+        console.show(plan(resolved, len(prompts) if prompts else None, out / run_name, start), json_output)
         return
     console.quiet_libraries(quiet)
     from rtdmd_cli.engine.distill_run import run_distill
@@ -83,8 +85,11 @@ def distill(
     )
 
 
-def plan(resolved: Resolved, prompts: int, run: Path, start: "Start") -> dict[str, object]:
-    """What a dry run prints: nothing has been loaded from disk but prompts and checkpoint."""
+def plan(resolved: Resolved, prompts: int | None, run: Path, start: "Start") -> dict[str, object]:
+    """What a dry run prints: nothing has been loaded from disk but prompts and checkpoint.
+
+    prompts: None where they have not been fetched.
+    """
     preset = resolved.preset
     config = preset.distill
     return {

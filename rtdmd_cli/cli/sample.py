@@ -116,7 +116,7 @@ def _texts(prompt: str | None, prompts: str | None) -> list[str]:
             "Give a prompt or --prompts, not both.", "Put the prompt into the file, or leave --prompts out."
         )
     if prompts is not None:
-        return read_prompts(prompts, sys.stdin.buffer)
+        return list(read_prompts(prompts, sys.stdin.buffer))
     if prompt is None:
         raise UsageError("There is no prompt.", 'Write one, as in: rtdmd sample "a photo of two red circles"')
     return [check_prompt(prompt)]

@@ -8,10 +8,11 @@ import typer
 
 from rtdmd_cli.cli import console
 from rtdmd_cli.config.loader import Resolved, load_preset
-from rtdmd_cli.errors import DataError, UsageError
+from rtdmd_cli.errors import DataError, EnvironmentFailure, UsageError
 
 if TYPE_CHECKING:
     from rtdmd_cli.engine.distill_start import Start
+    from rtdmd_cli.engine.prompts import PromptSet
     from rtdmd_cli.engine.runtime.checkpoint import Checkpoint
     from rtdmd_cli.engine.runtime.run_folder import RunFolder, RunReference
 
@@ -61,6 +62,9 @@ TUNE_REWARD = Stage(
         "tune_reward.epochs",
         "tune_reward.micro_batch",
         "tune_reward.rewards_in_memory",
+        "tune_reward.reward_seconds",
+        "tune_reward.max_bad_share",
+        "tune_reward.watch.stop",
         *(f"tune_reward.{key}" for key in _SCHEDULE),
         "evaluate.images_per_prompt",
         "evaluate.batch",  # not evaluate.seed: rewards are measured with it before and after
@@ -69,19 +73,37 @@ TUNE_REWARD = Stage(
 )
 
 
+def find_prompts(source: str, dry_run: bool, quiet: bool) -> "PromptSet | None":
+    """The prompts that a preset names; errors of `read_prompt_set`.
+
+    None in a dry run for a public set that has not been fetched, which is said: a dry run needs no network.
+    """
+    from rtdmd_cli.engine.data.registry import PREFIX
+    from rtdmd_cli.engine.prompts import read_prompt_set
+
+    try:
+        return read_prompt_set(source)
+    except EnvironmentFailure as error:
+        if not dry_run or not source.startswith(PREFIX):
+            raise
+        console.say(f"{error.message} {error.hint}", quiet)
+        return None
+
+
 def find_start(
     resume: str,
     out: Path,
     name: str | None,
     run_name: str,
     resolved: Resolved,
-    prompts: str,
+    prompts: str | None,
     quiet: bool,
     stage: Stage,
 ) -> "Start":
     """What --resume asks for; nothing is made or loaded but the checkpoint.
 
-    name: as given; run_name: with the default in its place. prompts: `prompts.known_by` of the prompts.
+    name: as given; run_name: with the default in its place. prompts: `prompts.known_by` of the prompts, None
+    where a dry run has none.
 
     Raises:
         UsageError: the run exists and is not to be resumed, or PATH names no run; a name that no run can have.
@@ -140,7 +162,11 @@ def reference_of(resume: str, run: Path, out: Path) -> "RunReference | None":
 
 
 def require_same_training(
-    run: "RunFolder | None", loaded: "Checkpoint | None", resolved: Resolved, prompts: str, stage: Stage
+    run: "RunFolder | None",
+    loaded: "Checkpoint | None",
+    resolved: Resolved,
+    prompts: str | None,
+    stage: Stage,
 ) -> None:
     """Raise DataError if run or checkpoint is of another stage, other prompts or another recipe."""
     if loaded and loaded.state.get("stage") != stage.name:
@@ -153,7 +179,7 @@ def require_same_training(
             f"{run.path} is a run of rtdmd {run.stage}, not of rtdmd {stage.name}.",
             "Start another run with --name OTHER.",
         )
-    if loaded and loaded.meta.get("prompts_sha256", prompts) != prompts:
+    if loaded and prompts is not None and loaded.meta.get("prompts_sha256", prompts) != prompts:
         raise DataError(
             f"{loaded.path} was trained on other prompts than these.",
             "Restore the prompt file, or start a run of its own: --name OTHER, without --resume.",

@@ -19,6 +19,7 @@ from rtdmd_cli.cli.starting import (
     Overrides,
     Quiet,
     Resume,
+    find_prompts,
     find_start,
 )
 from rtdmd_cli.config.loader import Resolved, load_preset
@@ -74,17 +75,19 @@ def tune_reward(
     settings = settings_of(reward, overrides or [], device, dtype)
     resolved = load_preset(preset or str(run.preset), settings)
     require_same_model(run, resolved)
-    from rtdmd_cli.engine.prompts import known_by, read_prompt_set
+    from rtdmd_cli.engine.prompts import known_by
 
     config = resolved.preset.tune_reward
-    prompts = read_prompt_set(config.prompts)
-    eval_prompts = read_prompt_set(config.eval_prompts) if config.eval_prompts else prompts
-    check_rewards(resolved, prompts)
+    prompts = find_prompts(config.prompts, dry_run, quiet)
+    eval_prompts = find_prompts(config.eval_prompts, dry_run, quiet) if config.eval_prompts else prompts
+    if prompts:
+        check_rewards(resolved, prompts)
     run_name = run.path.resolve().name + SUFFIX if name is None else name
-    known = known_by(prompts, eval_prompts)
+    known = known_by(prompts, eval_prompts) if prompts and eval_prompts else None
     start = find_start(resume, out, name, run_name, resolved, known, quiet, TUNE_REWARD)
-    if dry_run:
-        console.show(plan(resolved, checkpoint, len(prompts), out / run_name, start), json_output)
+    if dry_run or prompts is None or eval_prompts is None:
+        count = len(prompts) if prompts else None
+        console.show(plan(resolved, checkpoint, count, out / run_name, start), json_output)
         return
     console.quiet_libraries(quiet)
     from rtdmd_cli.engine.tune_run import run_tune, stage_1_state
@@ -161,6 +164,7 @@ def require_same_model(run: "RunFolder", resolved: Resolved) -> None:
     pairs = {
         "model.family": (made_with.model.family, now.model.family),
         "model.path": (made_with.model.path, now.model.path),
+        "distill.train": (made_with.distill.train, now.distill.train),
         "model.generator_init": (made_with.model.generator_init, now.model.generator_init),
         "distill.lora": (made_with.distill.lora, now.distill.lora),
     }
@@ -183,9 +187,9 @@ def check_rewards(resolved: Resolved, prompts: "PromptSet") -> None:
 
 
 def plan(
-    resolved: Resolved, checkpoint: "Checkpoint", prompts: int, run: Path, start: "Start"
+    resolved: Resolved, checkpoint: "Checkpoint", prompts: int | None, run: Path, start: "Start"
 ) -> dict[str, object]:
-    """What a dry run prints: nothing has been loaded but prompts and checkpoints."""
+    """What a dry run prints: nothing has been loaded but prompts (None: not fetched yet) and checkpoints."""
     preset, config = resolved.preset, resolved.preset.tune_reward
     return {
         "run": str(start.run.path if start.run else run),
@@ -208,7 +212,9 @@ def plan(
 
 def result(outcome: "Outcome", resolved: Resolved, as_json: bool) -> dict[str, Any]:
     """What the command prints at its end; for people a line for each reward."""
+    from rtdmd_cli.engine.runtime.checkpoint import step_name
     from rtdmd_cli.engine.tune_report import held_out_first
+    from rtdmd_cli.engine.tune_watch import BEST, alarm
 
     config = resolved.preset.tune_reward
     before, after = outcome.records["rewards_before"], outcome.records["rewards_after"]
@@ -221,6 +227,9 @@ def result(outcome: "Outcome", resolved: Resolved, as_json: bool) -> dict[str, A
             name: f"{each['before']:.4f} -> {each['after']:.4f}" + ", trained on" * each["trained_on"]
             for name, each in rewards.items()
         }
+    best, warning = outcome.records.get(BEST), alarm(outcome.records)
+    kept = None if best is None else str(outcome.run / "checkpoints" / step_name(best))
+    watched = {"best_checkpoint": kept, "warning": warning or None}
     return {
         "run": str(outcome.run),
         "epochs": outcome.iterations,
@@ -228,16 +237,22 @@ def result(outcome: "Outcome", resolved: Resolved, as_json: bool) -> dict[str, A
         "checkpoint": str(outcome.checkpoint),
         "report": str(outcome.run / "report.html"),
         "finished": outcome.iterations >= config.epochs,
+        **(watched if as_json else {key: text for key, text in watched.items() if text}),
         **({"rewards": rewards} if as_json else rewards),
     }
 
 
 def finish(outcome: "Outcome", quiet: bool) -> None:
     """Say what to do next; leave with the signal's exit code after a signal."""
+    from rtdmd_cli.engine.tune_watch import advice
+
     if outcome.signal_exit_code:
         again = shlex.join(["--resume", str(outcome.run)])
         console.say(f"Stopped and saved. Go on with the same command and {again}", quiet)
         raise typer.Exit(outcome.signal_exit_code)
+    advised = advice(outcome.records)
+    if advised:
+        console.say(advised, quiet)
     console.say(
         f"Look at {outcome.run / 'report.html'}, or draw: rtdmd sample PROMPT --from {outcome.run}", quiet
     )

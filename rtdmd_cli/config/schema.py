@@ -199,9 +199,13 @@ class DistillConfig(Section):
         default="builtin:shapes",
         min_length=1,
         max_length=4096,
-        description="training prompts: builtin:shapes, or the path of a UTF-8 text file, one prompt a line",
+        description="training prompts: builtin:shapes, data:NAME (see `rtdmd data list`), or a .txt, .json or .jsonl file",
     )
     seed: int = Field(default=42, ge=0, le=MAX_SEED, description="seed of every random stream, no unit")
+    train: Literal["lora", "full"] = Field(
+        default="lora",
+        description="what is trained, in both stages: adapters on the shared base, or a full copy of its weights a role",
+    )
     lora: LoraConfig = LoraConfig()
     save_every: int = Field(
         default=500, ge=1, le=MAX_COUNT, description="distance of checkpoints, iterations"
@@ -256,8 +260,34 @@ class HardwareConfig(Section):
     dtype: Literal["auto", "fp32", "bf16"] = Field(
         default="auto", description="precision of the base model; auto is bf16 on cuda, else fp32"
     )
+    base: Literal["plain", "int8", "nf4"] = Field(
+        default="plain",
+        description="storage of the frozen base's blocks: plain (in dtype), or 8 or 4 bits a weight by bitsandbytes",
+    )
+    optimizer: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = Field(
+        default="adamw",
+        description="AdamW with float32 states, or bitsandbytes' with 8-bit ones; paged: in the host's memory if need be",
+    )
+    compile: bool = Field(
+        default=False,
+        description="compile the repeated blocks for training: minutes of warm-up, faster iterations",
+    )
+    vae_tiling: bool = Field(
+        default=False,
+        description="decode pictures over 512 px in tiles and one at a time: less memory, faint seams",
+    )
     gradient_checkpointing: bool = Field(
         default=False, description="recompute activations in the backward pass: less memory, more time"
+    )
+    text_encoder: Literal["auto", "device", "int8", "cpu"] = Field(
+        default="auto",
+        description="where prompts are encoded: device (int8: in 8 bits) or CPU; auto is the CPU where the encoders must stay",
+    )
+    cache_gb: float | None = Field(
+        default=None,
+        gt=0,
+        le=1e6,
+        description="bound of the cache of encoded prompts, 10^9 bytes; null for RTDMD_CACHE_GB, or else 20",
     )
     threads: int | None = Field(
         default=None, ge=1, le=1024, description="CPU threads of torch; null for torch's own choice"
@@ -299,3 +329,11 @@ class Preset(Section):
         return name
 
     _printable = field_validator("description")(one_line)
+
+    @model_validator(mode="after")
+    def _trainable(self) -> Self:
+        if self.distill.train == "full" and self.hardware.base != "plain":
+            raise ValueError(
+                f"`distill.train: full` needs `hardware.base: plain`: weights in {self.hardware.base} can't be trained"
+            )
+        return self

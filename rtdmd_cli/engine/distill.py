@@ -32,7 +32,7 @@ from rtdmd_cli.engine.algo.subinterval import (
     velocity_target,
 )
 from rtdmd_cli.engine.backbones.base import Backbone, Conditioning, concatenate
-from rtdmd_cli.engine.roles import Roles
+from rtdmd_cli.engine.roles import RoleSet
 from rtdmd_cli.engine.runtime import optim, rng
 from rtdmd_cli.engine.sample import guided
 
@@ -61,7 +61,7 @@ class Trainer:
     """What the recipe works on. `conditioning` gives the encoded prompts of a list of prompt indices."""
 
     backbone: Backbone
-    roles: Roles
+    roles: RoleSet
     config: DistillConfig
     sigmas: tuple[float, ...]
     eta: float
@@ -84,7 +84,7 @@ class Draws:
     trainer: Trainer
     turn: str
     iteration: int
-    indices: range
+    indices: Sequence[int]
 
     def normal(self, stream: str) -> Tensor:
         """Standard normal [b,C,H,W] float32, on the model's device."""
@@ -110,10 +110,16 @@ def iterate(trainer: Trainer, iteration: int) -> None:
     """
     config = trainer.config
     trainer.metrics = {}
-    prompts = rng.integers(0, trainer.prompts, config.seed, "prompts", iteration, range(config.batch))
+    prompts = chosen_prompts(trainer, iteration)
     update_fake_score(trainer, iteration, prompts)
     if (iteration + 1) % config.fake_per_generator == 0:
         update_generator(trainer, iteration, prompts)
+
+
+def chosen_prompts(trainer: Trainer, iteration: int) -> Tensor:
+    """Prompt index of each sample of an iteration [B]."""
+    config = trainer.config
+    return rng.integers(0, trainer.prompts, config.seed, "prompts", iteration, range(config.batch))
 
 
 def update_fake_score(trainer: Trainer, iteration: int, prompts: Tensor) -> None:

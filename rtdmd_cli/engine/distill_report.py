@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 
-from rtdmd_cli.config.schema import Preset
+from rtdmd_cli.config.schema import DistillConfig, Preset
 from rtdmd_cli.engine.report.html import RunReport, Status, write_report
 from rtdmd_cli.engine.report.page import Picture
 from rtdmd_cli.engine.runtime.run_folder import ENVIRONMENT, RunFolder
@@ -73,8 +73,15 @@ def _facts(preset: Preset) -> list[tuple[str, str]]:
         ("Batch", f"{config.batch} images, {config.boundaries} boundary per rollout"),
         ("Updates", f"one generator step for {config.fake_per_generator} fake-score steps"),
         ("Learning rates", f"generator {config.generator_lr:g}, fake score {config.fake_lr:g}"),
-        ("LoRA", f"rank {config.lora.rank}, alpha {config.lora.alpha}"),
+        ("Trained", trained_weights(config)),
     ]
+
+
+def trained_weights(config: DistillConfig) -> str:
+    """What of each role is trained, for people."""
+    if config.train == "full":
+        return "all weights"
+    return f"LoRA of rank {config.lora.rank}, alpha {config.lora.alpha}"
 
 
 def sampler_facts(preset: Preset) -> list[tuple[str, str]]:

@@ -4,17 +4,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from rtdmd_cli.config.loader import Resolved
-from rtdmd_cli.config.schema import DistillConfig, Preset
+from rtdmd_cli.config.schema import DistillConfig, HardwareConfig, Preset
 from rtdmd_cli.engine import previews as pictures
 from rtdmd_cli.engine.backbones.base import Backbone, Conditioning, load_backbone
-from rtdmd_cli.engine.distill import Trainer, iterate
+from rtdmd_cli.engine.distill import Trainer, chosen_prompts, iterate
 from rtdmd_cli.engine.distill_report import write_run_report
 from rtdmd_cli.engine.distill_start import Start
+from rtdmd_cli.engine.full_roles import FullRoles
 from rtdmd_cli.engine.prompts import PromptSet, known_by
-from rtdmd_cli.engine.roles import FAKE, GENERATOR, Roles
+from rtdmd_cli.engine.roles import FAKE, GENERATOR, Roles, RoleSet
 from rtdmd_cli.engine.runtime import optim
+from rtdmd_cli.engine.runtime.ahead import AheadEncoder
+from rtdmd_cli.engine.runtime.blocks import compile_blocks
 from rtdmd_cli.engine.runtime.device import resolve_device, resolve_dtype
 from rtdmd_cli.engine.runtime.embeddings import open_cache
 from rtdmd_cli.engine.runtime.run_folder import State, create_run
@@ -24,6 +28,7 @@ from rtdmd_cli.engine.training_run import Outcome, Schedule, Session, Stage, fin
 from rtdmd_cli.errors import UsageError
 
 STAGE = "distill"
+HARDWARE = HardwareConfig()
 PRELOAD_BYTES = 2_000_000_000
 """Encoded prompts up to this size are held in memory; more are read from the cache batch by batch."""
 
@@ -52,9 +57,10 @@ def run_distill(
     if hardware.threads is not None:
         torch.set_num_threads(hardware.threads)
     device = resolve_device(hardware.device)
-    backbone = load_backbone(resolved.preset.model, device, resolve_dtype(hardware.dtype, device))
-    say(f"model {resolved.preset.model.path} on {device}, {backbone.dtype}".replace("torch.", ""))
-    conditioning, empty = encode_prompts(backbone, prompts.texts, say)
+    dtype = resolve_dtype(hardware.dtype, device)
+    backbone = load_backbone(resolved.preset.model, device, dtype, hardware)
+    say(model_line(resolved.preset, backbone))
+    conditioning, empty = encode_prompts(backbone, prompts.texts, say, hardware)
     trainer = build_trainer(backbone, resolved.preset, len(prompts), conditioning, empty)
     saved = start.checkpoint
     if saved:
@@ -78,8 +84,20 @@ def run_distill(
         return finish(session, stop)
 
 
+def model_line(preset: Preset, backbone: Backbone) -> str:
+    """Which model was loaded where and how, for people."""
+    base = preset.hardware.base
+    stored = "" if base == "plain" else f", blocks in {base}"
+    return f"model {preset.model.path} on {backbone.device}, {backbone.dtype}{stored}".replace("torch.", "")
+
+
 def stage(trainer: Trainer, previews: pictures.Previews) -> Stage:
     """Stage 1 as a training run knows it."""
+
+    def advance(iteration: int) -> None:
+        total = trainer.config.iterations
+        prepare_prompts(trainer, iteration, total, lambda i: chosen_prompts(trainer, i))
+        iterate(trainer, iteration)
 
     def end(session: Session, state: State) -> None:
         run, preset = session.run, session.resolved.preset
@@ -90,7 +108,7 @@ def stage(trainer: Trainer, previews: pictures.Previews) -> Stage:
     return Stage(
         name=STAGE,
         schedule=schedule(trainer.config),
-        advance=lambda iteration: iterate(trainer, iteration),
+        advance=advance,
         figures=lambda: pictures.lag(previews),
         sample=lambda path, iteration: pictures.save_sample_grid(previews, trainer.ema, path, iteration),
         finish=end,
@@ -103,22 +121,48 @@ def schedule(config: DistillConfig) -> Schedule:
 
 
 def encode_prompts(
-    backbone: Backbone, prompts: Sequence[str], say: Callable[[str], None]
+    backbone: Backbone,
+    prompts: Sequence[str],
+    say: Callable[[str], None],
+    hardware: HardwareConfig = HARDWARE,
 ) -> tuple[Callable[[Sequence[int]], Conditioning], Conditioning]:
-    """Encode every prompt once, free the text encoders; a look-up by prompt index, and the empty prompt."""
-    cache = open_cache(backbone)
-    fresh = cache.ensure([*prompts, ""], backbone.encode)
+    """A look-up of encoded prompts by index, and the empty prompt.
+
+    Each prompt is encoded once and the text encoders are freed. Where the cache's bound does not take them all, the
+    look-up is an `AheadEncoder`, and the encoders stay.
+    """
+    if hardware.text_encoder == "cpu":
+        backbone.encoder_device = torch.device("cpu")
+    cache = open_cache(backbone, hardware.cache_gb)
+    fresh = cache.ensure([""], backbone.encode)
+    empty = cache.fetch([""])
+    row, distinct = empty.nbytes, len({*prompts, ""})
+    capacity = cache.capacity(row)
+    if distinct > capacity:
+        if hardware.text_encoder == "auto":
+            backbone.encoder_device = torch.device("cpu")
+        say(
+            f"{len(prompts)} prompts, of which the cache takes {capacity} at a time: "
+            f"encoded ahead on {backbone.encoder_device}"
+        )
+        return AheadEncoder(cache, prompts, backbone.encode, capacity, say), empty
+    fresh += cache.ensure(prompts, backbone.encode)
     say(
         f"{len(prompts)} prompts, {fresh} newly encoded"
         if fresh
         else f"{len(prompts)} prompts, all in the cache"
     )
     backbone.drop_text_encoders()
-    empty = cache.fetch([""])
-    if (len(prompts) + 1) * empty.nbytes > PRELOAD_BYTES:
+    if (len(prompts) + 1) * row > PRELOAD_BYTES:
         return lambda indices: cache.fetch([prompts[i] for i in indices]), empty
     everything = cache.fetch(list(prompts))
     return everything.select, empty
+
+
+def prepare_prompts(trainer: Trainer, iteration: int, total: int, order: Callable[[int], Tensor]) -> None:
+    """Encode ahead for an iteration, where that is needed. order: prompt indices of an iteration."""
+    if isinstance(trainer.conditioning, AheadEncoder):
+        trainer.conditioning.prepare(iteration, total, lambda i: order(i).tolist())
 
 
 def build_trainer(
@@ -128,7 +172,7 @@ def build_trainer(
     conditioning: Callable[[Sequence[int]], Conditioning],
     empty: Conditioning,
 ) -> Trainer:
-    """Fresh adapters, optimisers and EMA on the backbone; UsageError if schedule and preset disagree."""
+    """Fresh roles, optimisers and EMA on the backbone; UsageError if schedule and preset disagree."""
     config = preset.distill
     sigmas = training_sigmas(backbone, preset)
     if sigmas[1] >= config.t_max:
@@ -136,7 +180,11 @@ def build_trainer(
             f"The first boundary of the schedule lies at sigma {sigmas[1]:.3f}, not below `distill.t_max`.",
             "Choose other `sampler.raw_steps`, or a larger `distill.t_max`.",
         )
-    roles = Roles(backbone.transformer, config.lora, config.seed)
+    roles: RoleSet
+    if config.train == "full":
+        roles = FullRoles(backbone.transformer)
+    else:
+        roles = Roles(backbone.transformer, config.lora, config.seed)
     decays = {FAKE: config.weight_decay, GENERATOR: config.weight_decay}
     return assemble(backbone, preset, config, roles, sigmas, decays, prompts, conditioning, empty)
 
@@ -151,7 +199,7 @@ def assemble(
     backbone: Backbone,
     preset: Preset,
     config: DistillConfig,
-    roles: Roles,
+    roles: RoleSet,
     sigmas: tuple[float, ...],
     weight_decays: dict[str, float],
     prompts: int,
@@ -161,8 +209,17 @@ def assemble(
     """A trainer of either stage. config: section 3's settings; weight_decays: by role."""
     if preset.hardware.gradient_checkpointing:
         backbone.transformer.enable_gradient_checkpointing()  # type: ignore[operator]
+    if preset.hardware.compile:
+        compile_blocks(backbone.transformer, backbone.device)
     fake, generator = (
-        optim.build_optimizer(roles.named_parameters(role), lr, config.betas, config.eps, weight_decays[role])
+        optim.build_optimizer(
+            roles.named_parameters(role),
+            lr,
+            config.betas,
+            config.eps,
+            weight_decays[role],
+            preset.hardware.optimizer,
+        )
         for role, lr in ((FAKE, config.fake_lr), (GENERATOR, config.generator_lr))
     )
     return Trainer(

@@ -19,9 +19,10 @@ from torch import Tensor
 from rtdmd_cli.config.loader import list_presets, load_preset, preset_path
 from rtdmd_cli.config.schema import SHARED_BASE, Preset
 from rtdmd_cli.engine.backbones.base import Backbone, load_backbone
-from rtdmd_cli.engine.backbones.two_bases import TwoBases
+from rtdmd_cli.engine.backbones.two_bases import TwoBases, bases_of
 from rtdmd_cli.engine.export.exported import Exported, is_exported, read_exported
 from rtdmd_cli.engine.export.lora_files import add_lora, read_lora
+from rtdmd_cli.engine.full_roles import replace_weights
 from rtdmd_cli.engine.roles import GENERATOR, STAGE1_GENERATOR, Roles
 from rtdmd_cli.engine.runtime.checkpoint import Checkpoint, load_checkpoint, newest_valid, verify_checkpoint
 from rtdmd_cli.engine.runtime.files import os_errors
@@ -52,7 +53,8 @@ class Source:
 
 @dataclass(frozen=True)
 class Model:
-    """A loaded model, ready to sample. roles: None for a teacher and an exported folder. model_hash: 12 hexadecimal digits."""
+    """A loaded model, ready to sample. roles: None for a teacher, an exported folder, and a generator trained in full,
+    which has taken the base's place. model_hash: 12 hexadecimal digits."""
 
     source: Source
     backbone: Backbone
@@ -137,7 +139,15 @@ def _from_run(run: RunFolder) -> Source:
             "Wait for its first one, or sample its base model by the preset's name.",
         )
     notes = tuple(f"skipped a damaged checkpoint: {reason}" for _, reason in skipped)
-    return _generator(newest, run, notes)
+    return _generator(newest, run, (*notes, *_better(newest, run)))
+
+
+def _better(newest: Path, run: RunFolder) -> list[str]:
+    """A line where the run itself names another of its checkpoints as the best by held-out rewards."""
+    best = run.best_checkpoint
+    if best is None or best.name == newest.name:
+        return []
+    return [f"by the held-out rewards {best.name} is better: --from {best}"]
 
 
 def _from_checkpoint(path: Path, run: RunFolder | None) -> Source:
@@ -204,10 +214,10 @@ def open_model(source: Source, device: torch.device, dtype: torch.dtype) -> Mode
     config = source.preset.model
     if loaded is None:  # the generator's own base is of no use to the teacher
         config = config.model_copy(update={"generator_init": SHARED_BASE})
-    backbone = load_backbone(config, device, dtype)
+    backbone = load_backbone(config, device, dtype, source.preset.hardware)
     base = backbone.model_id.hash
     if loaded is None:
-        return Model(source, backbone, None, model_hash(base, {}, 0))
+        return Model(source, backbone, None, model_hash(weights_id(backbone, source.preset), {}, 0))
     if loaded.meta.get("base_hash", base) != base:
         raise DataError(
             f"The checkpoint {loaded.path} was trained on another version of {source.preset.model.path}.",
@@ -223,9 +233,9 @@ def _open_exported(source: Source, exported: Exported, device: torch.device, dty
     if exported.merged or exported.lora is None:
         own = {"path": str(exported.folder), "revision": None, "components": None}
         model = model.model_copy(update=own | {"generator_init": SHARED_BASE, "guidance": 1.0})
-        backbone = load_backbone(model, device, dtype)
+        backbone = load_backbone(model, device, dtype, source.preset.hardware)
         return Model(source, backbone, None, model_hash(backbone.model_id.hash, {}, 0))
-    backbone = load_backbone(model, device, dtype)
+    backbone = load_backbone(model, device, dtype, source.preset.hardware)
     if backbone.model_id.hash != exported.base_hash:
         raise DataError(
             f"{exported.folder} belongs to another version of {model.path}.",
@@ -240,12 +250,19 @@ def _open_exported(source: Source, exported: Exported, device: torch.device, dty
     return Model(source, backbone, None, model_hash(backbone.model_id.hash, tensors, 0))
 
 
-def open_generator(backbone: Backbone, preset: Preset, checkpoint: Checkpoint) -> tuple[Roles, str]:
+def open_generator(backbone: Backbone, preset: Preset, checkpoint: Checkpoint) -> tuple[Roles | None, str]:
     """The generator of a checkpoint of either stage, with its EMA weights, and the model's hash.
 
-    DataError where the weights don't fit.
+    None where it was trained in full: the transformer then has its weights. DataError where the weights don't fit.
     """
-    base, ema, lora = backbone.model_id.hash, checkpoint.tensors[EMA], preset.distill.lora
+    if preset.distill.train == "full":
+        ema = checkpoint.tensors[EMA]
+        try:
+            replace_weights(bases_of(backbone.transformer)[0], ema)
+        except DataError as error:
+            raise _foreign(checkpoint, EMA, error) from error
+        return None, model_hash(weights_id(backbone, preset), ema, 0)
+    base, ema, lora = weights_id(backbone, preset), checkpoint.tensors[EMA], preset.distill.lora
     tuned = checkpoint.state.get("stage") == "tune-reward"
     fresh = preset.tune_reward.lora if tuned else None
     roles = Roles(backbone.transformer, lora, preset.distill.seed, fresh)
@@ -254,11 +271,21 @@ def open_generator(backbone: Backbone, preset: Preset, checkpoint: Checkpoint) -
         try:
             roles.load(adapter, checkpoint.tensors.get(group, {}))
         except DataError as error:
-            file = checkpoint.path / f"{group}.safetensors"
-            raise DataError(f"{file} belongs to another model. {error.message}", error.hint) from error
+            raise _foreign(checkpoint, group, error) from error
     if tuned:
         hashed = model_hash(hashed, checkpoint.tensors[STAGE1_GENERATOR], lora.alpha)
     return roles, hashed
+
+
+def _foreign(checkpoint: Checkpoint, group: str, error: DataError) -> DataError:
+    file = checkpoint.path / f"{group}.safetensors"
+    return DataError(f"{file} belongs to another model. {error.message}", error.hint)
+
+
+def weights_id(backbone: Backbone, preset: Preset) -> str:
+    """Names the base's weights as they are computed with: another storage makes other pictures."""
+    base, stored = backbone.model_id.hash, preset.hardware.base
+    return base if stored == "plain" else f"{base} {stored}"
 
 
 def model_hash(base: str, ema: Mapping[str, Tensor], alpha: int) -> str:

@@ -12,7 +12,7 @@ from rtdmd_cli.engine.algo.flow import to_x0
 from rtdmd_cli.engine.algo.subinterval import renoise
 from rtdmd_cli.engine.backbones.base import Backbone, Conditioning
 from rtdmd_cli.engine.report.grid import GridRow, picture_grid, save_png
-from rtdmd_cli.engine.roles import Roles
+from rtdmd_cli.engine.roles import RoleSet
 from rtdmd_cli.engine.runtime import rng
 from rtdmd_cli.engine.sample import Kind, SamplingPlan, decode_all, generate, guided, sampling_plan
 
@@ -30,7 +30,7 @@ class Previews:
     """
 
     backbone: Backbone
-    roles: Roles
+    roles: RoleSet
     plan: SamplingPlan
     guidance: tuple[float, float]
     shape: tuple[int, int, int]
@@ -64,7 +64,7 @@ def pick(count: int) -> list[int]:
 
 def make_previews(
     backbone: Backbone,
-    roles: Roles,
+    roles: RoleSet,
     preset: Preset,
     prompts: Sequence[str],
     conditioning: Callable[[Sequence[int]], Conditioning],

@@ -21,8 +21,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
 
 import peft
 import torch
@@ -47,6 +47,27 @@ STAGE_2: dict[str, tuple[str, ...]] = {
 }
 
 
+class RoleSet(Protocol):
+    """What the recipes need of the roles, trained as adapters (`Roles`) or in full (`full_roles.FullRoles`).
+
+    frozen: the weights of stage 1 that stage 2 keeps, to be saved with every checkpoint.
+    """
+
+    frozen: tuple[str, ...]
+
+    def role(self, name: str, train: bool = False) -> AbstractContextManager[None]: ...
+
+    def swapped(self, name: str, tensors: Mapping[str, Tensor]) -> AbstractContextManager[None]: ...
+
+    def begin_stage_2(self, generator: Mapping[str, Tensor], fake: Mapping[str, Tensor]) -> None: ...
+
+    def named_parameters(self, name: str) -> list[tuple[str, nn.Parameter]]: ...
+
+    def state(self, name: str) -> dict[str, Tensor]: ...
+
+    def load(self, name: str, tensors: Mapping[str, Tensor]) -> None: ...
+
+
 class Roles:
     """Adapters "generator" and "fake" on `transformer`; outside every context the base alone is active.
 
@@ -63,6 +84,7 @@ class Roles:
         self.transformer: nn.Module = transformer.requires_grad_(False)
         self._pair = transformer if isinstance(transformer, TwoBases) else None
         self._stacks = STAGE_1 if fresh is None else STAGE_2
+        self.frozen: tuple[str, ...] = () if fresh is None else (STAGE1_GENERATOR, STAGE1_FAKE)
         if fresh is None:
             adapters = {GENERATOR: (lora, 1 / lora.rank), FAKE: (lora, 1 / lora.rank)}
         else:
@@ -152,6 +174,11 @@ class Roles:
         finally:
             self.load(name, own)
 
+    def begin_stage_2(self, generator: Mapping[str, Tensor], fake: Mapping[str, Tensor]) -> None:
+        """Put stage 1's generator (its EMA) and fake score underneath; DataError where they don't fit."""
+        self.load(STAGE1_GENERATOR, generator)
+        self.load(STAGE1_FAKE, fake)
+
     def named_parameters(self, name: str) -> list[tuple[str, nn.Parameter]]:
         """An adapter's weights, named like `transformer_blocks.0.attn.to_q.lora_A.weight`, in a fixed order."""
         return list(self._parameters[name].items())
@@ -164,20 +191,25 @@ class Roles:
     def load(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Set an adapter's weights. DataError for a missing or unexpected name, another shape or dtype."""
         own = self._parameters[name]
-        problems = [f"{key} is missing" for key in own if key not in tensors]
-        problems += [f"{key} is unexpected" for key in tensors if key not in own]
-        for key in (key for key in own if key in tensors):
-            if tensors[key].shape != own[key].shape or tensors[key].dtype != torch.float32:
-                found = f"{tensors[key].dtype} {list(tensors[key].shape)}"
-                problems.append(f"{key} is {found} instead of torch.float32 {list(own[key].shape)}")
-        if problems:
-            shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if problems[5:] else "")
-            raise DataError(
-                f"These weights don't fit the adapter {name}: {shown}.",
-                "Use weights made with the same model and the same distill.lora settings.",
-            )
+        require_fit(name, own, tensors)
         for key, parameter in own.items():
             parameter.copy_(tensors[key])
+
+
+def require_fit(name: str, own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """DataError, naming the first five problems, unless `tensors` are float32 and of the names and shapes of `own`."""
+    problems = [f"{key} is missing" for key in own if key not in tensors]
+    problems += [f"{key} is unexpected" for key in tensors if key not in own]
+    for key in (key for key in own if key in tensors):
+        if tensors[key].shape != own[key].shape or tensors[key].dtype != torch.float32:
+            found = f"{tensors[key].dtype} {list(tensors[key].shape)}"
+            problems.append(f"{key} is {found} instead of torch.float32 {list(own[key].shape)}")
+    if problems:
+        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if problems[5:] else "")
+        raise DataError(
+            f"These weights don't fit the adapter {name}: {shown}.",
+            "Use weights made with the same model and the same distill.lora and distill.train settings.",
+        )
 
 
 def _base_of(name: str) -> Base:

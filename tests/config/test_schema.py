@@ -170,3 +170,11 @@ def test_weights_and_paths() -> None:
         "my.module:Mine": 2.0,
     }
     assert split_paths(["a=/models/x=1", "b=owner/name"]) == {"a": "/models/x=1", "b": "owner/name"}
+
+
+@pytest.mark.parametrize("base", ["int8", "nf4"])
+def test_quantised_weights_are_not_trained(base: str) -> None:
+    """One sentence that names both keys; adapters on such a base are allowed."""
+    with pytest.raises(ValidationError, match=rf"`distill.train: full` needs .*weights in {base} can't"):
+        preset(distill={"train": "full"}, hardware={"base": base})
+    assert preset(hardware={"base": base}).distill.train == "lora"

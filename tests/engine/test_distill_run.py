@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from rtdmd_cli.config.loader import Resolved, preset_sha256
-from rtdmd_cli.config.schema import DistillConfig, Preset
+from rtdmd_cli.config.schema import DistillConfig, HardwareConfig, Preset
 from rtdmd_cli.config.section import LoraConfig
 from rtdmd_cli.engine.distill_run import STAGE, build_trainer, run_distill
 from rtdmd_cli.engine.distill_start import Start
@@ -19,7 +20,7 @@ from rtdmd_cli.engine.runtime.checkpoint import Checkpoint, load_checkpoint, sav
 from rtdmd_cli.engine.runtime.run_folder import RunFolder
 from rtdmd_cli.engine.training_run import Outcome, restore
 from rtdmd_cli.errors import DataError, UsageError
-from tests.tiny_models import PROMPTS, load_sd3, sd3_config
+from tests.tiny_models import PROMPTS, TEXT_LENGTH, load_sd3, sd3_config
 
 
 def preset(**values: Any) -> Preset:
@@ -32,8 +33,15 @@ def preset(**values: Any) -> Preset:
     return Preset(name="tiny", model=sd3_config(), distill=DistillConfig(**(config | values)))
 
 
-def run(out: Path, name: str, start: Start, **values: Any) -> Outcome:
-    chosen = preset(**values)
+def run(
+    out: Path,
+    name: str,
+    start: Start,
+    hardware: HardwareConfig | None = None,
+    say: Callable[[str], None] = lambda text: None,
+    **values: Any,
+) -> Outcome:
+    chosen = preset(**values).model_copy(update={"hardware": hardware or HardwareConfig()})
     resolved = Resolved(chosen, {}, preset_sha256(chosen))
     return run_distill(
         resolved,
@@ -42,7 +50,7 @@ def run(out: Path, name: str, start: Start, **values: Any) -> Outcome:
         out,
         name,
         ["rtdmd"],
-        lambda text: None,
+        say,
         True,
     )
 
@@ -117,3 +125,21 @@ def test_a_new_run_is_not_made_for_a_checkpoint_that_does_not_fit(
     with pytest.raises(DataError, match="no full checkpoint"):
         run(tmp_path / "runs", "second", Start(None, load_checkpoint(path)))
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("place", ["auto", "cpu"])
+def test_a_cache_too_small_for_the_prompts_changes_nothing(
+    finished: Outcome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """Two of four prompts fit: they are encoded ahead, iteration after iteration."""
+    monkeypatch.setenv("RTDMD_CACHE", str(tmp_path / "cache"))
+    row = 4 * ((12 + TEXT_LENGTH) * 40 + 20)
+    said: list[str] = []
+    hardware = HardwareConfig(cache_gb=(1024 + 2.5 * (row + 128)) / 1e9, text_encoder=place)
+    outcome = run(tmp_path, "small", Start(None, None), hardware, said.append)
+    assert any("takes 2 at a time" in line for line in said)
+    assert any("of the iterations 1 to" in line for line in said)
+    plenty, few = load_checkpoint(finished.checkpoint), load_checkpoint(outcome.checkpoint)
+    for group, tensors in plenty.tensors.items():
+        for name, tensor in tensors.items():
+            torch.testing.assert_close(few.tensors[group][name], tensor, rtol=1e-4, atol=1e-6)

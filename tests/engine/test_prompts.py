@@ -150,6 +150,52 @@ def test_jsonl_files_that_are_missing_or_empty(tmp_path: Path) -> None:
         read_prompt_set(jsonl_file(tmp_path, "", " "))
 
 
+def json_file(folder: Path, text: str, name: str = "prompts.json") -> str:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def test_a_json_file_is_a_list_of_texts_or_objects(tmp_path: Path) -> None:
+    found = read_prompt_set(json_file(tmp_path, '[" a ring ", {"prompt": "grün", "tag": "x", "n": [1]}]'))
+    assert found.texts == ["a ring", "grün"] and found.metadata == [{}, {"tag": "x", "n": [1]}]
+    assert read_prompts(json_file(tmp_path, '["a ring"]')) == ["a ring"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "is not JSON"),
+        ('["a ring"', "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+        ('{"prompt": "a ring"}', "no list of prompts"),
+        ("[]", "holds no prompts"),
+        ('["a ring", 3]', "prompt 2 has no text `prompt`"),
+        ('["a ring", " "]', "prompt 2 has no text `prompt`"),
+        ('["a ring", {"text": "a star"}]', "prompt 2 has no text `prompt`"),
+        (r'["a\u0000ring"]', "prompt 1 holds a character"),
+        ('["' + "x" * 10_001 + '"]', "prompt 1 has more than 10,000"),
+    ],
+)
+def test_a_bad_json_file_is_refused(tmp_path: Path, text: str, expected: str) -> None:
+    source = json_file(tmp_path, text)
+    with pytest.raises(DataError, match=expected) as caught:
+        read_prompt_set(source)
+    assert source in caught.value.message and caught.value.hint
+
+
+def test_a_folder_stands_for_its_prompt_file(tmp_path: Path) -> None:
+    (tmp_path / "notes.md").write_text("no prompts")
+    json_file(tmp_path, '["a ring"]', "some.json")
+    assert read_prompts(str(tmp_path)) == ["a ring"]
+    json_file(tmp_path, "a star\n", "train.txt")
+    json_file(tmp_path, "a cross\n", "test.txt")
+    assert read_prompts(str(tmp_path)) == ["a star"]
+    json_file(tmp_path, '{"prompt": "a square"}\n', "prompts.jsonl")
+    with pytest.raises(DataError, match="several prompt files: prompts.jsonl, train.txt"):
+        read_prompt_set(str(tmp_path))
+
+
 def test_prompts_are_known_by_texts_metadata_and_order() -> None:
     one, other = PromptSet(["a", "b"], [{"n": 1}, {}]), PromptSet(["a", "b"], [{"n": 2}, {}])
     variants = [

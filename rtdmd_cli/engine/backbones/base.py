@@ -13,7 +13,10 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, nn
 
-from rtdmd_cli.config.schema import ModelConfig
+from rtdmd_cli.config.schema import HardwareConfig, ModelConfig
+
+PLAIN = HardwareConfig()
+"""An unquantised base, and pictures decoded whole."""
 
 if TYPE_CHECKING:
     from rtdmd_cli.engine.backbones.loading import Layout, Sources
@@ -140,17 +143,19 @@ class Family:
 
     name: str
     description: str
-    load: Callable[[ModelConfig, torch.device, torch.dtype], Backbone]
+    load: Callable[[ModelConfig, torch.device, torch.dtype, HardwareConfig], Backbone]
     layout: Callable[[], Layout]
 
 
 # These functions import their module when they are called: diffusers and transformers take seconds.
 
 
-def _load_sd3(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Backbone:
+def _load_sd3(
+    config: ModelConfig, device: torch.device, dtype: torch.dtype, hardware: HardwareConfig
+) -> Backbone:
     from rtdmd_cli.engine.backbones.sd3 import load
 
-    return load(config, device, dtype)
+    return load(config, device, dtype, hardware)
 
 
 def _layout_sd3() -> Layout:
@@ -159,10 +164,12 @@ def _layout_sd3() -> Layout:
     return LAYOUT
 
 
-def _load_flux1(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Backbone:
+def _load_flux1(
+    config: ModelConfig, device: torch.device, dtype: torch.dtype, hardware: HardwareConfig
+) -> Backbone:
     from rtdmd_cli.engine.backbones.flux1 import load
 
-    return load(config, device, dtype)
+    return load(config, device, dtype, hardware)
 
 
 def _layout_flux1() -> Layout:
@@ -171,10 +178,12 @@ def _layout_flux1() -> Layout:
     return LAYOUT
 
 
-def _load_flux2(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Backbone:
+def _load_flux2(
+    config: ModelConfig, device: torch.device, dtype: torch.dtype, hardware: HardwareConfig
+) -> Backbone:
     from rtdmd_cli.engine.backbones.flux2 import load
 
-    return load(config, device, dtype)
+    return load(config, device, dtype, hardware)
 
 
 def _layout_flux2() -> Layout:
@@ -192,9 +201,14 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def load_backbone(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Backbone:
-    """Load the model a preset names. EnvironmentFailure: can't be fetched; DataError: damaged or foreign."""
-    return FAMILIES[config.family].load(config, device, dtype)
+def load_backbone(
+    config: ModelConfig, device: torch.device, dtype: torch.dtype, hardware: HardwareConfig = PLAIN
+) -> Backbone:
+    """Load the model a preset names. EnvironmentFailure: can't be fetched; DataError: damaged or foreign.
+
+    hardware: of it, whether the base is quantised and how pictures are decoded; device and dtype are resolved ones.
+    """
+    return FAMILIES[config.family].load(config, device, dtype, hardware)
 
 
 def locate_model(config: ModelConfig) -> Sources:

@@ -16,8 +16,8 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor, nn
 from transformers import CLIPTextModel, T5EncoderModel
 
-from rtdmd_cli.config.schema import ModelConfig
-from rtdmd_cli.engine.backbones.base import Conditioning, ModelId
+from rtdmd_cli.config.schema import HardwareConfig, ModelConfig
+from rtdmd_cli.engine.backbones.base import PLAIN, Conditioning, ModelId
 from rtdmd_cli.engine.backbones.common import (
     check_size,
     drop_encoders,
@@ -144,6 +144,8 @@ def _mu(config: Any, tokens: int) -> float:
     return mu
 
 
-def load(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Flux1Backbone:
+def load(
+    config: ModelConfig, device: torch.device, dtype: torch.dtype, hardware: HardwareConfig = PLAIN
+) -> Flux1Backbone:
     """Load the model that `config` names. Errors as `loading.load_pipeline`."""
-    return Flux1Backbone(load_pipeline(LAYOUT, config, device, dtype), device, dtype)
+    return Flux1Backbone(load_pipeline(LAYOUT, config, device, dtype, hardware), device, dtype)

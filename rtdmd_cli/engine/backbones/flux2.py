@@ -15,8 +15,8 @@ from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from torch import Tensor, nn
 from transformers import Qwen3ForCausalLM
 
-from rtdmd_cli.config.schema import ModelConfig
-from rtdmd_cli.engine.backbones.base import Conditioning, ModelId
+from rtdmd_cli.config.schema import HardwareConfig, ModelConfig
+from rtdmd_cli.engine.backbones.base import PLAIN, Conditioning, ModelId
 from rtdmd_cli.engine.backbones.common import (
     check_size,
     drop_encoders,
@@ -118,12 +118,14 @@ class Flux2Backbone:
         return self.sigmas(evenly_spaced(steps), shape)
 
 
-def load(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Flux2Backbone:
+def load(
+    config: ModelConfig, device: torch.device, dtype: torch.dtype, hardware: HardwareConfig = PLAIN
+) -> Flux2Backbone:
     """Load the model that `config` names. Errors as `loading.load_pipeline`.
 
     UsageError for a few-step model as a guided teacher: the stock pipeline ignores guidance there.
     """
-    loaded = load_pipeline(LAYOUT, config, device, dtype)
+    loaded = load_pipeline(LAYOUT, config, device, dtype, hardware)
     if loaded.pipe.config.is_distilled and config.guidance != 1:
         raise UsageError(
             f"{config.path} is a few-step model, which takes no guidance.",

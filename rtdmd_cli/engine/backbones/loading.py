@@ -30,10 +30,12 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError
 from torch import nn
 
-from rtdmd_cli.config.schema import SHARED_BASE, ModelConfig
+from rtdmd_cli.config.schema import SHARED_BASE, HardwareConfig, ModelConfig
 from rtdmd_cli.engine.backbones.base import ModelId
 from rtdmd_cli.engine.backbones.two_bases import TwoBases, bases_of
+from rtdmd_cli.engine.runtime.quantise import place, shrink_encoder
 from rtdmd_cli.engine.runtime.quiet import quiet_loading
+from rtdmd_cli.engine.runtime.tiling import enable_tiling
 from rtdmd_cli.errors import DataError, EnvironmentFailure, UsageError
 
 VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")
@@ -90,6 +92,7 @@ class Loaded:
         self.sources = sources
         self.pipe = pipe
         self.transformer: nn.Module = pipe.transformer
+        self.encoders_in_8_bit = False
 
     @cached_property
     def _components(self) -> str:
@@ -108,16 +111,19 @@ class Loaded:
 
     def encoder_key(self, dtype: torch.dtype) -> str:
         """Names what the text encoders' results depend on besides prompt and text length."""
-        return f"{self._components}:{self.config.revision}:{dtype}"
+        stored = ":int8" if self.encoders_in_8_bit else ""
+        return f"{self._components}:{self.config.revision}:{dtype}{stored}"
 
 
-def load_pipeline(layout: Layout, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Loaded:
+def load_pipeline(
+    layout: Layout, config: ModelConfig, device: torch.device, dtype: torch.dtype, hardware: HardwareConfig
+) -> Loaded:
     """Load the pipeline that `config` names: frozen, in eval mode, as `dtype`, the transformer and the VAE on
     `device` (the text encoders follow when they are first used).
 
     `config.path`: a built-in model's name, a .safetensors file with the transformer alone, an existing folder and a
     hub id are tried in that order; `revision` is the hub's. With a file, everything else comes from
-    `config.components`. `config.generator_init`: see `TwoBases`.
+    `config.components`. `config.generator_init`: see `TwoBases`. hardware: as `base.load_backbone`.
     EnvironmentFailure where the hub can't deliver it, DataError where a folder is missing, damaged or holds
     something else, UsageError for an unknown built-in model, and for a file without `components`.
     """
@@ -146,9 +152,16 @@ def load_pipeline(layout: Layout, config: ModelConfig, device: torch.device, dty
         ) from error
     for network in networks.values():
         network.eval().requires_grad_(False)
+    if hardware.text_encoder == "int8":
+        loaded.encoders_in_8_bit = True
+        for name in layout.encoders:
+            if name in networks:
+                shrink_encoder(networks[name], device)
     for transformer in bases_of(loaded.transformer):
-        transformer.to(device)
+        place(transformer, hardware.base, device)
     pipe.vae.to(device)
+    if hardware.vae_tiling:
+        enable_tiling(pipe.vae)
     return loaded
 
 

@@ -12,8 +12,8 @@ from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipe
 from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
-from rtdmd_cli.config.schema import ModelConfig
-from rtdmd_cli.engine.backbones.base import Conditioning, ModelId
+from rtdmd_cli.config.schema import HardwareConfig, ModelConfig
+from rtdmd_cli.engine.backbones.base import PLAIN, Conditioning, ModelId
 from rtdmd_cli.engine.backbones.common import (
     check_size,
     drop_encoders,
@@ -114,9 +114,11 @@ class SD3Backbone:
         return schedule(self._pipe.scheduler, num_inference_steps=steps)
 
 
-def load(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> SD3Backbone:
+def load(
+    config: ModelConfig, device: torch.device, dtype: torch.dtype, hardware: HardwareConfig = PLAIN
+) -> SD3Backbone:
     """Load the model that `config` names. Errors as `loading.load_pipeline`."""
-    loaded = load_pipeline(LAYOUT, config, device, dtype)
+    loaded = load_pipeline(LAYOUT, config, device, dtype, hardware)
     if loaded.pipe.scheduler.config.use_dynamic_shifting:
         raise DataError(
             f"The scheduler in {loaded.sources.folder} shifts by resolution, which no SD3 model does.",

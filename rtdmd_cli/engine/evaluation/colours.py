@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 from rtdmd_cli.engine.evaluation.detector import Found
 from rtdmd_cli.engine.evaluation.features import ClipScorer
+from rtdmd_cli.engine.evaluation.vocabulary import COLOURS
 
 CLIP = "openai/clip-vit-large-patch14"
-COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 TEMPLATES = (
     "a photo of a {colour} {label}",
     "a photo of a {colour}-colored {label}",

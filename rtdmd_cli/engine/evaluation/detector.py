@@ -24,6 +24,7 @@ from transformers.models.mask2former.modeling_mask2former import Mask2FormerPreT
 
 from rtdmd_cli.engine.evaluation.features import HUB_ID
 from rtdmd_cli.engine.evaluation.geneval import Detection
+from rtdmd_cli.engine.evaluation.vocabulary import CLASSES
 from rtdmd_cli.engine.runtime.quiet import quiet_loading
 from rtdmd_cli.errors import DataError, EnvironmentFailure
 
@@ -37,18 +38,6 @@ SHORT, LONG = 800, 1333  # px: the shorter edge is brought to SHORT, unless the 
 STRIDE = 32  # px, of which the network's input is a multiple
 MOST_PER_PICTURE = 100  # pairs of query and class, the most probable ones
 BATCH = 4  # pictures
-CLASSES = (
-    "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light",
-    "fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow",
-    "elephant", "bear", "zebra", "giraffe", "backpack", "umbrella", "handbag", "tie", "suitcase", "frisbee",
-    "skis", "snowboard", "sports ball", "kite", "baseball bat", "baseball glove", "skateboard", "surfboard",
-    "tennis racket", "bottle", "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple",
-    "sandwich", "orange", "broccoli", "carrot", "hot dog", "pizza", "donut", "cake", "chair", "couch",
-    "potted plant", "bed", "dining table", "toilet", "tv", "laptop", "computer mouse", "tv remote",
-    "computer keyboard", "cell phone", "microwave", "oven", "toaster", "sink", "refrigerator", "book",
-    "clock", "vase", "scissors", "teddy bear", "hair drier", "toothbrush",
-)  # fmt: skip
-"""COCO's 80 classes in their order, in GenEval's spelling."""
 ANCHORS = {
     0: "person",
     11: "stop sign",

@@ -37,14 +37,17 @@ class Table:
     note: str = ""
 
 
-def page(title: str, body: str) -> str:
-    """A complete HTML document around `body`, which must be escaped already; `title` is escaped here."""
+def page(title: str, body: str, css: str = "") -> str:
+    """A complete HTML document around `body`, which must be escaped already; `title` is escaped here.
+
+    css: what the body's own parts need beside the page's style.
+    """
     text = (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n<meta name="referrer" content="no-referrer">\n'
-        f"<title>{escape(title)}</title>\n<style>{PAGE_CSS}{CHART_CSS}</style>\n</head>\n"
+        f"<title>{escape(title)}</title>\n<style>{PAGE_CSS}{CHART_CSS}{css}</style>\n</head>\n"
         f"<body>\n<main>\n<h1>{escape(title)}</h1>\n{body}\n</main>\n</body>\n</html>\n"
     )
     # A file name that is not UTF-8 reaches Python as lone surrogates, which no file can hold.
@@ -157,6 +160,7 @@ h2 { font-size: 1.25rem; letter-spacing: -.01em; margin: 3.5rem 0 1rem; }
 h3 { font-size: .9375rem; font-weight: 500; color: var(--muted); margin: 1.5rem 0 .5rem; }
 p { max-width: 42rem; margin: 0 0 1rem; overflow-wrap: anywhere; }
 .lead { font-size: 1.125rem; }
+.warning { border-left: 4px solid #c2410c; background: var(--panel); padding: .75rem 1rem; font-weight: 600; }
 strong { font-weight: 600; font-variant-numeric: tabular-nums; }
 .facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: 1rem 1.5rem;
   margin: 1.75rem 0; }

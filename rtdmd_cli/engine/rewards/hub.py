@@ -31,7 +31,7 @@ def hub_file(repository: str, file: str) -> Path:
     try:
         return Path(hf_hub_download(repository, file))
     except (OSError, HTTPError, HFValidationError) as error:
-        raise _failure(repository, file, error) from error
+        raise hub_failure(repository, file, error) from error
 
 
 def hub_folder(repository: str, patterns: Sequence[str], file: str) -> Path:
@@ -43,7 +43,7 @@ def hub_folder(repository: str, patterns: Sequence[str], file: str) -> Path:
     try:
         return Path(snapshot_download(repository, allow_patterns=list(patterns)))
     except (OSError, HTTPError, HFValidationError) as error:
-        raise _failure(repository, file, error) from error
+        raise hub_failure(repository, file, error) from error
 
 
 def _check_id(repository: str) -> None:
@@ -51,7 +51,8 @@ def _check_id(repository: str) -> None:
         raise DataError(f"{repository} is neither a folder nor a hub id.", "Check the path of the reward.")
 
 
-def _failure(repository: str, file: str, error: Exception) -> EnvironmentFailure:
+def hub_failure(repository: str, file: str, error: Exception) -> EnvironmentFailure:
+    """What an error of the hub's client means, and what to do; `file` is what was asked for."""
     instead = f"give a folder that holds {file}"
     if isinstance(error, GatedRepoError):
         return EnvironmentFailure(

@@ -15,7 +15,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from rtdmd_cli.engine.backbones.base import Backbone, Conditioning
+from rtdmd_cli.engine.backbones.base import Backbone, Conditioning, concatenate
 from rtdmd_cli.engine.runtime.files import TMP_PREFIX, cache_folder, write_bytes
 from rtdmd_cli.errors import EnvironmentFailure, UsageError
 
@@ -34,9 +34,13 @@ DEFAULT_GB = 20.0
 log = logging.getLogger(__name__)
 
 
-def open_cache(backbone: Backbone) -> EmbeddingCache:
-    """The cache for a backbone, in RTDMD_CACHE or the user's cache folder, RTDMD_CACHE_GB large at most."""
-    return EmbeddingCache(cache_folder("embeddings"), backbone.encoder_key, backbone.text_length, _max_gb())
+def open_cache(backbone: Backbone, max_gb: float | None = None) -> EmbeddingCache:
+    """The cache for a backbone, in RTDMD_CACHE or the user's cache folder, `max_gb` large at most.
+
+    max_gb: None for RTDMD_CACHE_GB, or else 20.
+    """
+    bound = _max_gb() if max_gb is None else max_gb
+    return EmbeddingCache(cache_folder("embeddings"), backbone.encoder_key, backbone.text_length, bound)
 
 
 def _max_gb() -> float:
@@ -88,9 +92,43 @@ class EmbeddingCache:
             self._write(keys, encode(texts))
         return len(missing)
 
-    def fetch(self, prompts: Sequence[str]) -> Conditioning:
-        """The rows of `prompts`, in their order, on the CPU, in the dtype in which they were encoded."""
-        rows = [self._rows[self._key(prompt)] for prompt in prompts]
+    def renew(self, prompts: Sequence[str], encode: Callable[[Sequence[str]], Conditioning]) -> int:
+        """As `ensure`, and gives up all that was ensured before: for prompts that are needed in turns.
+
+        Rows that are on disk already are copied into new blocks, so that what is held are these prompts alone, and
+        the bound counts nothing else.
+        """
+        wanted, fresh = {self._key(prompt): prompt for prompt in prompts}, 0
+        self._find({key for key in wanted if key not in self._rows})
+        known, self._rows = self._rows, {}
+        everything = list(wanted)
+        for start in range(0, len(everything), BLOCK):
+            keys = tuple(everything[start : start + BLOCK])
+            if keys[0] in known and known[keys[0]][0].keys == keys:
+                self._note(known[keys[0]][0])
+                continue
+            missing = [key for key in keys if key not in known]
+            rows: dict[str, Conditioning] = {}
+            if missing:
+                encoded = encode([wanted[key] for key in missing]).to("cpu")
+                rows = {key: encoded.select([row]) for row, key in enumerate(missing)}
+            copied = {key: self.fetch([wanted[key]], known) for key in keys if key in known}
+            self._write(keys, concatenate([(rows | copied)[key] for key in keys]))
+            fresh += len(missing)
+        return fresh
+
+    def capacity(self, row_bytes: int) -> int:
+        """How many prompts of `row_bytes` each fit the bound, with what a block holds beside them."""
+        return max(0, int((self._max_bytes - 1024) // (row_bytes + 128)))
+
+    def fetch(
+        self, prompts: Sequence[str], known: Mapping[str, tuple[_Block, int]] | None = None
+    ) -> Conditioning:
+        """The rows of `prompts`, in their order, on the CPU, in the dtype in which they were encoded.
+
+        known: rows to look them up in, by default those of this run.
+        """
+        rows = [(self._rows if known is None else known)[self._key(prompt)] for prompt in prompts]
         return Conditioning(
             **{
                 name: torch.cat([block.tensors.get_slice(name)[row : row + 1] for block, row in rows])
@@ -118,10 +156,11 @@ class EmbeddingCache:
     def _write(self, keys: tuple[str, ...], cond: Conditioning) -> None:
         tensors = {name: tensor.cpu().contiguous() for name, tensor in cond.tensors.items()}
         metadata = {"keys": json.dumps(keys), "sha256": _digest(tensors)}
-        self._make_room(sum(tensor.nbytes for tensor in tensors.values()))
+        data = save(tensors, metadata)
+        self._make_room(len(data))
         name = hashlib.sha256("".join(keys).encode()).hexdigest()[:24]
         path = self._folder / f"{name}.safetensors"
-        write_bytes(path, save(tensors, metadata))
+        write_bytes(path, data)
         block = _open(path)
         assert block is not None, path
         self._note(block)
@@ -138,7 +177,7 @@ class EmbeddingCache:
         if total > self._max_bytes:
             raise EnvironmentFailure(
                 f"The encoded prompts need more than the {self._max_bytes / 1e9:g} GB of {self._root}.",
-                "Raise RTDMD_CACHE_GB, or use fewer prompts.",
+                "Raise hardware.cache_gb or RTDMD_CACHE_GB, or use fewer prompts.",
             )
 
 

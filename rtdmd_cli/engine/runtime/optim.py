@@ -1,14 +1,17 @@
 """Optimisers and what surrounds their step: learning rate, gradient check and clipping, EMA, saved states."""
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypeAlias
 
 import torch
+from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
 from torch import Tensor
 from torch.nn import Parameter
 
-from rtdmd_cli.errors import DataError, NumericalError
+from rtdmd_cli.errors import DataError, EnvironmentFailure, NumericalError
+
+Choice: TypeAlias = Literal["adamw", "adamw8bit", "paged_adamw8bit"]
 
 _DIVERGED_HINT = "The last checkpoint is untouched: start another run with a lower learning rate."
 _STATE_HINT = (
@@ -25,11 +28,33 @@ def build_optimizer(
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
+    choice: Choice = "adamw",
 ) -> torch.optim.Optimizer:
-    """AdamW over named parameters in one group, in this order. Raises ValueError if there are none."""
-    return torch.optim.AdamW(
-        [parameter for _, parameter in params], lr=lr, betas=betas, eps=eps, weight_decay=weight_decay
-    )
+    """AdamW over named parameters in one group, in this order. Raises ValueError if there are none.
+
+    choice: float32 states (torch's), or 8-bit ones by bitsandbytes, which leaves tensors of fewer than 4,096 elements
+    in float32; "paged" lets the 8-bit states move to the host's memory where the GPU's is full. EnvironmentFailure
+    for a device that can't: bitsandbytes would fall back to another optimiser than the preset names.
+    """
+    parameters = [parameter for _, parameter in params]
+    _require_device(choice, parameters)
+    optimizers: dict[Choice, Callable[..., torch.optim.Optimizer]] = {
+        "adamw": torch.optim.AdamW,
+        "adamw8bit": AdamW8bit,
+        "paged_adamw8bit": PagedAdamW8bit,
+    }
+    return optimizers[choice](parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+
+
+def _require_device(choice: Choice, parameters: Sequence[Parameter]) -> None:
+    tried: dict[Choice, tuple[str, ...]] = {"adamw8bit": ("cpu", "cuda"), "paged_adamw8bit": ("cuda",)}
+    wanted = tried.get(choice, ())
+    for device in {parameter.device.type for parameter in parameters if wanted} - set(wanted):
+        other = "adamw8bit, which computes the same" if device == "cpu" else "adamw"
+        raise EnvironmentFailure(
+            f"The optimiser {choice} runs on {' and '.join(wanted)} alone, and this run is on {device}.",
+            f"Set hardware.optimizer to {other}.",
+        )
 
 
 def learning_rate_at(step: int, lr: float, warmup: int, total: int | None = None) -> float:
@@ -146,8 +171,9 @@ def load_optimizer(
 ) -> None:
     """Put a state of `optimizer_tensors` into a fresh optimiser, bit for bit.
 
-    Tensors are copied to their parameter's device, torch's step counter stays on the CPU. Raises DataError,
-    before anything is changed, for another optimiser, a missing or unexpected name, or a wrong shape.
+    Tensors are copied to their parameter's device, torch's step counter stays on the CPU, a paged optimiser's
+    large states go back into pages. Raises DataError, before anything is changed, for another optimiser, a missing or
+    unexpected name, or a wrong shape.
     """
     parameters = _parameters(optimizer, names)
     if state["optimizer"] != type(optimizer).__name__:
@@ -170,12 +196,18 @@ def load_optimizer(
                 )
     for name, parameter in parameters.items():
         optimizer.state.pop(parameter, None)
-        held = {key: _placed(key, tensors[f"{name}/{key}"], parameter) for key in entries[name]["tensors"]}
+        held = {
+            key: _placed(optimizer, key, tensors[f"{name}/{key}"], parameter)
+            for key in entries[name]["tensors"]
+        }
         if held or entries[name]["scalars"]:
             optimizer.state[parameter] = {**entries[name]["scalars"], **held}
 
 
-def _placed(key: str, tensor: Tensor, parameter: Parameter) -> Tensor:
+def _placed(optimizer: torch.optim.Optimizer, key: str, tensor: Tensor, parameter: Parameter) -> Tensor:
+    if isinstance(optimizer, PagedAdamW8bit) and key in ("state1", "state2"):
+        buffer: Tensor = optimizer.get_state_buffer(parameter, dtype=tensor.dtype)
+        return buffer.copy_(tensor)
     return tensor.to("cpu" if key == "step" else parameter.device, copy=True)
 
 

@@ -165,6 +165,13 @@ class RunFolder:
             )
         return status
 
+    @property
+    def best_checkpoint(self) -> Path | None:
+        """The checkpoint that the status of a run of tune-reward names as the best, if it is there."""
+        status = _read_status(self.path)
+        path = self.checkpoints / str(status.get("best", "")) if status else self.checkpoints
+        return path if path != self.checkpoints and path.is_dir() else None
+
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the run for this process, and remove what a killed one left half written.
@@ -182,6 +189,21 @@ class RunFolder:
             yield
         finally:
             os.close(descriptor)
+
+    def is_held(self) -> bool:
+        """Whether a process, this one or another, is working on the run."""
+        with files.os_errors(self.path, "open"):
+            descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL):
+                raise EnvironmentFailure(f"Cannot lock {self.path}: {error.strerror}.") from error
+        finally:
+            os.close(descriptor)
+        return False
 
     def _acquire(self, descriptor: int) -> None:
         try:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from rtdmd_cli.engine.runtime import checkpoint, optim
-from rtdmd_cli.errors import DataError, NumericalError
+from rtdmd_cli.errors import DataError, EnvironmentFailure, NumericalError
 
 NAMES = ["x.lora_A", "x.lora_B"]
 
@@ -149,16 +149,11 @@ def through_a_checkpoint(optimizer: torch.optim.Optimizer, folder: Path) -> chec
     return checkpoint.load_checkpoint(path)
 
 
-def check_exact_resume(kind: str, side: int, folder: Path) -> dict[str, Tensor]:
+def check_exact_resume(choice: optim.Choice, side: int, folder: Path) -> dict[str, Tensor]:
     """k steps, a checkpoint, a fresh optimiser, more steps: the same bits as without the break."""
 
     def build(params: list[tuple[str, Parameter]]) -> torch.optim.Optimizer:
-        if kind == "adamw":
-            return adamw(params)
-        bitsandbytes = pytest.importorskip("bitsandbytes")
-        optimizer = bitsandbytes.optim.AdamW8bit([parameter for _, parameter in params], lr=0.1)
-        assert isinstance(optimizer, torch.optim.Optimizer)
-        return optimizer
+        return optim.build_optimizer(params, 0.1, (0.9, 0.999), 1e-8, 0.01, choice)
 
     params = parameters(side)
     optimizer = build(params)
@@ -190,6 +185,32 @@ def test_adamw8bit_resumes_bit_for_bit(tmp_path: Path) -> None:
     tensors = check_exact_resume("adamw8bit", 64, tmp_path)
     assert tensors["x.lora_A/state1"].dtype == torch.uint8
     assert "x.lora_A/absmax2" in tensors
+
+
+def test_adamw8bit_keeps_small_states_in_float32(tmp_path: Path) -> None:
+    """And moves like AdamW while its states are exact."""
+    tensors = check_exact_resume("adamw8bit", 32, tmp_path)
+    assert tensors["x.lora_A/state1"].dtype == torch.float32
+    ours, theirs = parameters(32), parameters(32)
+    for params, choice in ((ours, "adamw8bit"), (theirs, "adamw")):
+        train(optim.build_optimizer(params, 0.1, (0.9, 0.99), 1e-8, 0.01, choice), params, 0, 5)  # type: ignore[arg-type]
+    for (_, found), (_, expected) in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_adamw8bit_follows_adamw() -> None:
+    """Large states in 8 bits: 20 steps, relative difference of the way that was gone under 5 %."""
+    ours, theirs, start = parameters(64), parameters(64), parameters(64)
+    for params, choice in ((ours, "adamw8bit"), (theirs, "adamw")):
+        train(optim.build_optimizer(params, 0.01, (0.9, 0.999), 1e-8, 0.0, choice), params, 0, 20)  # type: ignore[arg-type]
+    for (_, found), (_, expected), (_, old) in zip(ours, theirs, start, strict=True):
+        assert 0 < float((found - expected).norm() / (expected - old).norm()) < 0.05
+
+
+def test_paged_states_need_a_gpu() -> None:
+    with pytest.raises(EnvironmentFailure, match="paged_adamw8bit runs on cuda alone") as caught:
+        optim.build_optimizer(parameters(), 0.1, (0.9, 0.999), 1e-8, 0.0, "paged_adamw8bit")
+    assert caught.value.exit_code == 3 and "adamw8bit" in caught.value.hint
 
 
 def test_an_optimiser_that_never_moved_resumes_as_such() -> None:

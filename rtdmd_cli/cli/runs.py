@@ -1,0 +1,161 @@
+"""`rtdmd runs`: list what has been trained, look at one run, put two side by side."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rtdmd_cli.cli import console
+from rtdmd_cli.cli.starting import Out
+
+if TYPE_CHECKING:
+    from rtdmd_cli.engine.runs import RunSummary
+
+SHOWN_FIGURES = 3  # of a run, in the table for people
+FIRST_FIGURES = ("measured/", "reward/", "lag", "dmd_loss", "fake_loss")
+"""Beginnings of the names that come first in the table."""
+app = typer.Typer(
+    name="runs",
+    help="List the runs, show one, compare two on one page.",
+    no_args_is_help=True,
+)
+
+Name = Annotated[str, typer.Argument(metavar="NAME|PATH", help="A run's name under --out, or its folder.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON value.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Nothing on stderr but errors.")]
+
+
+@app.command("list")
+def list_(out: Out = Path("runs"), as_json: Json = False, quiet: Quiet = False) -> None:
+    """List the runs, the one that changed last first: stage, state, length, last figures, preset, date."""
+    from rtdmd_cli.engine.runs import list_runs
+
+    found = list_runs(out)
+    if as_json:
+        typer.echo(json.dumps([console.plain(row(each)) for each in found], indent=2, allow_nan=False))
+        return
+    if not found:
+        console.say(f"There are no runs under {out}/. Make one: rtdmd distill", quiet)
+        return
+    _print_table(found)
+    for each in found:
+        if each.problem:
+            console.say(f"{each.run.path} is damaged: {each.problem}", quiet)
+    if any(each.state == "killed" for each in found):
+        console.say("killed: no process works on it any more; go on with --resume auto", quiet)
+
+
+def row(each: RunSummary) -> dict[str, Any]:
+    """A run as JSON."""
+    return {
+        "name": each.name,
+        "path": each.run.path,
+        "stage": each.stage,
+        "state": each.state,
+        "problem": each.problem or None,
+        "iterations": each.iterations,
+        "target": each.target,
+        "seconds": round(each.seconds, 1),
+        "figures": dict(each.figures),
+        "preset": each.preset.name if each.preset else None,
+        "model": each.preset.model.path if each.preset else None,
+        "date": each.date.isoformat(timespec="seconds"),
+    }
+
+
+def _print_table(found: list[RunSummary]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from rtdmd_cli.cli.rewards import PIPED_WIDTH
+    from rtdmd_cli.engine.runtime.progress import duration
+
+    table = Table("run", "stage", "state", "iterations", "time", "last figures", "preset", "date (UTC)")
+    table.columns[0].no_wrap = True
+    for each in found:
+        done = f"{each.iterations}/{each.target}" if each.target else f"{each.iterations}"
+        preset = each.preset.name if each.preset else ""
+        date = f"{each.date:%Y-%m-%d %H:%M}"
+        table.add_row(
+            each.name, each.stage or "", each.state, done, duration(each.seconds), figures(each), preset, date
+        )
+    screen = Console(highlight=False, markup=False)
+    if not screen.is_terminal:
+        screen.width = PIPED_WIDTH
+    screen.print(table)
+
+
+def figures(each: RunSummary) -> str:
+    """The most telling of a run's last figures."""
+    first = [name for start in FIRST_FIGURES for name in each.figures if name.startswith(start)]
+    names = list(dict.fromkeys([*first, *each.figures]))[:SHOWN_FIGURES]
+    return "  ".join(f"{name} {each.figures[name]:.4g}" for name in names)
+
+
+@app.command()
+def show(name: Name, out: Out = Path("runs"), as_json: Json = False, quiet: Quiet = False) -> None:
+    """Show one run: what it is, how far it came, its checkpoints, its last figures, its command."""
+    from rtdmd_cli.engine.runs import find_run, recorded, saved, summary
+
+    run = find_run(name, out)
+    each, kept, environment = summary(run), saved(run), recorded(run)
+    details = row(each) | {
+        "checkpoints": list(kept.steps),
+        "newest_checkpoint": kept.newest,
+        "damaged_checkpoints": dict(kept.skipped),
+        "grids": len(list(run.samples.glob("step-*.png"))),
+        "report": run.report if run.report.is_file() else None,
+        "command": environment.get("command"),
+        "rtdmd": environment.get("rtdmd"),
+        "device": environment.get("device"),
+    }
+    console.show(details if as_json else readable(details), as_json)
+    if each.state in ("killed", "interrupted", "failed"):
+        console.say("It can be continued with the same command and --resume auto.", quiet)
+
+
+def readable(details: dict[str, Any]) -> dict[str, Any]:
+    """For people: lists in one line, a line for each figure, nothing where there is nothing."""
+    figures, damaged = details["figures"], details["damaged_checkpoints"]
+    steps, command = details["checkpoints"], details["command"]
+    shown = details | {
+        "checkpoints": ", ".join(str(step) for step in steps),
+        "command": shlex.join(str(part) for part in command) if isinstance(command, list) else None,
+        "damaged_checkpoints": "; ".join(damaged.values()),
+    }
+    del shown["figures"]
+    shown |= {key: f"{value:.6g}" for key, value in figures.items()}
+    return {key: value for key, value in shown.items() if value not in (None, "")}
+
+
+@app.command()
+def compare(
+    left: Annotated[str, typer.Argument(metavar="A", help="A run: its name or folder.")],
+    right: Annotated[str, typer.Argument(metavar="B", help="Another one.")],
+    out: Annotated[Path, typer.Option("--runs", help="Folder that holds the runs.")] = Path("runs"),
+    file: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FILE", help="The page. Default: compare-A-B.html with the runs."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the page if there is one.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write one HTML page with the curves and sample grids of two runs side by side."""
+    from rtdmd_cli.engine.run_compare import compare_runs
+    from rtdmd_cli.engine.runs import find_run
+
+    one, other = find_run(left, out), find_run(right, out)
+    names = "-".join(each.path.resolve().name for each in (one, other))
+    beside = one.path if one.path.name not in ("", "..") else one.path.resolve()
+    path = file if file is not None else beside.parent / f"compare-{names}.html"
+    compare_runs(one, other, path, force)
+    if as_json:
+        typer.echo(json.dumps({"page": str(path)}))
+    else:
+        typer.echo(str(path))
+    console.say("Open it in a browser; it is one file that needs nothing else.", quiet)

@@ -1,0 +1,51 @@
+"""The repeated blocks of a diffusion transformer: what is quantised and compiled."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import torch
+from torch import nn
+
+from rtdmd_cli.errors import EnvironmentFailure
+
+BLOCK_LISTS = ("transformer_blocks", "single_transformer_blocks")
+"""The names under which the families' transformers in diffusers keep their blocks."""
+RECOMPILE_LIMIT = 64
+"""Graphs of a block: three roles, with and without gradient, two batch sizes, and the last block is another: about 16."""
+
+
+def repeated_blocks(transformer: nn.Module) -> list[nn.Module]:
+    """The blocks in order, of every transformer inside a module that holds several.
+
+    ValueError where there are none under the names known here.
+    """
+    lists = [m for name, m in transformer.named_modules() if name.rpartition(".")[2] in BLOCK_LISTS]
+    blocks = [block for blocks in lists for block in blocks.children()]
+    if not blocks:
+        raise ValueError(f"{type(transformer).__name__} keeps its blocks under none of {BLOCK_LISTS}")
+    return blocks
+
+
+def compile_blocks(transformer: nn.Module, device: torch.device, backend: str = "inductor") -> None:
+    """Compile each repeated block in place at its first call, after adapters have been put on.
+
+    backend: of torch.compile. EnvironmentFailure where inductor lacks the C++ compiler it needs on the CPU, or the C
+    compiler with which Triton builds its launcher on CUDA.
+    """
+    if backend == "inductor":
+        _require_compiler(device)
+    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+    for block in repeated_blocks(transformer):
+        block.compile(backend=backend)
+
+
+def _require_compiler(device: torch.device) -> None:
+    names = ("CXX", ("g++", "clang++")) if device.type == "cpu" else ("CC", ("gcc", "clang", "cc"))
+    candidates = [os.environ[names[0]]] if os.environ.get(names[0]) else list(names[1])
+    if not any(shutil.which(name) for name in candidates):
+        raise EnvironmentFailure(
+            f"hardware.compile needs a compiler, and none of {', '.join(candidates)} is on the PATH.",
+            "Install one (on Debian and Ubuntu: apt install g++), or set hardware.compile to false.",
+        )

@@ -1,0 +1,164 @@
+"""`rtdmd runs` on finished, killed and damaged run folders."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from rtdmd_cli.cli import failures
+from rtdmd_cli.cli.app import app
+from rtdmd_cli.engine.report.grid import GridRow, picture_grid, save_png
+from rtdmd_cli.engine.runtime.run_folder import RunFolder
+from tests.tiny_runs import make_run
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two finished runs with curves and grids, a killed one, and four that are damaged each in its way."""
+    out = tmp_path_factory.mktemp("work") / "runs"
+    for number, name in enumerate(("first", "second")):
+        run = make_run(out, name, (10, 20))
+        add_life(run, number)
+    killed = make_run(out, "killed", (), state="running")
+    killed.metrics.append({"iteration": 7, "fake_loss": 0.5, "seconds": 3.0, "iterations_per_second": 2.0})
+    with killed.metrics.path.open("ab") as file:
+        file.write(b'{"iteration": 8, "fake')
+    for name in ("no-preset", "no-status", "bad-environment", "bad-preset"):
+        shutil.copytree(out / "first", out / name)
+    (out / "no-preset" / "preset.resolved.yaml").unlink()
+    (out / "no-status" / "status.json").write_bytes(b"{")
+    (out / "bad-environment" / "environment.json").write_bytes(b"[]")
+    (out / "bad-preset" / "preset.resolved.yaml").write_text("model: {famly: sd3}\n")
+    (out / "no run at all").mkdir()
+    (out / "a file").write_text("x")
+    return out
+
+
+def add_life(run: RunFolder, number: int) -> None:
+    for iteration in (5, 10, 15, 20):
+        row = {"iteration": iteration, "fake_loss": 1 / (iteration + number), "grad<script>": 0.5 + number}
+        run.metrics.append(row | {"seconds": 2.0 * iteration, "iterations_per_second": 0.5})
+    for step in (10, 20):
+        picture = picture_grid([GridRow("row", torch.full((2, 3, 16, 16), step / 40 + number / 3))])
+        save_png(picture, run.samples / f"step-{step:06d}.png", {})
+    run.set_status("finished", iteration=20, seconds=41.0)
+
+
+def call(runs: Path, *arguments: str) -> Any:
+    return CliRunner().invoke(app, ["runs", *arguments], catch_exceptions=True)
+
+
+def listed(runs: Path) -> dict[str, Any]:
+    result = call(runs, "list", "--json", "--out", str(runs))
+    assert result.exit_code == 0
+    return {each["name"]: each for each in json.loads(result.stdout)}
+
+
+def test_every_run_has_a_row(runs: Path) -> None:
+    found = listed(runs)
+    assert found.keys() == {
+        "first", "second", "killed", "no-preset", "no-status", "bad-environment", "bad-preset"
+    }  # fmt: skip
+    second = found["second"]
+    assert (second["stage"], second["state"], second["problem"]) == ("distill", "finished", None)
+    assert (second["iterations"], second["target"], second["seconds"]) == (20, 15_000, 41.0)
+    assert second["figures"] == {"fake_loss": 1 / 21, "grad<script>": 1.5}
+    assert second["preset"] == "preset.second"  # of the file .second.yaml
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", second["date"])
+    assert [found["killed"][key] for key in ("state", "iterations", "seconds")] == ["killed", 7, 3.0]
+
+
+def test_damaged_runs_are_named_with_what_can_still_be_read(runs: Path) -> None:
+    found = listed(runs)
+    reasons = {
+        "no-preset": "preset.resolved.yaml is missing",
+        "no-status": "status.json is missing or damaged",
+        "bad-environment": "environment.json is missing or damaged",
+        "bad-preset": "famly",
+    }
+    for name, reason in reasons.items():
+        assert found[name]["state"] == "damaged" and reason in found[name]["problem"]
+        assert found[name]["figures"]["fake_loss"] == 1 / 20 and found[name]["iterations"] == 20
+    table = call(runs, "list", "--out", str(runs))
+    assert table.exit_code == 0 and all(name in table.stdout for name in found)
+    assert all(reason in table.stderr for reason in reasons.values())
+    assert call(runs, "list", "--out", str(runs), "--quiet").stderr == ""
+
+
+def test_a_run_that_is_worked_on_is_not_called_killed(runs: Path) -> None:
+    with RunFolder(runs / "killed").lock():
+        assert listed(runs)["killed"]["state"] == "running"
+    assert listed(runs)["killed"]["state"] == "killed"
+
+
+def test_no_runs_at_all(tmp_path: Path) -> None:
+    result = call(tmp_path, "list", "--out", str(tmp_path / "none"))
+    assert (result.exit_code, result.stdout) == (0, "") and "no runs" in result.stderr
+    assert call(tmp_path, "list", "--json", "--out", str(tmp_path / "none")).stdout == "[]\n"
+
+
+def test_show_names_checkpoints_and_what_is_damaged_of_them(runs: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(runs / "first", copy)
+    (copy / "checkpoints/step-000020/ema.safetensors").write_bytes(b"short")
+    shown = json.loads(call(runs, "show", str(copy), "--json").stdout)
+    assert shown["checkpoints"] == [10, 20] and shown["newest_checkpoint"] == "step-000010"
+    assert "ema.safetensors" in shown["damaged_checkpoints"]["step-000020"]
+    assert shown["command"] == ["rtdmd"] and shown["grids"] == 2
+    text = call(runs, "show", "first", "--out", str(runs))
+    assert text.exit_code == 0 and "fake_loss" in text.stdout and "step-000020" in text.stdout
+    damaged = call(runs, "show", "no-preset", "--out", str(runs))
+    assert damaged.exit_code == 0 and "preset.resolved.yaml is missing" in damaged.stdout
+
+
+def test_an_unknown_run_is_refused_with_those_there_are(runs: Path) -> None:
+    result = call(runs, "show", "frist", "--out", str(runs))
+    failure = failures.explain(result.exception)
+    assert failure.exit_code == 2 and "frist" in failure.message and "first" in failure.hint
+
+
+def test_compare_writes_one_page_and_overwrites_nothing(runs: Path) -> None:
+    arguments = ("compare", "first", "second", "--runs", str(runs))
+    result = call(runs, *arguments)
+    path = runs / "compare-first-second.html"
+    assert result.exit_code == 0 and result.stdout == f"{path}\n"
+    text = path.read_text("utf-8")
+    assert text.count("data:image/png;base64,") == 4  # the newest pair, and the pair at step 10
+    assert "<script" not in text and "grad&lt;script&gt;" in text
+    chart = text[text.index("Fake-score loss") :].partition("</svg>")[0]
+    assert "first" in chart and "second" in chart and chart.count('class="s1') >= 1
+    path.write_text("mine")
+    again = failures.explain(call(runs, *arguments).exception)
+    assert again.exit_code == 2 and "--force" in again.hint and path.read_text() == "mine"
+    assert call(runs, *arguments, "--force").exit_code == 0 and path.read_text("utf-8") == text
+    path.unlink()
+
+
+def test_compare_with_a_damaged_and_a_killed_run(runs: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    where = ("--runs", str(runs), "--json", "--out", str(page))
+    result = call(runs, "compare", "no-preset", "killed", *where)
+    assert result.exit_code == 0 and json.loads(result.stdout) == {"page": str(page)}
+    text = page.read_text("utf-8")
+    assert "preset.resolved.yaml is missing" in text and "killed has no sample grid" in text
+    assert "can&#x27;t be compared" in text
+
+
+def test_compare_names_the_settings_that_differ(runs: Path, tmp_path: Path) -> None:
+    copy, page = tmp_path / "first", tmp_path / "page.html"
+    shutil.copytree(runs / "first", copy)
+    preset = copy / "preset.resolved.yaml"
+    preset.write_text(preset.read_text().replace("seed: 42", "seed: 43"))
+    assert call(runs, "compare", str(runs / "first"), str(copy), "--out", str(page)).exit_code == 0
+    text = page.read_text("utf-8")
+    assert "distill.seed" in text and ">43<" in text and "distill.batch" not in text
+    assert f"{tmp_path.name}/first" in text and "runs/first" in text
+    same = failures.explain(call(runs, "compare", str(copy), str(copy)).exception)
+    assert same.exit_code == 2 and "itself" in same.message
