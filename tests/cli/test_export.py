@@ -95,7 +95,7 @@ def test_every_format_makes_the_runs_pictures(world: World) -> None:
         assert trip["mean_difference"] < ROUNDING and trip["pictures"] == 4, name
         assert f"round trip {name}" in world.exported.err
     assert len(found["round_trip"]) == 3 and found["stock_schedule"] is True
-    assert "two stacked adapters" in world.exported.err
+    assert "two stacked adapters" in world.exported.err and found["trained_on"] == ["shapes-clip"]
 
 
 def test_the_files_hold_both_stages(world: World) -> None:

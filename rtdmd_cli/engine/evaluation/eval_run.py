@@ -138,9 +138,12 @@ def check(judges: Sequence[JudgeEntry], prompts: EvalPrompts) -> None:
 
 def trained_on(source: Source, judges: Sequence[JudgeEntry]) -> tuple[str, ...]:
     """The judges that the model was trained on: by the rewards of its run, if that was a reward tuning."""
-    if source.checkpoint is None or RunFolder(source.checkpoint.parent.parent).stage != "tune-reward":
+    if source.exported is not None:
+        used = set(source.exported.trained_on)
+    elif source.checkpoint is None or RunFolder(source.checkpoint.parent.parent).stage != "tune-reward":
         return ()
-    used = set(split_weights(source.preset.tune_reward.rewards))
+    else:
+        used = set(split_weights(source.preset.tune_reward.rewards))
     return tuple(entry.name for entry in judges if used & set(entry.family))
 
 

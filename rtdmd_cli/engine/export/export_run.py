@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rtdmd_cli import __version__
 from rtdmd_cli.config.schema import Preset
+from rtdmd_cli.config.tune_reward import split_weights
 from rtdmd_cli.engine.backbones import base as backbones
 from rtdmd_cli.engine.export import merged
 from rtdmd_cli.engine.export.card import Facts, card_text, is_hub_id, local_name, public_name
@@ -328,6 +329,7 @@ def describe(request: Request, folder: Path, facts: Facts) -> dict[str, Any]:
         "stock_schedule": facts.stock_schedule,
         "base": {"name": facts.base, "revision": generator_revision(facts.preset), "hash": facts.base_hash},
         "model_hash": facts.model_hash,
+        "trained_on": list(split_weights(facts.preset.tune_reward.rewards)) if facts.tuned else [],
         "preset": {key: preset[key] for key in ("name", "model", "sampler")},
         "sigmas": list(facts.sigmas),
         "rank": facts.rank,

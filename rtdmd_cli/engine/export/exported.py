@@ -29,7 +29,7 @@ class Exported:
     """What export.json says. preset: model and sampler; lora: a LoRA file, None where there is none.
 
     merged: the folder is a whole pipeline; stock_schedule: whose stock schedule is the few-step one.
-    base_hash: of the base model that a LoRA belongs to.
+    base_hash: of the base model that a LoRA belongs to. trained_on: names of the rewards of stage 2.
     """
 
     folder: Path
@@ -39,6 +39,7 @@ class Exported:
     merged: bool
     stock_schedule: bool
     base_hash: str
+    trained_on: tuple[str, ...]
 
 
 def is_exported(folder: Path) -> bool:
@@ -68,6 +69,7 @@ def read_exported(folder: Path) -> Exported:
             merged=bool(body["merged"]),
             stock_schedule=bool(body["stock_schedule"]),
             base_hash=str(body["base"]["hash"]),
+            trained_on=tuple(str(name) for name in body["trained_on"]),
         )
     except (KeyError, TypeError, ValueError, ValidationError) as error:
         raise DataError(f"{folder / MANIFEST} is damaged: {type(error).__name__}.", AGAIN) from error
