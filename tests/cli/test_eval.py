@@ -181,6 +181,10 @@ def test_pictures_first_and_scores_later() -> None:
     assert first.exit_code == 0 and first.stdout.split()[1] == "evals/shapes-mine-step-000010"
     made = Path(first.stdout.split()[1])
     assert not (made / "scores").exists() and "--score-only" in first.stderr
+    shutil.move(made / "00000", "aside")
+    error = run("shapes", "--score-only", str(made)).exception
+    assert isinstance(error, DataError) and "pictures of 7 of its 8 prompts" in error.message
+    shutil.move("aside", made / "00000")
     assert run("shapes", "--score-only", str(made)).exit_code == 0
     assert run(*ASKED, "--out", "whole").exit_code == 0
     assert untimed(made / "results.json") == untimed(Path("whole/results.json"))

@@ -136,7 +136,7 @@ def append_lines(path: Path, texts: Sequence[str]) -> None:
     """
     for text in texts:
         if "\n" in text or "\r" in text:
-            raise ValueError(f"a line holds no line end, got {text!r}")
+            raise ValueError(f"one line each, got {text!r}")
     make_folder(path.parent)
     with os_errors(path):
         existed = path.exists()
