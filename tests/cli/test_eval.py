@@ -262,6 +262,7 @@ def test_more_pictures_than_there_are_and_contradictions(six_pictures: Path) -> 
     assert isinstance(error, DataError) and "holds 1 pictures, not 2" in error.message
     for option in (("--from", "mine"), ("--steps", "3"), ("--seed", "1"), ("--images-only",)):
         assert isinstance(run("shapes", "--score-only", found, *option).exception, UsageError)
+    assert isinstance(run("shapes", "--images-only", "--compare", "other").exception, UsageError)
     assert isinstance(run("shapes", "--score-only", "nowhere").exception, DataError)
 
 
