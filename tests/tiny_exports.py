@@ -35,16 +35,24 @@ def write_preset(path: Path, name: str = "sd3", base: str = "", model: str = "",
 
 
 def make_run(preset_file: Path, out: Path, name: str, tuned: bool = False, size: float = 0.1) -> RunFolder:
-    """A finished run of stage 1 or 2 whose adapters are random; size: their standard deviation."""
+    """A finished run of stage 1 or 2 whose adapters (or weights) are random; size: their standard deviation."""
     resolved = load_preset(str(preset_file), environ={})
     preset = resolved.preset
     backbone = load_backbone(preset.model, CPU, torch.float32)
-    roles = Roles(backbone.transformer, preset.distill.lora, 0, preset.tune_reward.lora if tuned else None)
+    lora, full = preset.distill.lora, preset.distill.train == "full"
+    roles = None if full else Roles(backbone.transformer, lora, 0, preset.tune_reward.lora if tuned else None)
     random = torch.Generator().manual_seed(7)
 
     def weights(adapter: str) -> dict[str, Tensor]:
-        named = roles.named_parameters(adapter)
-        return {key: size * torch.randn(parameter.shape, generator=random) for key, parameter in named}
+        """Of a full training: the base's weights moved a little."""
+        if roles is None:
+            named, start = backbone.transformer.named_parameters(), 1.0
+        else:
+            named, start = iter(roles.named_parameters(adapter)), 0.0
+        return {
+            key: start * parameter.detach() + size * torch.randn(parameter.shape, generator=random)
+            for key, parameter in named
+        }
 
     tensors = {"ema": weights(GENERATOR)}
     stage = "tune-reward" if tuned else "distill"

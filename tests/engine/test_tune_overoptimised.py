@@ -54,6 +54,8 @@ RECIPE: dict[str, Any] = {
     "policy_weight": 0,
     "backprop_weight": 1,
     "backprop_steps": 3,
+    "backprop_margin": 3,
+    "lr_decay": "none",
     "eval_images": 12,
     "watch.prompt_count": PROMPTS,
     "watch.images_per_prompt": 2,

@@ -11,8 +11,10 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from rtdmd_cli import __version__
 from rtdmd_cli.config.schema import Preset
+from rtdmd_cli.config.section import LoraConfig
 from rtdmd_cli.engine.export import code
 from rtdmd_cli.engine.export.families import Licence, Loader, generator_revision
+from rtdmd_cli.engine.export.generator import is_full
 from rtdmd_cli.engine.export.roundtrip import RoundTrip
 from rtdmd_cli.engine.runtime.run_folder import scrub
 from rtdmd_cli.engine.tune_report import held_out_first, terms
@@ -28,6 +30,7 @@ ETA_NOTE = (
 class Facts:
     """What a card says. where: what the code loads, a folder's or a repository's name.
 
+    stored: how the base was stored in training ("plain", "int8", "nf4").
     base: hub id, built-in name or the name of a local folder or `single` file. on_hub: base is a hub id. formats: of FORMATS.
     records: the checkpoint's own, with rewards before and after. rewards, held_out: trained on and not, by name.
     files: path in the folder -> (bytes, sha256). trips: format -> its round trip, empty where none was run.
@@ -40,6 +43,7 @@ class Facts:
     base: str
     on_hub: bool
     single: code.SingleFile | None
+    stored: str
     base_hash: str
     licence: Licence
     pipeline: str
@@ -233,16 +237,26 @@ def _recipe(facts: Facts) -> list[tuple[str, str]]:
             f"learning rates {stage_1.generator_lr:g} and {stage_1.fake_lr:g}, batch {stage_1.batch}",
         ),
         ("stage 1 prompts", Path(stage_1.prompts).name),
-        ("stage 1 adapter", f"rank {stage_1.lora.rank}, alpha {stage_1.lora.alpha}"),
+        ("stage 1 adapter", _adapter(stage_1.lora, facts)),
     ]
+    if facts.stored != "plain":
+        rows.append(
+            ("base model in training", f"{facts.stored}; here it is plain, which makes other pictures")
+        )
     if not facts.tuned:
         return [*rows, ("iterations", str(facts.iterations))]
     return [
         *rows,
         ("stage 2", f"{terms(stage_2)}; learning rates {stage_2.generator_lr:g} and {stage_2.fake_lr:g}"),
-        ("stage 2 adapter", f"rank {stage_2.lora.rank}, alpha {stage_2.lora.alpha}"),
+        ("stage 2 adapter", _adapter(stage_2.lora, facts)),
         ("epochs", f"{facts.iterations} of {stage_2.images_per_epoch} images"),
     ]
+
+
+def _adapter(lora: LoraConfig, facts: Facts) -> str:
+    return (
+        "none: every weight was trained" if is_full(facts.preset) else f"rank {lora.rank}, alpha {lora.alpha}"
+    )
 
 
 def _results(facts: Facts) -> str:

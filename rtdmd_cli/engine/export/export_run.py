@@ -32,10 +32,10 @@ from rtdmd_cli.engine.export.families import (
     row,
 )
 from rtdmd_cli.engine.export.fold import Folded, fold
-from rtdmd_cli.engine.export.generator import adapter_stacks, is_tuned
+from rtdmd_cli.engine.export.generator import adapter_stacks, is_full, is_tuned
 from rtdmd_cli.engine.export.lora_files import DIFFUSERS_NAME, header, lora_tensors, write_lora
 from rtdmd_cli.engine.export.roundtrip import RoundTrip, compare, open_stock, own_pictures, stock_pictures
-from rtdmd_cli.engine.model_source import Source, open_model
+from rtdmd_cli.engine.model_source import EMA, Source, open_model
 from rtdmd_cli.engine.report.grid import GridRow, picture_grid, save_png
 from rtdmd_cli.engine.runtime import files
 from rtdmd_cli.engine.runtime.checkpoint import Checkpoint, load_checkpoint
@@ -43,6 +43,7 @@ from rtdmd_cli.errors import EnvironmentFailure, UsageError
 from rtdmd_cli.shapes.prompts import benchmark
 
 FORMATS = ("diffusers", "comfyui", "merged")
+NO_ADAPTER = Folded({}, 0, 0, 0.0)
 PICTURES = 4
 PROMPTS = (
     "a photo of a red bicycle leaning on a white wall",
@@ -57,7 +58,7 @@ PROMPTS = (
 class Request:
     """What to export. formats: of FORMATS; out: the folder to make; where: what the card's code loads.
 
-    rank: at most that, None for the exact one. check: run the round trip.
+    rank: at most that, None for the exact one. check: run the round trip. stored: how the base was stored in training.
     """
 
     source: Source
@@ -69,6 +70,7 @@ class Request:
     force: bool
     device: torch.device
     dtype: torch.dtype
+    stored: str = "plain"
 
 
 @dataclass(frozen=True)
@@ -90,13 +92,16 @@ def run_export(request: Request, say: Callable[[str], None]) -> dict[str, Any]:
     where an export doesn't make the run's pictures. After any error the target is as before.
     """
     assert request.source.checkpoint is not None
+    request = prepared(request, say)
     check_target(request)
     prompts = picture_prompts(request.source)
     own = draw_own(request, prompts)
     checkpoint = load_checkpoint(request.source.checkpoint)
-    stacks = adapter_stacks(request.source.preset, checkpoint)
-    folded = fold(stacks, request.rank)
-    say(_folded_line(folded, max(len(parts) for parts in stacks.values())))
+    folded = NO_ADAPTER
+    if not is_full(request.source.preset):
+        stacks = adapter_stacks(request.source.preset, checkpoint)
+        folded = fold(stacks, request.rank)
+        say(_folded_line(folded, max(len(parts) for parts in stacks.values())))
     bases = find_bases(request.source.preset)
     out = request.out
     files.make_folder(out.parent)
@@ -114,18 +119,32 @@ def run_export(request: Request, say: Callable[[str], None]) -> dict[str, Any]:
     return described
 
 
-def check_target(request: Request) -> None:
-    """UsageError for a target that exists without --force, is no export, or is or holds what is read.
+def prepared(request: Request, say: Callable[[str], None]) -> Request:
+    """The request as it can be met: whole weights as a pipeline alone, and the base model unquantised.
 
-    And for a generator without adapters, which none of the formats takes yet.
+    UsageError for an adapter of a generator that was trained in full.
     """
+    preset, formats = request.source.preset, request.formats
+    if is_full(preset) and formats != ("merged",):
+        if "merged" not in formats or request.rank is not None:
+            raise UsageError(
+                "This generator was trained in full and has no adapter.",
+                "Use --format merged, without --rank.",
+            )
+        say("trained in full: there is no adapter, the whole pipeline alone is written")
+        formats = ("merged",)
+    plain = {"base": "plain", "vae_tiling": False, "text_encoder": "auto"}
+    stored = preset.hardware.base
+    if stored != "plain":
+        say(f"trained on the base model in {stored}: exported for the plain one, which makes other pictures")
+    exact = preset.model_copy(update={"hardware": preset.hardware.model_copy(update=plain)})
+    return replace(request, formats=formats, stored=stored, source=replace(request.source, preset=exact))
+
+
+def check_target(request: Request) -> None:
+    """UsageError for a target that exists without --force, is no export, or is or holds what is read."""
     out, checkpoint = request.out, request.source.checkpoint
     assert checkpoint is not None
-    if request.source.preset.distill.train == "full":
-        raise UsageError(
-            f"{checkpoint} was trained in full, and only adapters can be exported so far.",
-            "Use rtdmd sample with it, or train with distill.train=lora.",
-        )
     bases = find_bases(request.source.preset)
     if bases.file is not None and "merged" in request.formats:
         raise UsageError(
@@ -180,8 +199,10 @@ def build(
     family = FAMILIES[facts.preset.model.family]
     if "merged" in facts.formats:
         assert bases.transformer is not None
+        full = is_full(facts.preset)
+        changes = merged.full_changes(checkpoint.tensors[EMA]) if full else merged.lora_changes(folded)
         exact = merged.write_merged(
-            folder, bases.pipeline, bases.transformer, folded, own.sigmas, own.stock_already, family.index
+            folder, bases.pipeline, bases.transformer, changes, own.sigmas, own.stock_already, family.index
         )
         if not exact:
             say("the stock scheduler can't take the run's noise levels by itself: call it with sigmas=")
@@ -208,6 +229,7 @@ def gather(
         base=public_name(base),
         on_hub=is_hub_id(base),
         single=_single_file(preset, bases),
+        stored=request.stored,
         base_hash=own.base_hash,
         licence=licence_of(base),
         pipeline=json.loads((bases.pipeline / merged.INDEX).read_bytes())["_class_name"],

@@ -21,6 +21,11 @@ def is_tuned(checkpoint: Checkpoint) -> bool:
     return checkpoint.state.get("stage") == TUNED
 
 
+def is_full(preset: Preset) -> bool:
+    """Whether every weight was trained, so that there is no adapter."""
+    return preset.distill.train == "full"
+
+
 def adapter_stacks(preset: Preset, checkpoint: Checkpoint) -> dict[str, list[Part]]:
     """Layer -> the adapters that are active on it when the generator is sampled, bottom first.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,9 @@ from rtdmd_cli.engine.export.schedule import stock_config
 from rtdmd_cli.engine.runtime import files
 from rtdmd_cli.errors import DataError
 
+Change = Callable[[Tensor], Tensor]
+Changes = Mapping[str, Change]
+
 INDEX = "model_index.json"
 SCHEDULER = "scheduler/scheduler_config.json"
 TRANSFORMER = "transformer"
@@ -34,22 +37,22 @@ def write_merged(
     out: Path,
     base: Path,
     transformer: Path,
-    folded: Folded,
+    changes: Changes,
     sigmas: Sequence[float],
     exact_already: bool,
     index: Mapping[str, Any],
 ) -> bool:
     """Write the pipeline; whether its stock schedule of T = len(sigmas) - 1 steps is `sigmas`.
 
-    base: the base model's folder; transformer: the folder with the weights that are changed. exact_already: the base
-    model's schedule is right as it is. index: changes of model_index.json.
+    base: the base model's folder; transformer: the folder with the weights that `changes` are for. exact_already: the
+    base model's schedule is right as it is. index: changes of model_index.json.
     """
     parts = components(base)
     for name in parts:
         if name != TRANSFORMER:
             for source in _copied(base / name):
                 _copy(source, out / source.relative_to(base))
-    write_transformer(out / TRANSFORMER, transformer, folded)
+    write_transformer(out / TRANSFORMER, transformer, changes)
     described: dict[str, Any] = json.loads((base / INDEX).read_bytes())
     described.pop("_name_or_path", None)
     files.write_json(out / INDEX, described | dict(index))
@@ -68,19 +71,36 @@ def components(base: Path) -> list[str]:
     return sorted(name for name in index if not name.startswith("_") and (base / name).is_dir())
 
 
-def write_transformer(out: Path, base: Path, folded: Folded) -> None:
-    """Copy a transformer's folder, with B A added to the weights of the folded layers.
+def lora_changes(folded: Folded) -> dict[str, Change]:
+    """`weight + B A` for the weight of each folded layer, computed in float32."""
 
-    DataError where a layer isn't among the weights.
+    def change(a: Tensor, b: Tensor) -> Change:
+        return lambda weight: weight + b @ a
+
+    return {f"{layer}.weight": change(a, b) for layer, (a, b) in folded.layers.items()}
+
+
+def full_changes(weights: Mapping[str, Tensor]) -> dict[str, Change]:
+    """Other weights in the place of the base's."""
+
+    def change(weight: Tensor) -> Change:
+        return lambda base: weight.to("cpu", torch.float32).reshape(base.shape)
+
+    return {name: change(weight) for name, weight in weights.items()}
+
+
+def write_transformer(out: Path, base: Path, changes: Changes) -> None:
+    """Copy a transformer's folder, with `changes` (weight's name -> what becomes of it in float32).
+
+    DataError where one of these isn't among the weights.
     """
-    left = {f"{layer}.weight": pair for layer, pair in folded.layers.items()}
+    left = dict(changes)
     for source in sorted(base.glob("*.json")):
         _copy(source, out / source.name)
     for source in weight_files(base):
         tensors, metadata = _read(source)
         for name in sorted(left.keys() & tensors.keys()):
-            a, b = left.pop(name)
-            tensors[name] = _added(tensors[name], a, b)
+            tensors[name] = _changed(tensors[name], left.pop(name))
         _save(out / source.name, tensors, metadata)
     if left:
         raise DataError(
@@ -88,14 +108,14 @@ def write_transformer(out: Path, base: Path, folded: Folded) -> None:
         )
 
 
-def _added(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """`weight + B A`, computed in float32, in the weight's own format."""
+def _changed(weight: Tensor, change: Change) -> Tensor:
+    """The changed weight in the weight's own format."""
     if weight.dtype not in DTYPES.values():
         raise DataError(
             f"The base model's weights are stored as {weight.dtype}, into which nothing can be merged.",
             "Use --format diffusers or comfyui, or a base model in float32, float16 or bfloat16.",
         )
-    return (weight.float() + b @ a).to(weight.dtype)
+    return change(weight.float()).to(weight.dtype)
 
 
 def stored_dtype(transformer: Path) -> torch.dtype:

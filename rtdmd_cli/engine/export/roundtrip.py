@@ -8,6 +8,7 @@ the run's generator with eta 0, which is what the stock scheduler does: Euler. T
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,6 @@ def own_pictures(
     model: Model, plan: SamplingPlan, prompts: Sequence[str], etas: Sequence[float]
 ) -> list[Tensor]:
     """Our sampler's pictures [n, 3, H, W] in 0..1 on the CPU for each eta, one picture a prompt, the same noise."""
-    assert model.roles is not None, "only a run's generator is compared"
     backbone, side = model.backbone, model.source.preset.model.resolution
     shape = backbone.latent_shape(side, side)
     cond, _ = encode(backbone, prompts, plan)
@@ -89,7 +89,7 @@ def own_pictures(
                 rng.normal(shape, SEED, "export", step, [i]).to(backbone.device)
                 for step in range(plan.steps - 1)
             ]
-            with model.roles.role(GENERATOR):
+            with model.roles.role(GENERATOR) if model.roles else nullcontext():
                 velocity = guided(backbone, one, None, 1.0)
                 latents.append(cps(velocity, noise[i : i + 1].to(backbone.device), plan.sigmas, eta, fresh))
         sets.append(decode_all(backbone, torch.cat(latents).cpu(), 1))

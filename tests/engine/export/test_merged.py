@@ -10,11 +10,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rtdmd_cli.engine.export.fold import Folded
-from rtdmd_cli.engine.export.merged import WEIGHTS, stored_dtype, weight_files, write_transformer
+from rtdmd_cli.engine.export.merged import (
+    WEIGHTS,
+    full_changes,
+    lora_changes,
+    stored_dtype,
+    weight_files,
+    write_transformer,
+)
 from rtdmd_cli.errors import DataError
 
 A, B = torch.randn(2, 3, generator=torch.Generator().manual_seed(0)), torch.ones(4, 2)
-FOLDED = Folded({"second": (A, B)}, 2, 2, 0.0)
+CHANGES = lora_changes(Folded({"second": (A, B)}, 2, 2, 0.0))
 
 
 def sharded(folder: Path, dtype: torch.dtype) -> Path:
@@ -34,7 +41,7 @@ def sharded(folder: Path, dtype: torch.dtype) -> Path:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_a_shard_keeps_its_format(tmp_path: Path, dtype: torch.dtype) -> None:
     base = sharded(tmp_path / "base", dtype)
-    write_transformer(tmp_path / "out", base, FOLDED)
+    write_transformer(tmp_path / "out", base, CHANGES)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
         path.name for path in base.iterdir() if "fp16" not in path.name and path.suffix != ".bin"
     )
@@ -49,10 +56,21 @@ def test_a_shard_keeps_its_format(tmp_path: Path, dtype: torch.dtype) -> None:
 def test_a_layer_that_is_not_there(tmp_path: Path) -> None:
     base = sharded(tmp_path / "base", torch.float32)
     with pytest.raises(DataError, match=r"has no third\.weight"):
-        write_transformer(tmp_path / "out", base, Folded({"third": (A, B)}, 2, 2, 0.0))
+        write_transformer(tmp_path / "out", base, full_changes({"third.weight": A}))
 
 
 def test_a_format_that_nothing_is_merged_into(tmp_path: Path) -> None:
     base = sharded(tmp_path / "base", torch.float64)
     with pytest.raises(DataError, match="float64"):
-        write_transformer(tmp_path / "out", base, FOLDED)
+        write_transformer(tmp_path / "out", base, CHANGES)
+
+
+def test_whole_weights_take_the_bases_place(tmp_path: Path) -> None:
+    base = sharded(tmp_path / "base", torch.float16)
+    other = {"second.weight": torch.full((4, 3), 0.1)}
+    write_transformer(tmp_path / "out", base, full_changes(other))
+    found = {
+        key: tensor for path in weight_files(tmp_path / "out") for key, tensor in load_file(path).items()
+    }
+    assert torch.equal(found["second.weight"], other["second.weight"].half())
+    assert torch.equal(found["first.weight"], torch.ones(2, 2))

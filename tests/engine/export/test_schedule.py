@@ -11,7 +11,10 @@ from rtdmd_cli.engine.export.schedule import agrees, stock_config
 
 
 def config(**changes: Any) -> dict[str, Any]:
-    return dict(FlowMatchEulerDiscreteScheduler(**changes).config)
+    """As scheduler_config.json holds it: without the note on which values are defaults, which `from_config` obeys."""
+    made = dict(FlowMatchEulerDiscreteScheduler(**changes).config)
+    made.pop("_use_default_values", None)
+    return made
 
 
 def sigmas(raw: list[int], base: dict[str, Any]) -> list[float]:
