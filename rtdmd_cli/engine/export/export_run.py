@@ -91,8 +91,8 @@ def run_export(request: Request, say: Callable[[str], None]) -> dict[str, Any]:
     UsageError for a target that may not be written, before anything is loaded; errors as `open_model`; NumericalError
     where an export doesn't make the run's pictures. After any error the target is as before.
     """
-    assert request.source.checkpoint is not None
     request = prepared(request, say)
+    assert request.source.checkpoint is not None
     check_target(request)
     prompts = picture_prompts(request.source)
     own = draw_own(request, prompts)
