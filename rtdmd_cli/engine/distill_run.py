@@ -180,8 +180,11 @@ def build_trainer(
             f"The first boundary of the schedule lies at sigma {sigmas[1]:.3f}, not below `distill.t_max`.",
             "Choose other `sampler.raw_steps`, or a larger `distill.t_max`.",
         )
-    full = config.train == "full"
-    roles = FullRoles(backbone.transformer) if full else Roles(backbone.transformer, config.lora, config.seed)
+    roles: RoleSet
+    if config.train == "full":
+        roles = FullRoles(backbone.transformer)
+    else:
+        roles = Roles(backbone.transformer, config.lora, config.seed)
     decays = {FAKE: config.weight_decay, GENERATOR: config.weight_decay}
     return assemble(backbone, preset, config, roles, sigmas, decays, prompts, conditioning, empty)
 

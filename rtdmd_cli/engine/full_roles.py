@@ -38,7 +38,7 @@ class FullRoles:
     def __init__(self, transformer: nn.Module, tuning: bool = False) -> None:
         self.transformer = transformer.requires_grad_(False)
         teacher, start = bases_of(transformer)[0], bases_of(transformer)[-1]
-        self.frozen = (STAGE1_GENERATOR,) if tuning else ()
+        self.frozen: tuple[str, ...] = (STAGE1_GENERATOR,) if tuning else ()
         self._slots = [
             (f"{prefix}.{key}" if prefix else key, module, key)
             for prefix, module in teacher.named_modules()

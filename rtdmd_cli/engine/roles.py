@@ -84,7 +84,7 @@ class Roles:
         self.transformer: nn.Module = transformer.requires_grad_(False)
         self._pair = transformer if isinstance(transformer, TwoBases) else None
         self._stacks = STAGE_1 if fresh is None else STAGE_2
-        self.frozen = () if fresh is None else (STAGE1_GENERATOR, STAGE1_FAKE)
+        self.frozen: tuple[str, ...] = () if fresh is None else (STAGE1_GENERATOR, STAGE1_FAKE)
         if fresh is None:
             adapters = {GENERATOR: (lora, 1 / lora.rank), FAKE: (lora, 1 / lora.rank)}
         else:

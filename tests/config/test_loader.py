@@ -21,6 +21,7 @@ from rtdmd_cli.config import (
     preset_text,
     preset_values,
 )
+from rtdmd_cli.config.section import ATTENTION
 from rtdmd_cli.errors import EnvironmentFailure, UsageError
 
 SHAPES = ["shapes-4step", "shapes-4step-full"]
@@ -49,7 +50,7 @@ def refused(name: str, *overrides: str, **environ: str) -> UsageError:
 
 def test_shipped_presets() -> None:
     found = {info.name: info for info in list_presets()}
-    assert {*SHAPES, "sd3-4step"} <= set(found)
+    assert {*SHAPES, *PUBLISHED, *SMALL} == set(found)
     for name, info in found.items():
         preset = load(name).preset
         assert preset.name == name == info.path.stem
@@ -66,18 +67,64 @@ def test_shapes_full_inherits_and_says_from_where() -> None:
     assert full.preset.description != short.preset.description
 
 
-def test_sd3_has_the_published_values() -> None:
-    """Only what does not change the result differs from the defaults, which are method.md's section 5."""
-    resolved = load("sd3-4step")
-    preset = resolved.preset
-    assert preset.model.path == "stabilityai/stable-diffusion-3-medium-diffusers"
-    assert (preset.model.resolution, preset.model.guidance, preset.model.text_length) == (1024, 7.0, 128)
-    published = preset_values(Preset(name="d", model=preset.model))
+FREE = {
+    *("name", "description", "distill.prompts", "distill.micro_batch", "distill.save_every"),
+    *("tune_reward.prompts", "tune_reward.micro_batch", "tune_reward.save_every", "tune_reward.sample_every"),
+    *("tune_reward.held_out", "evaluate.batch", "hardware.dtype", "hardware.gradient_checkpointing"),
+}
+"""Of a published recipe, what does not change its result, and where its prompts lie."""
+HUB = "black-forest-labs/FLUX"
+PUBLISHED = {  # method.md, section 5
+    "sd3-4step": (
+        "stabilityai/stable-diffusion-3-medium-diffusers",
+        1024,
+        7.0,
+        128,
+        3e-5,
+        3e-5,
+        True,
+        16,
+        512,
+    ),
+    "sd35-4step": ("stabilityai/stable-diffusion-3.5-medium", 512, 4.5, 128, 3e-5, 3e-5, True, 24, 1152),
+    "flux1-4step": (f"{HUB}.1-dev", 512, 3.5, 512, 3e-5, 1e-6, False, 24, 1536),
+    "flux2-klein-4b-4step": (f"{HUB}.2-klein-base-4B", 512, 4.0, 512, 1e-6, 1e-6, True, 24, 1536),
+    "flux2-klein-9b-4step": (f"{HUB}.2-klein-base-9B", 512, 4.0, 512, 1e-6, 1e-6, False, 24, 1536),
+}
+SMALL = {f"{name}-24gb": name for name in PUBLISHED} | {"sd3-4step-16gb": "sd3-4step"}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_published_values(name: str) -> None:
+    """What the table of the method says, and for the rest the defaults, which are published values too."""
+    preset = load(name).preset
+    model, distill, tune = preset.model, preset.distill, preset.tune_reward
+    found = (
+        *(model.path, model.resolution, model.guidance, model.text_length),
+        *(distill.fake_lr, tune.fake_lr, tune.consistency_weight > 0),
+        *(tune.images_per_prompt, tune.images_per_epoch),
+    )
+    assert found == PUBLISHED[name] and distill.generator_lr == distill.fake_lr
+    assert model.components == model.path
+    assert model.generator_init == (model.path.replace("-base", "") if "klein" in name else "teacher")
+    targets = {*ATTENTION, "to_qkv_mlp_proj", "to_out"} if "klein" in name else {*ATTENTION}
+    assert set(distill.lora.targets) == set(tune.lora.targets) == targets
+    published = preset_values(Preset(name="d", model=model))
     differing = {key for key, value in preset_values(preset).items() if published[key] != value}
-    assert differing == {
-        *("name", "description", "distill.prompts", "distill.micro_batch"),
-        *("hardware.dtype", "hardware.gradient_checkpointing"),
-    }
+    tabulated = {"distill.generator_lr", "distill.lora.targets", "tune_reward.lora.targets"}
+    tabulated |= {"distill.fake_lr", "tune_reward.fake_lr", "tune_reward.consistency_weight"}
+    tabulated |= {"tune_reward.images_per_prompt", "tune_reward.images_per_epoch"}
+    assert differing - tabulated == FREE
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_small_card_changes_nothing_but_size_length_and_storage(name: str) -> None:
+    own, parent = (preset_values(load(each).preset) for each in (name, SMALL[name]))
+    differing = {key for key in own if own[key] != parent[key] and not key.startswith("hardware.")}
+    rest = {"name", "description", "distill.iterations", "tune_reward.epochs"}
+    rest |= {"distill.save_every", "distill.sample_every", "tune_reward.rewards_in_memory", "evaluate.batch"}
+    assert differing == rest | ({"model.resolution"} if SMALL[name] == "sd3-4step" else set())
+    assert own["model.resolution"] == 512 and own["distill.iterations"] == 3000
 
 
 def test_an_installed_package_uses_its_own_presets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -326,7 +373,7 @@ def test_the_hash_follows_the_values_and_not_the_name(tmp_path: Path) -> None:
     assert load(write(tmp_path, dump_resolved(base.preset))).sha256 == base.sha256
 
 
-@pytest.mark.parametrize("name", [*SHAPES, "sd3-4step"])
+@pytest.mark.parametrize("name", [*SHAPES, *PUBLISHED, *SMALL])
 def test_resolved_presets_are_read_back(tmp_path: Path, name: str) -> None:
     preset = load(name).preset
     assert load(write(tmp_path, dump_resolved(preset))).preset == preset

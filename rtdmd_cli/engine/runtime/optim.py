@@ -1,11 +1,11 @@
 """Optimisers and what surrounds their step: learning rate, gradient check and clipping, EMA, saved states."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
-import bitsandbytes
 import torch
+from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -38,19 +38,17 @@ def build_optimizer(
     """
     parameters = [parameter for _, parameter in params]
     _require_device(choice, parameters)
-    optimizers = {
+    optimizers: dict[Choice, Callable[..., torch.optim.Optimizer]] = {
         "adamw": torch.optim.AdamW,
-        "adamw8bit": bitsandbytes.optim.AdamW8bit,
-        "paged_adamw8bit": bitsandbytes.optim.PagedAdamW8bit,
+        "adamw8bit": AdamW8bit,
+        "paged_adamw8bit": PagedAdamW8bit,
     }
-    optimizer: torch.optim.Optimizer = optimizers[choice](
-        parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay
-    )
-    return optimizer
+    return optimizers[choice](parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
 
 def _require_device(choice: Choice, parameters: Sequence[Parameter]) -> None:
-    wanted = {"adamw": (), "adamw8bit": ("cpu", "cuda"), "paged_adamw8bit": ("cuda",)}[choice]
+    tried: dict[Choice, tuple[str, ...]] = {"adamw8bit": ("cpu", "cuda"), "paged_adamw8bit": ("cuda",)}
+    wanted = tried.get(choice, ())
     for device in {parameter.device.type for parameter in parameters if wanted} - set(wanted):
         other = "adamw8bit, which computes the same" if device == "cpu" else "adamw"
         raise EnvironmentFailure(
@@ -207,7 +205,7 @@ def load_optimizer(
 
 
 def _placed(optimizer: torch.optim.Optimizer, key: str, tensor: Tensor, parameter: Parameter) -> Tensor:
-    if isinstance(optimizer, bitsandbytes.optim.PagedAdamW8bit) and key in ("state1", "state2"):
+    if isinstance(optimizer, PagedAdamW8bit) and key in ("state1", "state2"):
         buffer: Tensor = optimizer.get_state_buffer(parameter, dtype=tensor.dtype)
         return buffer.copy_(tensor)
     return tensor.to("cpu" if key == "step" else parameter.device, copy=True)

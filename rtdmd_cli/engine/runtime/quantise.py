@@ -13,8 +13,8 @@ from __future__ import annotations
 
 from typing import Any, Literal, TypeAlias
 
-import bitsandbytes
 import torch
+from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 from torch import Tensor, nn
 
 from rtdmd_cli.engine.runtime.blocks import repeated_blocks
@@ -66,7 +66,7 @@ def swap_linears(parent: nn.Module, base: Base, device: torch.device) -> None:
 
 
 def _nf4(linear: nn.Linear, device: torch.device) -> nn.Module:
-    layer = bitsandbytes.nn.Linear4bit(
+    layer = Linear4bit(
         linear.in_features,
         linear.out_features,
         bias=linear.bias is not None,
@@ -74,7 +74,7 @@ def _nf4(linear: nn.Linear, device: torch.device) -> nn.Module:
         quant_type="nf4",
         device="meta",
     )
-    layer.weight = bitsandbytes.nn.Params4bit(
+    layer.weight = Params4bit(
         linear.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True, module=layer
     )
     if linear.bias is not None:
@@ -92,7 +92,7 @@ def _int8(linear: nn.Linear, device: torch.device) -> nn.Module:
         has_fp16_weights=False,
         device="meta",
     )
-    layer.weight = bitsandbytes.nn.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
+    layer.weight = Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
     if linear.bias is not None:
         layer.bias = linear.bias
     layer = layer.to(device)
@@ -100,7 +100,7 @@ def _int8(linear: nn.Linear, device: torch.device) -> nn.Module:
     return layer
 
 
-class Int8Linear(bitsandbytes.nn.Linear8bitLt):  # type: ignore[misc]  # its module has no types
+class Int8Linear(Linear8bitLt):
     """bitsandbytes' 8-bit layer, multiplied by the dequantised weights: x [..., in] -> [..., out] in x's dtype.
 
     The product of its own quantises the activations as well, through float16, whose range a transformer's
