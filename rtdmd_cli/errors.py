@@ -38,3 +38,7 @@ class NumericalError(RtdmdError):
     """A loss, gradient or weight is not finite."""
 
     exit_code = 5
+
+
+class RewardFailure(NumericalError):
+    """Rewards have no usable answer for too many pictures; nothing has moved because of them."""

@@ -62,6 +62,9 @@ TUNE_REWARD = Stage(
         "tune_reward.epochs",
         "tune_reward.micro_batch",
         "tune_reward.rewards_in_memory",
+        "tune_reward.reward_seconds",
+        "tune_reward.max_bad_share",
+        "tune_reward.watch.stop",
         *(f"tune_reward.{key}" for key in _SCHEDULE),
         "evaluate.images_per_prompt",
         "evaluate.batch",  # not evaluate.seed: rewards are measured with it before and after

@@ -212,7 +212,9 @@ def plan(
 
 def result(outcome: "Outcome", resolved: Resolved, as_json: bool) -> dict[str, Any]:
     """What the command prints at its end; for people a line for each reward."""
+    from rtdmd_cli.engine.runtime.checkpoint import step_name
     from rtdmd_cli.engine.tune_report import held_out_first
+    from rtdmd_cli.engine.tune_watch import BEST, alarm
 
     config = resolved.preset.tune_reward
     before, after = outcome.records["rewards_before"], outcome.records["rewards_after"]
@@ -225,6 +227,9 @@ def result(outcome: "Outcome", resolved: Resolved, as_json: bool) -> dict[str, A
             name: f"{each['before']:.4f} -> {each['after']:.4f}" + ", trained on" * each["trained_on"]
             for name, each in rewards.items()
         }
+    best, warning = outcome.records.get(BEST), alarm(outcome.records)
+    kept = None if best is None else str(outcome.run / "checkpoints" / step_name(best))
+    watched = {"best_checkpoint": kept, "warning": warning or None}
     return {
         "run": str(outcome.run),
         "epochs": outcome.iterations,
@@ -232,16 +237,22 @@ def result(outcome: "Outcome", resolved: Resolved, as_json: bool) -> dict[str, A
         "checkpoint": str(outcome.checkpoint),
         "report": str(outcome.run / "report.html"),
         "finished": outcome.iterations >= config.epochs,
+        **(watched if as_json else {key: text for key, text in watched.items() if text}),
         **({"rewards": rewards} if as_json else rewards),
     }
 
 
 def finish(outcome: "Outcome", quiet: bool) -> None:
     """Say what to do next; leave with the signal's exit code after a signal."""
+    from rtdmd_cli.engine.tune_watch import advice
+
     if outcome.signal_exit_code:
         again = shlex.join(["--resume", str(outcome.run)])
         console.say(f"Stopped and saved. Go on with the same command and {again}", quiet)
         raise typer.Exit(outcome.signal_exit_code)
+    advised = advice(outcome.records)
+    if advised:
+        console.say(advised, quiet)
     console.say(
         f"Look at {outcome.run / 'report.html'}, or draw: rtdmd sample PROMPT --from {outcome.run}", quiet
     )

@@ -6,6 +6,7 @@ from typing import Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from rtdmd_cli.config.section import MAX_COUNT, MAX_SEED, LoraConfig, Section, one_line
+from rtdmd_cli.config.watch import WatchConfig
 
 MAX_WEIGHT = 1e6
 
@@ -31,6 +32,18 @@ class TuneRewardConfig(Section):
     rewards_in_memory: Literal["all", "one"] = Field(
         default="all",
         description="reward models held at a time; one loads each when its turn comes, those with a gradient together",
+    )
+    max_bad_share: float = Field(
+        default=0.1,
+        ge=0,
+        lt=1,
+        description="share of an epoch's or a measurement's images that a reward may fail to judge; above it the run stops",
+    )
+    reward_seconds: float | None = Field(
+        default=60.0,
+        gt=0,
+        le=86_400,
+        description="longest time of a reward for one image, s; null for any",
     )
     epochs: int = Field(
         default=1000, ge=1, le=MAX_COUNT, description="length of the training, epochs of one generator step"
@@ -99,7 +112,7 @@ class TuneRewardConfig(Section):
         default=1e-3,
         ge=0,
         le=1e6,
-        description="weight of distribution matching on the last step; 0 turns it off",
+        description="weight of distribution matching on the last step; 0 turns it off, and the fake score's turn with it",
     )
     backprop_weight: float = Field(
         default=1e-4, ge=0, le=1e6, description="weight of reward back-propagation; 0 turns it off"
@@ -143,6 +156,7 @@ class TuneRewardConfig(Section):
         le=MAX_COUNT,
         description="distance of measurements, epochs; 0 for start and end only",
     )
+    watch: WatchConfig = WatchConfig()
     seed: int = Field(default=42, ge=0, le=MAX_SEED, description="seed of every random stream, no unit")
     lora: LoraConfig = LoraConfig()
     save_every: int = Field(default=50, ge=1, le=MAX_COUNT, description="distance of checkpoints, epochs")

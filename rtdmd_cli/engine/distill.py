@@ -84,7 +84,7 @@ class Draws:
     trainer: Trainer
     turn: str
     iteration: int
-    indices: range
+    indices: Sequence[int]
 
     def normal(self, stream: str) -> Tensor:
         """Standard normal [b,C,H,W] float32, on the model's device."""

@@ -127,7 +127,15 @@ def _from_run(run: RunFolder) -> Source:
             "Wait for its first one, or sample its base model by the preset's name.",
         )
     notes = tuple(f"skipped a damaged checkpoint: {reason}" for _, reason in skipped)
-    return _generator(newest, run, notes)
+    return _generator(newest, run, (*notes, *_better(newest, run)))
+
+
+def _better(newest: Path, run: RunFolder) -> list[str]:
+    """A line where the run itself names another of its checkpoints as the best by held-out rewards."""
+    best = run.best_checkpoint
+    if best is None or best.name == newest.name:
+        return []
+    return [f"by the held-out rewards {best.name} is better: --from {best}"]
 
 
 def _from_checkpoint(path: Path, run: RunFolder | None) -> Source:

@@ -16,7 +16,13 @@ from rtdmd_cli.config.loader import Resolved, dump_resolved
 from rtdmd_cli.engine.distill import ROLES, Trainer
 from rtdmd_cli.engine.roles import RoleSet
 from rtdmd_cli.engine.runtime import files, optim
-from rtdmd_cli.engine.runtime.checkpoint import Checkpoint, newest_valid, remove_after, save_checkpoint
+from rtdmd_cli.engine.runtime.checkpoint import (
+    Checkpoint,
+    newest_valid,
+    remove_after,
+    save_checkpoint,
+    step_name,
+)
 from rtdmd_cli.engine.runtime.progress import training_progress
 from rtdmd_cli.engine.runtime.run_folder import RunFolder, State
 from rtdmd_cli.engine.runtime.signals import StopRequest, stop_on_signals
@@ -56,7 +62,8 @@ class Stage:
 
     name: in checkpoints and run folders. advance(i): one iteration (0-based). figures(): measured where a grid is
     made, beside the metrics. sample(path, iteration): writes a grid. finish(session, state): health panel and report.
-    after(iteration): measured by the stage after an iteration; a metric line is written where there is any.
+    after(session): measured by the stage after an iteration; a metric line is written where there is any. It may set
+    the records `stopped` and `best`, see `Session`.
     frozen: adapters that belong into every checkpoint although they don't change.
     """
 
@@ -66,7 +73,7 @@ class Stage:
     figures: Callable[[], Mapping[str, float]]
     sample: Callable[[Path, int], None]
     finish: Callable[["Session", State], None]
-    after: Callable[[int], Mapping[str, float]] = lambda iteration: {}
+    after: Callable[["Session"], Mapping[str, float]] = lambda session: {}
     frozen: tuple[str, ...] = ()
 
 
@@ -75,7 +82,9 @@ class Session:
     """A run in progress.
 
     `seconds` counts training time of all parts, `last` is the newest checkpoint, `records` are JSON values of the
-    stage's own that survive a resume, `prompts` is what `prompts.known_by` says of the prompts.
+    stage's own that survive a resume, `prompts` is what `prompts.known_by` says of the prompts. Two records have a
+    meaning here: with `stopped` (true) the run ends before its time; `best` is the step of a checkpoint that is
+    made out of turn and never removed.
     """
 
     run: RunFolder
@@ -88,6 +97,21 @@ class Session:
     records: dict[str, Any]
     prompts: str
     last: Path | None = None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the stage has ended the run."""
+        return bool(self.records.get("stopped"))
+
+    @property
+    def best(self) -> int | None:
+        """Step of the best checkpoint by the stage's own measure; None without one."""
+        return self.records.get("best")
+
+    @property
+    def saved(self) -> bool:
+        """Whether the newest checkpoint is of this iteration."""
+        return self.last is not None and self.last.name == step_name(self.iteration)
 
 
 def groups(frozen: tuple[str, ...]) -> set[str]:
@@ -150,17 +174,22 @@ def train(session: Session, quiet: bool) -> StopRequest:
     """Iterate to the end or to the first signal; every save, metric line and grid on the way."""
     stage, total = session.stage, session.stage.schedule.total
     with stop_on_signals() as stop, training_progress(total, session.iteration, quiet) as show:
-        while session.iteration < total and stop.received is None:
+        while session.iteration < total and stop.received is None and not session.stopped:
             began = time.monotonic()
             stage.advance(session.iteration)
             session.iteration += 1
             took = time.monotonic() - began
             session.seconds += took
             show(session.iteration, session.trainer.metrics)
-            note(session, took, stage.after(session.iteration))
-        if session.last is None or session.last.name != f"step-{session.iteration:06d}":
-            save(session)
+            note(session, took, stage.after(session))
+        save_unsaved(session)
     return stop
+
+
+def save_unsaved(session: Session) -> None:
+    """A checkpoint of this iteration, if there is none."""
+    if not session.saved:
+        save(session)
 
 
 def note(session: Session, took: float, measured: Mapping[str, float]) -> None:
@@ -173,7 +202,7 @@ def note(session: Session, took: float, measured: Mapping[str, float]) -> None:
             row |= session.stage.figures()
         session.tracker.log(row)
         session.run.metrics.append(row | {"seconds": session.seconds, "iterations_per_second": 1 / took})
-    if done % schedule.save_every == 0:
+    if done % schedule.save_every == 0 or session.best == done:
         save(session)
     if grid_due and done != schedule.total:
         sample_grid(session)
@@ -210,7 +239,9 @@ def save(session: Session) -> None:
         "prompts_sha256": session.prompts,
     }
     run, keep = session.run, stage.schedule.keep
-    session.last = save_checkpoint(run.checkpoints, session.iteration, tensors, state, keep, meta)
+    session.last = save_checkpoint(
+        run.checkpoints, session.iteration, tensors, state, keep, meta, session.best
+    )
     run.set_status("running", iteration=session.iteration)
 
 
@@ -225,9 +256,11 @@ def finish(session: Session, stop: StopRequest) -> Outcome:
     run = session.run
     assert session.last is not None
     sample_grid(session)
-    state: State = "finished" if session.iteration >= session.stage.schedule.total else "interrupted"
+    over = session.iteration >= session.stage.schedule.total or session.stopped
+    state: State = "finished" if over else "interrupted"
     session.stage.finish(session, state)
-    run.set_status(state, iteration=session.iteration, seconds=round(session.seconds, 3))
+    best = {} if session.best is None else {"best": step_name(session.best)}
+    run.set_status(state, iteration=session.iteration, seconds=round(session.seconds, 3), **best)
     run.log(f"{state} at iteration {session.iteration}")
     return Outcome(
         run.path, session.iteration, session.seconds, session.last, stop.exit_code, session.records

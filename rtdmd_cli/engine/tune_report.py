@@ -1,13 +1,15 @@
 """The report of a stage-2 run: reads the run folder, fills in `report.html`."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from rtdmd_cli.config.tune_reward import TuneRewardConfig
 from rtdmd_cli.engine.distill_report import grids, lag_curves, recorded_environment, sampler_facts
-from rtdmd_cli.engine.report.html import RunReport, write_report
+from rtdmd_cli.engine.report.html import Curve, RunReport, write_report
 from rtdmd_cli.engine.report.page import Picture, Table
 from rtdmd_cli.engine.runtime.run_folder import State
 from rtdmd_cli.engine.training_run import Session
+from rtdmd_cli.engine.tune_watch import AFTER, BEFORE, LEFT_OUT, STOPPED, WATCH, advice, alarm
 
 
 def write_tune_report(
@@ -16,28 +18,35 @@ def write_tune_report(
     config: TuneRewardConfig,
     held_out: Sequence[str],
     health: Mapping[str, float],
+    last: Mapping[str, object],
 ) -> None:
-    """Write report.html from what lies in the run folder, the measured rewards, and the fake score's figures."""
-    run, preset = session.run, session.resolved.preset
+    """Write report.html from what lies in the run folder, the measured rewards, and the fake score's figures.
+
+    last: a metric line of the end's measurement, empty where the run folder has it.
+    """
+    run, preset, records = session.run, session.resolved.preset, session.records
     command, environment = recorded_environment(run)
-    metrics = run.metrics.read()
-    before, after = session.records["rewards_before"], session.records["rewards_after"]
+    metrics = [first_line(records), *run.metrics.read(), dict(last)]
+    before, after = records[BEFORE], records[AFTER]
     report = RunReport(
         title=f"{run.name}: rewards of the {len(preset.sampler.raw_steps)}-step generator",
         status=status,
         iterations=session.iteration,
         target_iterations=config.epochs,
         seconds=session.seconds,
-        verdict=verdict(before, after, held_out),
+        verdict=" ".join(filter(None, (verdict(before, after, held_out), advice(records)))),
+        warning=warning(records),
         facts=[
             *sampler_facts(preset),
             ("Epoch", f"{config.images_per_epoch} images, {config.images_per_prompt} a prompt"),
             ("Rewards", ", ".join(config.rewards)),
             ("Terms", terms(config)),
             ("Learning rates", f"generator {config.generator_lr:g}, fake score {config.fake_lr:g}"),
+            *watch_facts(config, preset.model.teacher_steps, records),
         ],
         tables=[rewards_table(before, after, held_out)] if before else [],
         metrics=metrics,
+        curves=reward_curves(before, held_out),
         grids=grids(run, "stage 2 above, stage 1 below", "Epoch"),
         health=Picture(
             run.path / "health.png", "The same noisy points, seen by generator, fake score and teacher"
@@ -57,6 +66,71 @@ def verdict(before: Mapping[str, float], after: Mapping[str, float], held_out: S
         verb = " went" if name in held_out else " (trained on)"
         parts.append(f"{name}{verb} from {before[name]:.4g} to {after[name]:.4g}")
     return "; ".join(parts) + "." if parts else ""
+
+
+def warning(records: Mapping[str, Any]) -> str:
+    """What the watch found, and whether it ended the run; "" if nothing."""
+    found = alarm(records)
+    return f"{found} The run ended here, as its preset asks." if found and STOPPED in records else found
+
+
+def first_line(records: Mapping[str, Any]) -> dict[str, object]:
+    """The measurement of the start as a line of the metrics, of iteration 0."""
+    features = records.get(WATCH, {}).get("features", {})
+    measured = {f"measured/{name}": value for name, value in records[BEFORE].items()}
+    return {"iteration": 0, **measured, **{f"watch/{name}": value for name, value in features.items()}}
+
+
+def watch_facts(config: TuneRewardConfig, steps: int, records: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """How much was measured with what, and how many pictures were left out."""
+    facts = [("Rewards measured on", f"{config.eval_images} pictures, one of a prompt")]
+    if config.watch.features:
+        # Fewer prompts than `prompt_count` may have been there.
+        count, each = records.get(WATCH, {}).get("prompts", 0), config.watch.images_per_prompt
+        network = f"picture features of the CLIP {config.watch.features}"
+        facts.append(
+            (
+                "Diversity and distance",
+                f"{network}; {count * each} pictures, {each} a prompt; {count} of the teacher at {steps} steps",
+            )
+        )
+    if LEFT_OUT in records:
+        facts.append(("Left out of training", f"{records[LEFT_OUT]} pictures without a reward, see log.txt"))
+    return facts
+
+
+def reward_curves(names: Iterable[str], held_out: Sequence[str]) -> list[Curve]:
+    """A chart of each measured reward, those held out first, then of diversity and distance to the teacher."""
+    curves = []
+    for name in held_out_first(names, held_out):
+        if name in held_out:
+            title, lines = f"{name}, held out", {f"measured/{name}": "held-out prompts"}
+            reading = "Never trained on: should rise, or at least hold, while the others rise."
+        else:
+            title = f"{name}, trained on"
+            lines = {f"measured/{name}": "held-out prompts", f"reward/{name}": "training pictures"}
+            reading = "Can be exploited: judge by the rewards that were held out."
+        curves.append(Curve(title, lines, reading))
+    return [
+        *curves,
+        Curve(
+            "Gain of the held-out rewards",
+            {"watch/held_out": "held-out rewards"},
+            "Their mean change since the start, in standard deviations of the start's pictures; the best checkpoint is "
+            "where it is greatest.",
+        ),
+        Curve(
+            "Diversity",
+            {"watch/diversity": "generator"},
+            "Mean cosine distance between the pictures of a prompt; a lasting fall means that they become alike.",
+        ),
+        Curve(
+            "Distance to the teacher",
+            {"watch/frechet": "generator"},
+            "Squared Fréchet distance of picture features. It depends on the numbers of pictures: compare it within "
+            "a run only.",
+        ),
+    ]
 
 
 def rewards_table(before: Mapping[str, float], after: Mapping[str, float], held_out: Sequence[str]) -> Table:

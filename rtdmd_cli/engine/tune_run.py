@@ -1,11 +1,9 @@
 """A run of stage 2: what surrounds the recipe in `tune_reward.py`, from a stage-1 checkpoint to a finished run."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from rtdmd_cli.config.loader import Resolved
 from rtdmd_cli.config.schema import DistillConfig, Preset
@@ -24,13 +22,14 @@ from rtdmd_cli.engine.distill_start import Start
 from rtdmd_cli.engine.full_roles import FullRoles
 from rtdmd_cli.engine.prompts import PromptSet, known_by
 from rtdmd_cli.engine.rewards.mixture import RewardMixture, open_mixture
+from rtdmd_cli.engine.rewards.scoring import Limits
 from rtdmd_cli.engine.roles import FAKE, GENERATOR, Roles, RoleSet
 from rtdmd_cli.engine.runtime import optim
 from rtdmd_cli.engine.runtime.checkpoint import Checkpoint
 from rtdmd_cli.engine.runtime.device import resolve_device, resolve_dtype
 from rtdmd_cli.engine.runtime.run_folder import State, create_run
+from rtdmd_cli.engine.runtime.signals import StopRequest
 from rtdmd_cli.engine.runtime.trackers import open_tracker
-from rtdmd_cli.engine.sample import decode_all, generate, sampling_plan
 from rtdmd_cli.engine.training_run import (
     Outcome,
     Schedule,
@@ -40,23 +39,33 @@ from rtdmd_cli.engine.training_run import (
     require_base,
     restore,
     rewind,
+    save_unsaved,
     train,
+)
+from rtdmd_cli.engine.tune_measure import (
+    Measured,
+    Measurement,
+    evenly_chosen,
+    measure,
+    open_clip,
+    teacher_features,
 )
 from rtdmd_cli.engine.tune_report import write_tune_report
 from rtdmd_cli.engine.tune_reward import Tuner, chosen_prompts, tune
-from rtdmd_cli.errors import DataError, UsageError
+from rtdmd_cli.engine.tune_watch import (
+    AFTER,
+    BEFORE,
+    BEST,
+    LEFT_OUT,
+    STOPPED,
+    WATCH,
+    begin_watch,
+    standing,
+    watch,
+)
+from rtdmd_cli.errors import DataError, RewardFailure, UsageError
 
 STAGE = "tune-reward"
-BEFORE, AFTER = "rewards_before", "rewards_after"
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """Fixed prompts and seeds on which the rewards are measured. cond: [n], a row for each of `prompts`."""
-
-    prompts: PromptSet
-    cond: Conditioning
-    preset: Preset
 
 
 def run_tune(
@@ -81,7 +90,7 @@ def run_tune(
 
     Raises:
         UsageError, EnvironmentFailure, DataError: before anything is trained. NumericalError: a value is not
-        finite; the last checkpoint is untouched.
+        finite; the last checkpoint is untouched. RewardFailure: too many pictures got no reward; saved before.
     """
     preset, config = resolved.preset, resolved.preset.tune_reward
     if preset.hardware.threads is not None:
@@ -92,15 +101,17 @@ def run_tune(
     backbone = load_backbone(preset.model, device, dtype, preset.hardware)
     say(model_line(preset, backbone))
     measured = evenly_chosen(eval_prompts, config.eval_images)
-    both = [*prompts.texts, *measured.texts]
-    conditioning, empty = encode_prompts(backbone, both, say, preset.hardware)
+    wide = evenly_chosen(eval_prompts, config.watch.prompt_count if config.watch.features else 0)
+    every = [*prompts.texts, *measured.texts, *wide.texts]
+    conditioning, empty = encode_prompts(backbone, every, say, preset.hardware)
     tuner = build_tuner(backbone, preset, mixture, len(prompts), conditioning, empty)
     load_stage_1(tuner.core, begin)
     untrained, saved = tuner.core.roles.state(GENERATOR), start.checkpoint
     if saved:
         restore(tuner.core, saved, STAGE, tuner.core.roles.frozen)
-    cond = conditioning(range(len(prompts), len(both))) if measured.texts else empty
-    measurement = Measurement(measured, cond, preset)
+    here, there = len(prompts), len(prompts) + len(measured)
+    cond = conditioning(range(here, there)) if measured.texts else empty
+    wide_cond = conditioning(range(there, len(every))) if wide.texts else None
     run = start.run or create_run(out, name, resolved, command, device, STAGE)
     with run.lock(), open_tracker(preset.hardware.tracker, run.path) as tracker:
         with tuner.core.roles.swapped(GENERATOR, untrained):
@@ -115,21 +126,44 @@ def run_tune(
                 "stage 1",
             )
         done = rewind(run, resolved, saved, config.epochs)
-        stage = tune_stage(tuner, shown, measurement, mixture)
+        tuner.tell = run.log
+        teacher = teacher_features(tuner.core, preset, wide_cond)
+        measurement = Measurement(measured, cond, preset, wide_cond, teacher)
+
+        def warn(text: str) -> None:
+            run.log(text)
+            say(text)
+
+        stage = tune_stage(tuner, shown, measurement, mixture, warn)
         seconds = float(saved.state["seconds"]) if saved else 0.0
         records = dict(saved.state["records"]) if saved else {}
+        if not config.watch.stop:
+            records.pop(STOPPED, None)
+        if start.run is None:
+            records.pop(BEST, None)  # the best checkpoint of another run is not in this one's folder
         session = Session(
             run, resolved, tuner.core, stage, tracker, done, seconds, records, known_by(prompts, eval_prompts)
         )
         session.last = saved.path if start.run and saved else None
         try:
-            if BEFORE not in records:
-                records[BEFORE] = measure(tuner.core, measurement, mixture)
-            stop = train(session, quiet)
+            return finish(session, train_watched(session, measurement, mixture, quiet))
         except BaseException as error:
             run.set_status("failed", iteration=session.iteration, reason=str(error))
             raise
-        return finish(session, stop)
+
+
+def train_watched(
+    session: Session, measurement: Measurement, mixture: RewardMixture, quiet: bool
+) -> StopRequest:
+    """Measure the start if it wasn't, and train. What rewards failed to judge is saved before the run ends by it."""
+    try:
+        if BEFORE not in session.records:
+            found = measure(session.trainer, measurement, mixture, "the first measurement", session.run.log)
+            begin_watch(session.records, found)
+        return train(session, quiet)
+    except RewardFailure:
+        save_unsaved(session)
+        raise
 
 
 def open_rewards(
@@ -139,11 +173,11 @@ def open_rewards(
     device: torch.device,
     say: Callable[[str], None],
 ) -> RewardMixture:
-    """The preset's rewards, each loaded once; says which take no part in back-propagation."""
+    """The preset's rewards, each (and the watch's CLIP) loaded once; says which take no part in back-propagation."""
     weights, paths = split_weights(config.rewards), split_paths(config.reward_paths)
-    arguments = (config.held_out, paths)
-    open_mixture(weights, *arguments, eval_prompts, device, config.rewards_in_memory)
-    mixture = open_mixture(weights, *arguments, prompts, device, config.rewards_in_memory)
+    memory, limits = config.rewards_in_memory, Limits(config.max_bad_share, config.reward_seconds)
+    open_mixture(weights, config.held_out, paths, eval_prompts, device, memory)
+    mixture = open_mixture(weights, config.held_out, paths, prompts, device, memory, limits=limits)
     without = [name for name in weights if name not in mixture.differentiable]
     if config.backprop_weight and without:
         say(f"no gradient in {', '.join(without)}: in the policy term only, not in back-propagation")
@@ -157,13 +191,9 @@ def open_rewards(
             "See which are: rtdmd rewards list",
         )
     mixture.check_loading()
+    if config.watch.features:
+        open_clip(config.watch.features, device)
     return mixture
-
-
-def evenly_chosen(prompts: PromptSet, count: int) -> PromptSet:
-    """`count` prompts, evenly spread over the set, or all of them."""
-    count = min(count, len(prompts))
-    return prompts.pick([(2 * i + 1) * len(prompts) // (2 * count) for i in range(count)])
 
 
 def build_tuner(
@@ -244,24 +274,55 @@ def tune_stage(
     previews: pictures.Previews,
     measurement: Measurement,
     mixture: RewardMixture,
+    warn: Callable[[str], None],
 ) -> Stage:
-    """Stage 2 as a training run knows it."""
+    """Stage 2 as a training run knows it. `warn` is given a sentence for people and the log."""
     core, config = tuner.core, tuner.config
+    newest: dict[int, Measured] = {}
+    alarmed: set[int] = set()
 
     def advance(epoch: int) -> None:
         prepare_prompts(core, epoch, config.epochs, lambda i: chosen_prompts(tuner, i))
         tune(tuner, epoch)
 
-    def after(iteration: int) -> dict[str, float]:
-        if not config.eval_every or iteration % config.eval_every:
-            return {}
-        return {f"measured/{name}": v for name, v in measure(core, measurement, mixture).items()}
+    def measured(session: Session) -> Measured:
+        """Of this epoch, once."""
+        epoch = session.iteration
+        if epoch not in newest:
+            newest.clear()
+            where = f"the measurement of epoch {epoch}"
+            newest[epoch] = measure(core, measurement, mixture, where, session.run.log)
+        return newest[epoch]
+
+    def judged(session: Session) -> dict[str, float]:
+        """Measure, and take it into the records; as figures of a metric line."""
+        found, figures = measured(session), figures_of(measured(session))
+        if WATCH not in session.records:  # a run that was begun by a version without a watch
+            return figures
+        now = standing(session.iteration, found, session.records, mixture.weights)
+        warning = watch(session.records, now, config.watch)
+        if warning:
+            warn(f"warning, epoch {session.iteration}: {warning}")
+            alarmed.add(session.iteration)
+        return figures if now.held_out is None else figures | {"watch/held_out": now.held_out}
+
+    def due(session: Session) -> bool:
+        return bool(config.eval_every) and session.iteration % config.eval_every == 0
+
+    def after(session: Session) -> dict[str, float]:
+        count_left_out(session, warn)
+        figures = judged(session) if due(session) else {}
+        if config.watch.stop and session.iteration in alarmed:
+            session.records[STOPPED] = True
+        return figures
 
     def end(session: Session, state: State) -> None:
-        session.records[AFTER] = measure(core, measurement, mixture)
+        # Out of turn: not in the checkpoint, so that a run that is extended goes on as if it had not ended here.
+        last = {} if due(session) else {"iteration": session.iteration, **judged(session)}
+        session.records[AFTER] = measured(session).means
         path = session.run.path / "health.png"
         pictures.save_health_panel(previews, path, session.iteration)
-        write_tune_report(session, state, config, mixture.held_out, pictures.lag(previews))
+        write_tune_report(session, state, config, mixture.held_out, pictures.lag(previews), last)
 
     return Stage(
         name=STAGE,
@@ -275,40 +336,26 @@ def tune_stage(
     )
 
 
+def count_left_out(session: Session, warn: Callable[[str], None]) -> None:
+    """Keep the number of pictures that were left out of training; say so the first time."""
+    count = int(session.trainer.metrics.get(LEFT_OUT, 0))
+    if count and LEFT_OUT not in session.records:
+        warn(
+            f"epoch {session.iteration}: {count} pictures that a reward can't judge are left out, see log.txt"
+        )
+    if count:
+        session.records[LEFT_OUT] = session.records.get(LEFT_OUT, 0) + count
+
+
+def figures_of(found: Measured) -> dict[str, float]:
+    """As names of a metric line."""
+    features = {f"watch/{name}": value for name, value in found.features.items()}
+    return {f"measured/{name}": value for name, value in found.means.items()} | features
+
+
 def schedule(config: TuneRewardConfig) -> Schedule:
     """The distances of a stage-2 run, in epochs."""
     return Schedule(config.epochs, config.save_every, config.log_every, config.sample_every, config.keep)
-
-
-def measure(core: Trainer, measurement: Measurement, mixture: RewardMixture) -> dict[str, float]:
-    """Mean of each reward, held-out ones first, over one picture of each measured prompt; the EMA's weights."""
-    images = measured_images(core, measurement)
-    if not len(images):
-        return {}
-    scores = mixture.measure(images, measurement.prompts)
-    return {name: float(values.mean()) for name, values in scores.items()}
-
-
-def measured_images(core: Trainer, measurement: Measurement) -> Tensor:
-    """Pictures [n,3,H,W] of the measured prompts, from the evaluation's seed."""
-    preset, count = measurement.preset, len(measurement.prompts)
-    if count == 0:
-        return torch.empty(0)
-    plan = sampling_plan("generator", core.backbone, preset.model, preset.sampler)
-    keys, batch = [(i, 0) for i in range(count)], preset.evaluate.batch
-    with core.roles.swapped(GENERATOR, core.ema):
-        latents = generate(
-            core.backbone,
-            core.roles,
-            plan,
-            measurement.cond,
-            None,
-            keys,
-            shape=core.shape,
-            seed=preset.evaluate.seed,
-            batch=batch,
-        )
-    return decode_all(core.backbone, latents, batch)
 
 
 def stage_1_state(checkpoint: Checkpoint) -> Checkpoint:

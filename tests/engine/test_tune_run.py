@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rtdmd_cli.config.loader import Resolved, preset_sha256
-from rtdmd_cli.engine import tune_run
+from rtdmd_cli.engine import tune_measure, tune_run
 from rtdmd_cli.engine.backbones.loading import folder_hash
 from rtdmd_cli.engine.backbones.sd3 import LAYOUT
 from rtdmd_cli.engine.distill_run import encode_prompts
@@ -25,9 +25,10 @@ from rtdmd_cli.engine.runtime.checkpoint import Checkpoint, load_checkpoint, sav
 from rtdmd_cli.engine.runtime.run_folder import RunFolder
 from rtdmd_cli.engine.sample import decode_all, generate
 from rtdmd_cli.engine.training_run import Outcome, restore
+from rtdmd_cli.engine.tune_measure import evenly_chosen
 from rtdmd_cli.engine.tune_report import rewards_table, verdict
-from rtdmd_cli.engine.tune_run import STAGE, evenly_chosen, run_tune, stage_1_state
-from rtdmd_cli.errors import DataError, NumericalError, UsageError
+from rtdmd_cli.engine.tune_run import STAGE, run_tune, stage_1_state
+from rtdmd_cli.errors import DataError, RewardFailure, UsageError
 from tests.tiny_models import PROMPTS, sd3_folder
 from tests.tiny_runs import generator_weights, make_run
 from tests.tiny_tuning import FROZEN, find, make_tuner, tune_preset
@@ -73,14 +74,14 @@ class Tuned:
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory: pytest.TempPathFactory, begin: Checkpoint) -> Tuned:
     seen: list[Tensor] = []
-    original = tune_run.measured_images
+    original = tune_measure.measured_images
     with pytest.MonkeyPatch.context() as patch:
 
         def spy(*arguments: Any) -> Tensor:
             seen.append(original(*arguments))
             return seen[-1]
 
-        patch.setattr(tune_run, "measured_images", spy)
+        patch.setattr(tune_measure, "measured_images", spy)
         outcome = run(tmp_path_factory.mktemp("runs"), "tuned", begin)
     assert len(seen) == 2 and not torch.equal(seen[0], seen[1])
     return Tuned(outcome, seen[-1])
@@ -96,7 +97,7 @@ def test_a_checkpoint_holds_everything(tuned: Tuned, begin: Checkpoint) -> None:
     assert same(saved.tensors["stage1_generator"], begin.tensors["ema"])  # the average, not the raw weights
     assert same(saved.tensors["stage1_fake"], begin.tensors["fake"])
     assert saved.state["stage"] == "tune-reward" and saved.state["generator_updates"] == 2
-    assert saved.state["records"].keys() == {"rewards_before"}
+    assert saved.state["records"].keys() == {"rewards_before", "watch"}
     assert saved.meta["prompts_sha256"] == known_by(TRAINING, MEASURED)
     assert saved.meta["base_hash"] == folder_hash(LAYOUT, sd3_folder())
     assert RunFolder(tuned.outcome.run).stage == "tune-reward"
@@ -253,7 +254,8 @@ def test_measurements_on_the_way_and_none_at_all(begin: Checkpoint, tmp_path: Pa
     assert not any(key.startswith("measured/") for key in rows[3])
     assert f"reward/{TRAINED}" in rows[3] and f"reward/{JUDGE}" not in rows[3]
     none = run(tmp_path, "none", begin, epochs=1, eval_images=0)
-    assert none.records == {"rewards_before": {}, "rewards_after": {}}
+    assert none.records["rewards_before"] == none.records["rewards_after"] == {}
+    assert "best" not in none.records
     assert "Rewards before and after" not in RunFolder(none.run).report.read_text(encoding="utf-8")
 
 
@@ -276,7 +278,7 @@ def test_rewards_without_a_gradient(
     for values in ({"rewards": (TRAINED,)}, {"rewards": ("rule",), "backprop_weight": 0.0}):
         tune_run.open_rewards(tune_preset(**values).tune_reward, TRAINING, MEASURED, CPU, said.append)
     assert said == []
-    with pytest.raises(NumericalError, match="The reward broken"):
+    with pytest.raises(RewardFailure, match="3 of 3 pictures got no reward in the first measurement.*broken"):
         run(tmp_path, "broken", begin, rewards=("broken",))
     assert RunFolder(tmp_path / "broken").status()["state"] == "failed"
 

@@ -26,7 +26,7 @@ from rtdmd_cli.engine.runtime.files import write_text
 
 OPEN_GRIDS = 1  # grids shown at once; older ones unfold
 MAX_GRIDS = 16  # embedded at most, spread evenly over the run, to keep the file small enough to send
-NO_CURVE = frozenset({"time", "seconds"})  # clocks among the metrics
+NO_CURVE = frozenset({"time", "seconds", "left_out"})  # clocks among the metrics, and rare events
 
 Points = tuple[Sequence[float], Sequence[float]]
 Status = Literal["finished", "interrupted", "failed", "running"]
@@ -49,9 +49,11 @@ class RunReport:
     target_iterations: int
     seconds: float
     verdict: str = ""  # opens the page: what came out, in a sentence or two
+    warning: str = ""  # set apart, above all else
     facts: Sequence[tuple[str, str]] = ()  # model, sampler, learning rates, ...
     tables: Sequence[Table] = ()
     metrics: Sequence[Mapping[str, object]] = ()
+    curves: Sequence["Curve"] = ()  # the stage's own, which come first
     grids: Sequence[Picture] = ()  # oldest first
     health: Picture | None = None
     lag: Mapping[str, Points] = field(default_factory=dict)  # name: (iterations, distances)
@@ -134,7 +136,11 @@ def render_report(report: RunReport) -> str:
     sections = [
         ("results", "Results", "".join(table_html(table) for table in report.tables)),
         ("samples", "Samples", _samples(report.grids)),
-        ("curves", "Curves", _curves({name: series[name] for name in series.keys() - lag.keys() - NO_CURVE})),
+        (
+            "curves",
+            "Curves",
+            _curves({name: series[name] for name in series.keys() - lag.keys() - NO_CURVE}, report.curves),
+        ),
         ("health", "Health of the fake score", _health(report.health, lag)),
         ("settings", "Settings", _settings(report)),
     ]
@@ -144,7 +150,8 @@ def render_report(report: RunReport) -> str:
         f'<section id="{anchor}"><h2>{heading}</h2>{content}</section>\n'
         for anchor, heading, content in present
     )
-    answer = f'<p class="lead">{_answer(report, series, lag)}</p>{facts_html(report.facts)}'
+    warning = f'<p class="warning" role="alert">{escape(report.warning)}</p>' if report.warning else ""
+    answer = f'{warning}<p class="lead">{_answer(report, series, lag)}</p>{facts_html(report.facts)}'
     return page(report.title, f'{answer}<nav aria-label="Sections">{links}</nav>\n{body}')
 
 
@@ -233,17 +240,17 @@ def _spread(count: int, limit: int) -> list[int]:
     return [round(index * (count - 1) / (limit - 1)) for index in range(limit)]
 
 
-def _curves(series: Mapping[str, Points]) -> str:
-    """The known curves, each with its reading; metrics without one fold away below."""
-    charts = []
-    for curve in CURVES:
+def _curves(series: Mapping[str, Points], first: Sequence[Curve] = ()) -> str:
+    """The known curves, each with its reading, after those of `first`; metrics without one fold away below."""
+    charts, curves = [], (*first, *CURVES)
+    for curve in curves:
         lines = [Series(label, *series[name]) for name, label in curve.metrics.items() if name in series]
         if lines:
             charts.append(
                 f"<div>{line_chart(curve.title, lines, log=curve.log)}<p>{escape(curve.reading)}</p></div>"
             )
     text = f'<div class="charts">{"".join(charts)}</div>' if charts else ""
-    known = {name for curve in CURVES for name in curve.metrics}
+    known = {name for curve in curves for name in curve.metrics}
     others = "".join(
         f"<div>{line_chart(n, [Series(n, *series[n])])}</div>" for n in sorted(series.keys() - known)
     )

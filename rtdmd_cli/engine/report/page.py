@@ -157,6 +157,7 @@ h2 { font-size: 1.25rem; letter-spacing: -.01em; margin: 3.5rem 0 1rem; }
 h3 { font-size: .9375rem; font-weight: 500; color: var(--muted); margin: 1.5rem 0 .5rem; }
 p { max-width: 42rem; margin: 0 0 1rem; overflow-wrap: anywhere; }
 .lead { font-size: 1.125rem; }
+.warning { border-left: 4px solid #c2410c; background: var(--panel); padding: .75rem 1rem; font-weight: 600; }
 strong { font-weight: 600; font-variant-numeric: tabular-nums; }
 .facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: 1rem 1.5rem;
   margin: 1.75rem 0; }

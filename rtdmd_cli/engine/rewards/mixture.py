@@ -11,10 +11,8 @@ from torch import Tensor
 from rtdmd_cli.engine.prompts import PromptSet
 from rtdmd_cli.engine.rewards.base import Reward, RewardEntry, require_metadata
 from rtdmd_cli.engine.rewards.registry import find_reward
+from rtdmd_cli.engine.rewards.scoring import DEFAULT_LIMITS, Limits, Scores, Unjudged, score_all
 from rtdmd_cli.errors import NumericalError, UsageError
-
-SCORE_BATCH = 64
-"""Pictures a reward sees at once."""
 
 
 class RewardMixture:
@@ -22,7 +20,7 @@ class RewardMixture:
 
     weights: of the rewards trained on. held_out: names of those that `measure` adds. paths: name -> folder or hub id
     instead of the published source. in_memory: "all" keeps loaded rewards, "one" loads each when its turn comes.
-    Made by `open_mixture`, which checks all of it.
+    limits: how many pictures may go unjudged, and how long one may take. Made by `open_mixture`, which checks all of it.
     """
 
     def __init__(
@@ -34,6 +32,7 @@ class RewardMixture:
         prompts: PromptSet,
         device: torch.device,
         in_memory: str,
+        limits: Limits,
     ) -> None:
         self.weights = dict(weights)
         self.held_out = tuple(held_out)
@@ -42,6 +41,7 @@ class RewardMixture:
         self._paths = dict(paths)
         self._device = device
         self._keep = in_memory == "all"
+        self._limits = limits
         self._loaded: dict[str, Reward] = {}
 
     @property
@@ -55,30 +55,35 @@ class RewardMixture:
             with self._hold([name]):
                 pass
 
-    def score(self, images: Tensor, prompts: Sequence[int]) -> dict[str, Tensor]:
-        """Each reward trained on, undivided: float32 [N] on the CPU, of images [N,3,H,W] in 0..1 and prompt indices."""
-        return self._score(tuple(self.weights), images, self.prompts.pick(prompts))
+    def score(self, images: Tensor, prompts: Sequence[int]) -> Scores:
+        """The rewards trained on, of images [N,3,H,W] in 0..1 on the CPU, and prompt indices [N]."""
+        numbers = [index + 1 for index in prompts]
+        return self._score(tuple(self.weights), images, self.prompts.pick(prompts), numbers)
 
-    def measure(self, images: Tensor, prompts: PromptSet) -> dict[str, Tensor]:
+    def measure(self, images: Tensor, prompts: PromptSet) -> Scores:
         """Every reward, those held out first, of one image [N,3,H,W] a prompt."""
-        return self._score((*self.held_out, *self.weights), images, prompts)
+        numbers = range(1, len(prompts) + 1)
+        return self._score((*self.held_out, *self.weights), images, prompts, numbers)
 
-    def _score(self, names: Sequence[str], images: Tensor, prompts: PromptSet) -> dict[str, Tensor]:
-        scores = {}
+    def _score(
+        self, names: Sequence[str], images: Tensor, prompts: PromptSet, numbers: Sequence[int]
+    ) -> Scores:
+        scores, unjudged = {}, list[Unjudged]()
         for name in names:
-            with self._hold([name]) as (reward,), torch.no_grad():
-                parts = []
-                for start in range(0, len(images), SCORE_BATCH):
-                    rows = slice(start, start + SCORE_BATCH)
-                    pictures = images[rows].to(self._device)
-                    some = prompts.texts[rows], prompts.metadata[rows]
-                    parts.append(reward.score(pictures, *some).float().cpu())
-            scores[name] = torch.cat(parts)
-            if not bool(torch.isfinite(scores[name]).all()):
-                raise NumericalError(
-                    f"The reward {name} is not finite.", "Check it: rtdmd rewards check " + name
+            with self._hold([name]) as (reward,):
+                scores[name], failures = score_all(
+                    name, reward, self._device, images, prompts, numbers, self._limits
                 )
-        return scores
+            unjudged += failures
+        return Scores(scores, tuple(unjudged))
+
+    def combined(self, rewards: Mapping[str, Tensor]) -> Tensor | None:
+        """What `differentiable_sum` gives, [N], from undivided rewards; None where none is differentiable."""
+        parts = [self._scale(name) * rewards[name] for name in self.differentiable]
+        return torch.stack(parts).sum(dim=0) if parts else None
+
+    def _scale(self, name: str) -> float:
+        return self.weights[name] / self._entries[name].divisor
 
     def differentiable_sum(self, images: Tensor, prompts: Sequence[int]) -> Tensor:
         """Weighted sum [B] of the differentiable rewards, each over its divisor, with gradient to images [B,3,H,W]."""
@@ -86,8 +91,14 @@ class RewardMixture:
         total = images.new_zeros(len(images))
         with self._hold(self.differentiable) as rewards:
             for name, reward in zip(self.differentiable, rewards, strict=True):
-                scale = self.weights[name] / self._entries[name].divisor
-                total = total + scale * reward.score(images, chosen.texts, chosen.metadata)
+                values = reward.score(images, chosen.texts, chosen.metadata)
+                for row in (~values.isfinite()).nonzero().flatten().tolist()[:1]:
+                    raise NumericalError(
+                        f"The reward {name} is not finite for prompt {prompts[row] + 1} ({chosen.texts[row]!r}), "
+                        "where its gradient is taken.",
+                        f"Check it: rtdmd rewards check {name}",
+                    )
+                total = total + self._scale(name) * values
         return total
 
     @contextmanager
@@ -120,6 +131,7 @@ def open_mixture(
     device: torch.device,
     in_memory: str,
     find: Callable[[str], RewardEntry] = find_reward,
+    limits: Limits = DEFAULT_LIMITS,
 ) -> RewardMixture:
     """The rewards of those names; nothing is loaded yet.
 
@@ -136,4 +148,4 @@ def open_mixture(
         )
     for entry in entries.values():
         require_metadata(entry, prompts.metadata)
-    return RewardMixture(entries, weights, held_out, paths, prompts, device, in_memory)
+    return RewardMixture(entries, weights, held_out, paths, prompts, device, in_memory, limits)

@@ -70,8 +70,11 @@ def save_checkpoint(
     state: Mapping[str, Any],
     keep: int,
     meta: Mapping[str, str],
+    spared: int | None = None,
 ) -> Path:
     """Write <folder>/step-NNNNNN and remove older steps until `keep` are left, this one included.
+
+    spared: a step that is left alone, and not counted.
 
     tensors: {group: {name: tensor of any shape, dtype, device}}, group of a-z, 0-9, _ and -. state: plain
     JSON (tuples and non-finite numbers are refused). meta: preset sha256, program version, base model.
@@ -99,7 +102,7 @@ def save_checkpoint(
             "Check the disk; the older checkpoints are untouched.",
         ) from error
     files.replace_folder(temporary, final)
-    _prune(folder, step, keep)
+    _prune(folder, step, keep, spared)
     return final
 
 
@@ -161,8 +164,8 @@ def _step_of(path: Path) -> int:
     return int(match[1])
 
 
-def _prune(folder: Path, step: int, keep: int) -> None:
-    older = [path for path in _step_folders(folder) if _step_of(path) < step]
+def _prune(folder: Path, step: int, keep: int, spared: int | None) -> None:
+    older = [path for path in _step_folders(folder) if _step_of(path) < step and _step_of(path) != spared]
     for path in older[: max(0, len(older) - (keep - 1))]:
         files.remove_folder(path)
 

@@ -95,9 +95,9 @@ def _int8(linear: nn.Linear, device: torch.device) -> nn.Module:
     layer.weight = Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
     if linear.bias is not None:
         layer.bias = linear.bias
-    layer = layer.to(device)
-    layer.init_8bit_state()
-    return layer
+    placed: Int8Linear = layer.to(device)
+    placed.init_8bit_state()
+    return placed
 
 
 class Int8Linear(Linear8bitLt):

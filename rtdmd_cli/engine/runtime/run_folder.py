@@ -165,6 +165,13 @@ class RunFolder:
             )
         return status
 
+    @property
+    def best_checkpoint(self) -> Path | None:
+        """The checkpoint that the status of a run of tune-reward names as the best, if it is there."""
+        status = _read_status(self.path)
+        path = self.checkpoints / str(status.get("best", "")) if status else self.checkpoints
+        return path if path != self.checkpoints and path.is_dir() else None
+
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the run for this process, and remove what a killed one left half written.

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from rtdmd_cli.engine.prompts import PromptSet
-from rtdmd_cli.engine.rewards import mixture as module
-from rtdmd_cli.engine.rewards import shapes_clip
+from rtdmd_cli.engine.rewards import scoring, shapes_clip
 from rtdmd_cli.engine.rewards.base import Reward, RewardEntry
 from rtdmd_cli.engine.rewards.mixture import RewardMixture, open_mixture
 from rtdmd_cli.engine.rewards.registry import find_reward
@@ -57,7 +56,7 @@ def counting(loads: list[str]) -> Any:
 
 def test_scores_are_undivided_and_those_trained_on() -> None:
     images, rows = pictures(), [2, 0, 0, 1]
-    scores = opened({"one": 3.0, "two": 0.5, "rule": 1.0}, ("judge",)).score(images, rows)
+    scores = opened({"one": 3.0, "two": 0.5, "rule": 1.0}, ("judge",)).score(images, rows).rewards
     assert list(scores) == ["one", "two", "rule"]
     for name, values in scores.items():
         expected = REWARDS[name][0].score(images, [""] * 4, [{}] * 4)
@@ -66,21 +65,21 @@ def test_scores_are_undivided_and_those_trained_on() -> None:
 
 def test_prompts_and_metadata_go_with_their_picture() -> None:
     mixture = opened({"prompt": 1.0})
-    assert mixture.score(pictures(), [2, 0, 0, 1])["prompt"].tolist() == [6.0, 0.0, 0.0, 3.0]
+    assert mixture.score(pictures(), [2, 0, 0, 1]).rewards["prompt"].tolist() == [6.0, 0.0, 0.0, 3.0]
     other = PromptSet(["x", "y"], [{"length": 7}, {"length": 8}])
-    assert mixture.measure(pictures(2), other)["prompt"].tolist() == [7.0, 8.0]
+    assert mixture.measure(pictures(2), other).rewards["prompt"].tolist() == [7.0, 8.0]
 
 
 def test_long_batches_are_scored_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, images = [0, 1, 2, 2, 1], pictures(5)
-    whole = opened({"one": 1.0, "prompt": 1.0}).score(images, rows)
-    monkeypatch.setattr(module, "SCORE_BATCH", 2)
-    parts = opened({"one": 1.0, "prompt": 1.0}).score(images, rows)
+    whole = opened({"one": 1.0, "prompt": 1.0}).score(images, rows).rewards
+    monkeypatch.setattr(scoring, "SCORE_BATCH", 2)
+    parts = opened({"one": 1.0, "prompt": 1.0}).score(images, rows).rewards
     torch.testing.assert_close(parts, whole)
 
 
 def test_a_measurement_begins_with_the_rewards_held_out() -> None:
-    scores = opened({"one": 1.0}, ("judge", "rule")).measure(pictures(3), PROMPTS)
+    scores = opened({"one": 1.0}, ("judge", "rule")).measure(pictures(3), PROMPTS).rewards
     assert list(scores) == ["judge", "rule", "one"]
     assert torch.equal(scores["judge"], REWARDS["judge"][0].score(pictures(3), TEXTS, [{}] * 3))
 
@@ -111,8 +110,8 @@ def test_when_rewards_are_loaded(where: str) -> None:
     mixture.check_loading()
     assert loads == [trained, judge] and set(mixture._loaded) == (set(SHAPES) if keep else set())
     loads.clear()
-    first = mixture.score(pictures(), [0, 1, 2, 0])
-    again = mixture.score(pictures(), [0, 1, 2, 0])
+    first = mixture.score(pictures(), [0, 1, 2, 0]).rewards
+    again = mixture.score(pictures(), [0, 1, 2, 0]).rewards
     assert loads == ([] if keep else [trained, trained])
     assert torch.equal(first[trained], again[trained])
     real = shapes_clip.load(CPU).score(pictures(), [TEXTS[i] for i in (0, 1, 2, 0)], [{}] * 4)
@@ -151,9 +150,10 @@ def test_rewards_are_freed_after_an_error() -> None:
     assert mixture._loaded == {}
 
 
-def test_a_score_that_is_not_finite_names_its_reward() -> None:
-    with pytest.raises(NumericalError, match="The reward broken is not finite"):
-        opened({"one": 1.0, "broken": 1.0}).score(pictures(), [0, 1, 2, 0])
+def test_a_gradient_is_not_taken_of_a_score_that_is_not_finite() -> None:
+    mixture = opened({"one": 1.0, "broken": 1.0})
+    with pytest.raises(NumericalError, match=r"The reward broken is not finite for prompt 3 \('a ring'\)"):
+        mixture.differentiable_sum(pictures(), [2, 0, 0, 1])
 
 
 def test_an_unknown_reward_names_the_nearest() -> None:
