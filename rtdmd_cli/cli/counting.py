@@ -16,22 +16,24 @@ def counting(
     quiet: bool,
     stream: TextIO | None = None,
     clock: Callable[[], float] = time.monotonic,
+    what: str = "",
 ) -> Iterator[Callable[[int], None]]:
-    """Yield advance(n): n more of `total` pictures are done. stream: stderr by default.
+    """Yield advance(n): n more of `total` pictures are done. stream: stderr by default. what: done to them.
 
     Without a terminal there is a line every 10 s, and one at the end.
     """
     stream = sys.stderr if stream is None else stream
+    name = f"{what}: pictures" if what else "pictures"
     if quiet:
         yield lambda n: None
     elif stream.isatty() and os.environ.get("TERM") != "dumb":
-        with _bar(stream, total) as advance:
+        with _bar(stream, total, name) as advance:
             yield advance
     else:
-        yield _lines(stream, total, clock)
+        yield _lines(stream, total, clock, name)
 
 
-def _lines(stream: TextIO, total: int, clock: Callable[[], float]) -> Callable[[int], None]:
+def _lines(stream: TextIO, total: int, clock: Callable[[], float], name: str) -> Callable[[int], None]:
     from rtdmd_cli.engine.runtime.progress import duration
 
     began = printed = clock()
@@ -43,20 +45,20 @@ def _lines(stream: TextIO, total: int, clock: Callable[[], float]) -> Callable[[
         if n == 0 or (now - printed < LINE_SECONDS and done < total):
             return
         printed, left = now, (now - began) / done * (total - done)
-        line = f"pictures {done}/{total}  elapsed {duration(now - began)}  left {duration(left)}"
+        line = f"{name} {done}/{total}  elapsed {duration(now - began)}  left {duration(left)}"
         print(line, file=stream, flush=True)
 
     return advance
 
 
 @contextmanager
-def _bar(stream: TextIO, total: int) -> Iterator[Callable[[int], None]]:
+def _bar(stream: TextIO, total: int, name: str) -> Iterator[Callable[[int], None]]:
     from rich.console import Console
     from rich.progress import Progress
 
     # Standard output stays what it is: it carries data.
     with Progress(console=Console(file=stream), redirect_stdout=False, redirect_stderr=False) as progress:
-        task = progress.add_task("pictures", total=total)
+        task = progress.add_task(name, total=total)
 
         def advance(n: int) -> None:
             progress.advance(task, n)

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import time
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from rtdmd_cli.cli import console
-from rtdmd_cli.cli.counting import counting
-from rtdmd_cli.cli.failures import nearest
+from rtdmd_cli.cli.eval_show import show_benchmarks, show_table
+from rtdmd_cli.cli.eval_steps import (
+    Options,
+    Stopped,
+    find_made,
+    make,
+    say_made,
+    say_stopped,
+    score_and_write,
+)
 from rtdmd_cli.cli.sample import (
     MAX_SEED,
     Batch,
@@ -20,39 +30,75 @@ from rtdmd_cli.cli.sample import (
     Json,
     Quiet,
     Steps,
-    load_model,
 )
 from rtdmd_cli.errors import UsageError
 
-if TYPE_CHECKING:
-    from rtdmd_cli.engine.evaluation.shapes import ShapesResult
-
-BENCHMARKS = ("shapes",)
-RESULTS, SAMPLES = "results.json", "samples.png"
+LIST = "list"
 
 
 def eval_command(
     benchmark: Annotated[
-        str, typer.Argument(metavar="BENCHMARK", help="shapes: the built-in world's held-out prompts.")
+        str,
+        typer.Argument(
+            metavar="BENCHMARK|FILE|list",
+            help="A benchmark of `rtdmd eval list`, or a prompt file (.txt, .json, .jsonl) with --rewards.",
+        ),
     ],
     from_: From = None,
     steps: Steps = None,
     guidance: Guidance = None,
+    compare: Annotated[
+        str | None,
+        typer.Option(
+            metavar="OTHER",
+            help="Another evaluation's folder, or a run, checkpoint or preset that is evaluated likewise "
+            "(with its own steps and guidance): paired differences at equal seeds.",
+        ),
+    ] = None,
     images_per_prompt: Annotated[
-        int | None, typer.Option(min=1, max=10_000, help="Pictures of each prompt. Default: the preset's.")
+        int | None,
+        typer.Option(min=1, max=10_000, help="Pictures of each prompt. Default: the benchmark's."),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Only so many prompts, evenly spread; the result says so.")
+        int | None, typer.Option(min=1, help="Only so many prompts, evenly spread; every figure says so.")
     ] = None,
     seed: Annotated[
         int | None, typer.Option(min=0, max=MAX_SEED, help="Seed of the noise. Default: the preset's.")
     ] = None,
+    rewards: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[,NAME]",
+            help="Rewards to be measured (rtdmd rewards list). Default: the benchmark's. Its own judge always is.",
+        ),
+    ] = None,
+    reward_path: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=FOLDER",
+            help="Weights of a judge or reward, instead of the published; repeatable.",
+        ),
+    ] = None,
+    prompts_file: Annotated[
+        str | None, typer.Option(metavar="FILE", help="The benchmark's prompts, where they aren't fetched.")
+    ] = None,
+    images_only: Annotated[
+        bool, typer.Option("--images-only", help="Make the pictures and stop: --score-only goes on.")
+    ] = False,
+    score_only: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Score the pictures of this folder, in GenEval's layout."),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Also write results.json and samples.png there; with results in it, OUT-2 is taken."
+            help="Folder of pictures, scores and report; if it holds something, OUT-2 is taken. "
+            "Default: evals/BENCHMARK-MODEL, and none for `shapes`, unless another option needs one."
         ),
     ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the same evaluation where it was stopped.")
+    ] = False,
     batch: Batch = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -61,98 +107,70 @@ def eval_command(
 ) -> None:
     """Measure a model on a benchmark: strict score, interval, and what it cost.
 
-    The strict score is the mean of the six tasks' accuracies by GenEval's rule.
+    Pictures are made first, then judged. Both go on with --resume. `rtdmd eval list` shows the benchmarks.
     """
-    if benchmark not in BENCHMARKS:
-        close = nearest(benchmark, BENCHMARKS)
-        raise UsageError(
-            f"There is no benchmark `{benchmark}`; the nearest is `{close}`.", f"Run: rtdmd eval {close}"
-        )
-    folder = _free(out) if out is not None else None
+    if benchmark == LIST:
+        show_benchmarks(as_json, quiet)
+        return
+    from rtdmd_cli.engine.evaluation.benchmarks import find_benchmark
+
+    began, row = time.monotonic(), find_benchmark(benchmark)
+    _refuse_contradictions(score_only, images_only, from_, steps, guidance, seed)
+    keep = bool(out or resume or images_only or score_only or compare) or not row.built_in
+    options = Options(
+        from_,
+        steps,
+        guidance,
+        images_per_prompt,
+        limit,
+        seed,
+        tuple(reward_path or ()),
+        out,
+        keep,
+        resume,
+        batch,
+        device,
+        dtype,
+        quiet,
+        compare,
+    )
     console.quiet_libraries(quiet)
-    from rtdmd_cli.engine.evaluation.shapes import chosen_prompts, evaluate, open_judge
+    from rtdmd_cli.engine.evaluation.eval_run import choose_judges
+    from rtdmd_cli.engine.runtime.signals import stop_on_signals
 
-    source, model = load_model(from_, guidance, device, dtype, quiet)
-    settings = source.preset.evaluate
-    plan, per_prompt = model.plan(steps, guidance), images_per_prompt or settings.images_per_prompt
-    with counting(len(chosen_prompts(limit)) * per_prompt, quiet) as advance:
-        result = evaluate(
-            model,
-            plan,
-            open_judge(model.backbone.device),
-            images_per_prompt=per_prompt,
-            limit=limit,
-            seed=settings.seed if seed is None else seed,
-            batch=batch or settings.batch,
-            on_pictures=advance,
-        )
-    if folder is not None:
-        _write(result, folder, quiet)
+    judges = choose_judges(row, [name for text in rewards or () for name in text.split(",") if name])
+    with stop_on_signals() as stop, ExitStack() as held:
+        try:
+            if score_only is not None:
+                made = find_made(row, judges, score_only, prompts_file, options, held)
+            else:
+                made = make(row, judges, prompts_file, options, stop, held)
+            if images_only:
+                say_made(made, as_json, quiet)
+                return
+            summary = score_and_write(made, options, stop, held, began)
+        except Stopped as stopped:
+            say_stopped(stopped, quiet)
+            raise typer.Exit(stop.exit_code) from None
     if as_json:
-        console.show(result.summary, as_json)
+        console.show(summary, as_json)
     if not (as_json and quiet):
-        show_table(result.summary, err=as_json)
+        show_table(summary, err=as_json)
 
 
-def _free(out: Path) -> Path:
-    from rtdmd_cli.engine.pictures import free_folder
-    from rtdmd_cli.engine.runtime.files import os_errors
-
-    with os_errors(out, "read"):
-        return free_folder(
-            out, lambda folder: not any((folder / name).exists() for name in (RESULTS, SAMPLES))
-        )
-
-
-def _write(result: ShapesResult, folder: Path, quiet: bool) -> None:
-    from rtdmd_cli.engine.evaluation.shapes_grid import save_verdict_grid
-    from rtdmd_cli.engine.runtime.files import write_json
-
-    save_verdict_grid(result, folder / SAMPLES)
-    write_json(folder / RESULTS, result.summary | {"pictures": [each.record() for each in result.judged]})
-    console.say(f"wrote {folder / RESULTS} and {folder / SAMPLES}", quiet)
-
-
-def show_table(summary: dict[str, Any], err: bool) -> None:
-    """The summary for people, on stderr or stdout."""
-    from rich.console import Console
-    from rich.table import Table
-
-    low, high = summary["interval"]
-    table = Table("task")
-    for heading in ("strict score", "prompts"):
-        table.add_column(heading, justify="right")
-    evaluated = {task: counts["evaluated"] for task, counts in summary["prompts"].items()}
-    for task, score in summary["tasks"].items():
-        table.add_row(task, "-" if score is None else f"{score:.3f}", str(evaluated[task]))
-    table.add_section()
-    table.add_row("overall", f"{summary['overall']:.3f}", str(sum(evaluated.values())))
-    screen = Console(stderr=err, highlight=False, markup=False)
-    screen.print(f"benchmark {summary['benchmark']}, model {summary['model']}", soft_wrap=True)
-    screen.print(table)
-    for line in (f"95% interval of overall: {low:.3f} to {high:.3f}", *_cost(summary)):
-        screen.print(line, soft_wrap=True)
-
-
-def _cost(summary: dict[str, Any]) -> list[str]:
-    lines = [
-        f"{summary['steps']} steps, {summary['evaluations']} evaluations and "
-        f"{summary['seconds_per_picture']:.3g} s a picture; guidance {summary['guidance']:g}; "
-        f"{summary['images']} pictures, seed {summary['seed']}, {summary['seconds']:.1f} s in all"
-    ]
-    if "limit" in summary:
-        lines.append(f"limited to {summary['limit']} prompts: not comparable with the whole benchmark")
-    clip = summary["clip"]
-    if clip is not None:
-        real_score = f"rendered pictures: {clip['score_of_rendered']:.4f}"
-        lines.append(f"shapes-clip of the independent judge {clip['score']:.4f} ({real_score})")
-        if clip["frechet"] is not None:
-            ours, real = clip["frechet_pictures"]
-            lines.append(
-                f"Frechet distance of its features {clip['frechet']:.4f} "
-                f"(floor {clip['frechet_floor']:.4f}), {ours} pictures against {real} rendered"
+def _refuse_contradictions(
+    score_only: Path | None,
+    images_only: bool,
+    from_: str | None,
+    steps: int | None,
+    guidance: float | None,
+    seed: int | None,
+) -> None:
+    if score_only is None:
+        return
+    given = {"--images-only": images_only or None, "--from": from_, "--steps": steps, "--guidance": guidance}
+    for name, value in {**given, "--seed": seed}.items():
+        if value is not None:
+            raise UsageError(
+                f"{name} makes pictures, --score-only makes none.", f"Leave one of them out: {name}."
             )
-        if clip["diversity"] is not None:
-            lines.append(f"diversity within a prompt {clip['diversity']:.4f} (mean cosine distance)")
-    lines += [f"failed: {each['reason']} ({each['pictures']} pictures)" for each in summary["failures"][:3]]
-    return lines

@@ -30,7 +30,7 @@ from rtdmd_cli.config.schema import Preset
 from rtdmd_cli.engine.backbones.base import Backbone, Conditioning
 from rtdmd_cli.engine.model_source import Model
 from rtdmd_cli.engine.report.grid import GridRow, picture_grid, save_png, to_pil
-from rtdmd_cli.engine.runtime.embeddings import open_cache
+from rtdmd_cli.engine.runtime.embeddings import EmbeddingCache, open_cache
 from rtdmd_cli.engine.runtime.files import append_line, os_errors
 from rtdmd_cli.engine.sample import SamplingPlan, decode_all, generate
 from rtdmd_cli.errors import EnvironmentFailure, NumericalError, UsageError
@@ -196,11 +196,19 @@ def encode(
     By way of the cache on disk; the text encoders are freed. In bf16 a prompt takes 2 MB for Stable Diffusion 3, 4 MB
     for FLUX.1 and 8 MB for FLUX.2-klein-4B, at the published text lengths.
     """
+    cache, uncond = encode_to_cache(backbone, prompts, plan)
+    return cache.fetch(prompts), uncond
+
+
+def encode_to_cache(
+    backbone: Backbone, prompts: Sequence[str], plan: SamplingPlan
+) -> tuple[EmbeddingCache, Conditioning | None]:
+    """As `encode`, with the prompts left on disk: the cache that has them all, to be fetched in parts."""
     empty = [""] if plan.needs_empty_prompt else []
     cache = open_cache(backbone)
     cache.ensure([*prompts, *empty], backbone.encode)
     backbone.drop_text_encoders()
-    return cache.fetch(prompts), cache.fetch(empty) if empty else None
+    return cache, cache.fetch(empty) if empty else None
 
 
 def paint(
@@ -212,6 +220,7 @@ def paint(
     *,
     shape: tuple[int, int, int],
     seed: int,
+    rows: Sequence[int] | None = None,
 ) -> Tensor:
     """One batch of pictures [len(keys), 3, height, width], float32 in 0..1 on the CPU.
 
@@ -219,7 +228,7 @@ def paint(
     """
     size = len(keys)
     latents = generate(
-        model.backbone, model.roles, plan, cond, uncond, keys, shape=shape, seed=seed, batch=size
+        model.backbone, model.roles, plan, cond, uncond, keys, shape=shape, seed=seed, batch=size, rows=rows
     )
     images = decode_all(model.backbone, latents, size)
     if not bool(images.isfinite().all()):

@@ -180,18 +180,21 @@ def generate(
     seed: int,
     batch: int,
     on_batch: Callable[[int], None] | None = None,
+    rows: Sequence[int] | None = None,
 ) -> Tensor:
     """Latents [N, C, H, W], float32 on the CPU, one for each key (prompt index, image index).
 
-    prompts: row = prompt index. uncond: one row, the prompt ""; needed by guidance alone. shape: [C, H, W].
-    roles: None for the model as it stands, without adapters. on_batch: told the number of pictures after each batch.
+    prompts: row = prompt index, or `rows` says which row is each key's. uncond: one row, the prompt ""; needed by
+    guidance alone. shape: [C, H, W]. roles: None for the model as it stands, without adapters. on_batch: told the
+    number of pictures after each batch.
     All noise is keyed by (seed, prompt index, image index), so `batch` changes a picture by no more than the
     rounding of a differently shaped matrix product (1e-5 or so in float32).
     """
     latents = []
+    chosen = [prompt for prompt, _ in keys] if rows is None else rows
     for start in range(0, len(keys), batch):
         part = keys[start : start + batch]
-        cond = prompts.select([prompt for prompt, _ in part]).to(backbone.device, backbone.dtype)
+        cond = prompts.select(chosen[start : start + batch]).to(backbone.device, backbone.dtype)
         x = initial_noise(shape, seed, part).to(backbone.device)
         velocity = guided(backbone, cond, uncond, plan.guidance)
         with roles.role(plan.kind) if roles else nullcontext():

@@ -395,6 +395,9 @@ def test_a_reward_without_a_gradient_is_noted(
     assert done.code == 0, done.err
     assert "no gradient in rule: in the policy term only" in done.err
     assert json.loads(done.out)["rewards"] == {}
+    off = ("--set", "tune_reward.policy_weight=0", "--set", "tune_reward.dmd_weight=0.1", "--name", "off")
+    done = call("tune-reward", *SETTINGS, *few, *off)
+    assert done.code == 0 and "policy_weight is 0: measured, not trained on" in done.err
 
 
 # --- where a run starts

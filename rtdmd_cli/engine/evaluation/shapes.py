@@ -6,9 +6,8 @@ trained on, and the Frechet distance of its picture features to rendered picture
 
 from __future__ import annotations
 
-import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -19,7 +18,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rtdmd_cli import __version__
 from rtdmd_cli.engine.evaluation.features import (
     ClipScorer,
     frechet_distance,
@@ -27,14 +25,11 @@ from rtdmd_cli.engine.evaluation.features import (
 )
 from rtdmd_cli.engine.evaluation.geneval import Verdict, judge, task_scores
 from rtdmd_cli.engine.evaluation.report_stats import bootstrap_overall
-from rtdmd_cli.engine.model_source import Model
-from rtdmd_cli.engine.pictures import DTYPE_NAMES, batched, encode, paint
-from rtdmd_cli.engine.sample import SamplingPlan
-from rtdmd_cli.errors import DataError
+from rtdmd_cli.engine.pictures import batched
 from rtdmd_cli.shapes.detector import COUNTING_THRESHOLD, THRESHOLD, detect
-from rtdmd_cli.shapes.grammar import TASKS, Caption, requirement, scene_for
+from rtdmd_cli.shapes.grammar import TASKS, Caption, parse, requirement, scene_for
 from rtdmd_cli.shapes.prompts import benchmark, benchmark_facts
-from rtdmd_cli.shapes.render import PICTURE, render
+from rtdmd_cli.shapes.render import render
 
 NAME = "shapes"
 JUDGE_BATCH = 256  # pictures
@@ -55,102 +50,18 @@ class Judged:
     caption: Caption
     verdict: Verdict
 
-    def record(self) -> dict[str, Any]:
-        """As a line of results.json."""
-        return {
-            "prompt_index": self.key[0],
-            "image_index": self.key[1],
-            "tag": self.caption.task,
-            "prompt": self.caption.text,
-            "correct": self.verdict.correct,
-            "reasons": self.verdict.reasons,
-        }
-
-
-@dataclass(frozen=True)
-class ShapesResult:
-    """What an evaluation found. summary: JSON values; pictures: [N,3,32,32] in 0..1, ordered as `judged`."""
-
-    summary: dict[str, Any]
-    judged: list[Judged]
-    pictures: Tensor
-
-
-def chosen_prompts(limit: int | None) -> list[int]:
-    """Benchmark indices: all 553, or `limit` evenly spread ones; from 6 on every task has some."""
-    count = len(benchmark())
-    if limit is None or limit >= count:
-        return list(range(count))
-    return [number * count // limit for number in range(limit)]
+    @classmethod
+    def of(cls, key: Key, prompt: str, correct: bool, reasons: Sequence[str]) -> Judged:
+        """prompt: a caption of the world, such as the benchmark's."""
+        known = benchmark()
+        same = key[0] < len(known) and known[key[0]].text == prompt
+        return cls(key, known[key[0]] if same else parse(prompt), Verdict(correct, list(reasons)))
 
 
 def open_judge(device: torch.device) -> ClipScorer | None:
     """The independent CLIP of the package; None where it isn't part of it. Errors as `ClipScorer.load`."""
     folder = Path(str(files("rtdmd_cli"))) / "shapes/weights/clip-judge"
     return ClipScorer.load(folder, device) if folder.is_dir() else None
-
-
-def evaluate(
-    model: Model,
-    plan: SamplingPlan,
-    judge_clip: ClipScorer | None,
-    *,
-    images_per_prompt: int,
-    limit: int | None,
-    seed: int,
-    batch: int,
-    on_pictures: Callable[[int], None],
-) -> ShapesResult:
-    """Sample the benchmark and judge it; noise is keyed by (seed, prompt index, picture index).
-
-    on_pictures: told the number of pictures after each batch. DataError for a model of another picture size;
-    other errors as `paint`.
-    """
-    size = model.source.preset.model.resolution
-    if size != PICTURE:
-        raise DataError(
-            f"The benchmark `shapes` reads pictures of {PICTURE} px; {model.label} makes {size} px.",
-            "It is for models of the built-in world.",
-        )
-    began = time.monotonic()
-    keys = [(prompt, image) for prompt in chosen_prompts(limit) for image in range(images_per_prompt)]
-    cond, uncond = encode(model.backbone, [caption.text for caption in benchmark()], plan)
-    shape = model.backbone.latent_shape(PICTURE, PICTURE)
-    parts, painting = [], time.monotonic()
-    for part in batched(keys, batch):
-        parts.append(paint(model, plan, cond, uncond, part, shape=shape, seed=seed))
-        on_pictures(len(part))
-    pictures, painted = torch.cat(parts), time.monotonic()
-    captions = [benchmark()[prompt] for prompt, _ in keys]
-    verdicts = judge_pictures(pictures.numpy(), captions)
-    judged = [Judged(*each) for each in zip(keys, captions, verdicts, strict=True)]
-    summary = scores(judged)
-    summary["clip"] = clip_figures(judge_clip, pictures, judged) if judge_clip else None
-    summary |= _conditions(model, plan, seed, images_per_prompt, limit)
-    summary["seconds_per_picture"] = (painted - painting) / len(keys)
-    summary["seconds"] = time.monotonic() - began
-    return ShapesResult(summary, judged, pictures)
-
-
-def _conditions(
-    model: Model, plan: SamplingPlan, seed: int, images_per_prompt: int, limit: int | None
-) -> dict[str, Any]:
-    """How the pictures were made; `limit` only where one was given."""
-    conditions = {
-        "model": model.label,
-        "model_hash": model.model_hash,
-        "kind": plan.kind,
-        "steps": plan.steps,
-        "evaluations": plan.evaluations,
-        "guidance": plan.guidance,
-        "eta": plan.eta,
-        "seed": seed,
-        "images_per_prompt": images_per_prompt,
-        "dtype": DTYPE_NAMES[model.backbone.dtype],
-        "device": model.backbone.device.type,
-        "version": __version__,
-    }
-    return conditions if limit is None else conditions | {"limit": limit}
 
 
 def judge_pictures(pictures: NDArray[np.floating], captions: Sequence[Caption]) -> list[Verdict]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from rtdmd_cli.engine.evaluation.shapes import Judged, ShapesResult
+from rtdmd_cli.engine.evaluation.shapes import Judged
 from rtdmd_cli.engine.report.grid import INK, MARGIN, PAPER, GridRow, picture_grid, save_png, to_pil
 from rtdmd_cli.shapes.grammar import TASKS
 
+SAMPLES = "samples.png"
 COLUMNS = 8
 SCALE = 5
 MARK = 28  # px, the strip above a picture that holds its mark
@@ -22,21 +23,28 @@ GREEN, RED = (31, 138, 76), (200, 48, 44)
 PREFIX = "a photo of "  # of every prompt; left out of the labels
 
 
-def save_verdict_grid(result: ShapesResult, path: Path) -> None:
+def save_verdict_grid(
+    summary: Mapping[str, Any], judged: Sequence[Judged], pictures: Tensor, path: Path
+) -> None:
     """Write the grid of `verdict_grid`; the PNG's text says what was evaluated."""
     names = ("model", "model_hash", "steps", "guidance", "eta", "seed", "version")
-    text = {name: str(result.summary[name]) for name in names}
-    save_png(verdict_grid(result), path, text)
+    text = {name: str(summary[name]) for name in names}
+    save_png(verdict_grid(summary, judged, pictures), path, text)
 
 
-def verdict_grid(result: ShapesResult) -> Image.Image:
-    """Up to 8 pictures of each task, evenly spread over it, under the task's name and score."""
+def verdict_grid(summary: Mapping[str, Any], judged: Sequence[Judged], pictures: Tensor) -> Image.Image:
+    """Up to 8 pictures of each task, evenly spread over it, under the task's name and score.
+
+    summary: as `shapes.scores`. pictures: [N,3,32,32] in 0..1, ordered as `judged`.
+    """
     strips = []
     for task in TASKS:
-        rows = [row for row, each in enumerate(result.judged) if each.caption.task == task]
+        rows = [row for row, each in enumerate(judged) if each.caption.task == task]
         if rows:
-            shown = [rows[number * len(rows) // COLUMNS] for number in range(COLUMNS)]
-            strips.append(_strip(task, result, list(dict.fromkeys(shown))))
+            spread = [rows[number * len(rows) // COLUMNS] for number in range(COLUMNS)]
+            shown = list(dict.fromkeys(spread))
+            title = f"{task}: {summary['tasks'][task]:.2f} on {summary['prompts'][task]['evaluated']} prompts"
+            strips.append(_strip(title, [judged[row] for row in shown], pictures[shown]))
     canvas = Image.new("RGB", (max(s.width for s in strips), sum(s.height for s in strips)), PAPER)
     top = 0
     for strip in strips:
@@ -45,12 +53,10 @@ def verdict_grid(result: ShapesResult) -> Image.Image:
     return canvas
 
 
-def _strip(task: str, result: ShapesResult, rows: Sequence[int]) -> Image.Image:
-    cells = [_cell(result.pictures[row], result.judged[row]) for row in rows]
-    prompts = [result.judged[row].caption.text.removeprefix(PREFIX) for row in rows]
+def _strip(title: str, judged: Sequence[Judged], images: Tensor) -> Image.Image:
+    cells = [_cell(picture, each) for picture, each in zip(images, judged, strict=True)]
+    prompts = [each.caption.text.removeprefix(PREFIX) for each in judged]
     pictures = picture_grid([GridRow("", cells)], prompts, scale=1)
-    counts: dict[str, Any] = result.summary["prompts"][task]
-    title = f"{task}: {result.summary['tasks'][task]:.2f} on {counts['evaluated']} prompts"
     strip = Image.new("RGB", (pictures.width, pictures.height + TITLE), PAPER)
     strip.paste(pictures, (0, TITLE))
     ImageDraw.Draw(strip).text((MARGIN, MARGIN // 2), title, INK, ImageFont.load_default(size=17))

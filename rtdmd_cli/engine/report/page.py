@@ -37,14 +37,17 @@ class Table:
     note: str = ""
 
 
-def page(title: str, body: str) -> str:
-    """A complete HTML document around `body`, which must be escaped already; `title` is escaped here."""
+def page(title: str, body: str, css: str = "") -> str:
+    """A complete HTML document around `body`, which must be escaped already; `title` is escaped here.
+
+    css: what the body's own parts need beside the page's style.
+    """
     text = (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n<meta name="referrer" content="no-referrer">\n'
-        f"<title>{escape(title)}</title>\n<style>{PAGE_CSS}{CHART_CSS}</style>\n</head>\n"
+        f"<title>{escape(title)}</title>\n<style>{PAGE_CSS}{CHART_CSS}{css}</style>\n</head>\n"
         f"<body>\n<main>\n<h1>{escape(title)}</h1>\n{body}\n</main>\n</body>\n</html>\n"
     )
     # A file name that is not UTF-8 reaches Python as lone surrogates, which no file can hold.

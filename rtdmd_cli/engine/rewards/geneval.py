@@ -54,12 +54,17 @@ class GenEval:
         return cls(ObjectDetector.load(where, device), ColourNamer.load(clip, device), soft)
 
     def score(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Tensor:
-        check_batch(images, prompts, metadata)
-        asked = [_read(prompt, known) for prompt, known in zip(prompts, metadata, strict=True)]
-        found = self.detect(images, asked)
-        pairs = zip(found, asked, strict=True)
+        pairs = self.look(images, prompts, metadata)
         scores = [soft_score(*pair) if self.soft else float(judge(*pair).correct) for pair in pairs]
         return torch.tensor(scores, dtype=torch.float32, device=images.device)
+
+    def look(
+        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]
+    ) -> list[tuple[list[Detection], Mapping[str, Any]]]:
+        """What each picture shows, and what its prompt asks for: the arguments of `judge` and `soft_score`."""
+        check_batch(images, prompts, metadata)
+        asked = [asked_of(prompt, known) for prompt, known in zip(prompts, metadata, strict=True)]
+        return list(zip(self.detect(images, asked), asked, strict=True))
 
     @torch.no_grad()
     def detect(self, images: Tensor, requirements: Sequence[Mapping[str, Any]]) -> list[list[Detection]]:
@@ -82,7 +87,7 @@ class GenEval:
         return [replace(each.detection, color=named.get(row)) for row, each in enumerate(found)]
 
 
-def _read(prompt: str, known: Metadata) -> Mapping[str, Any]:
+def asked_of(prompt: str, known: Metadata) -> Mapping[str, Any]:
     """The requirement; DataError also for a class that the detector can't find or a colour that can't be told."""
     requirement = read_requirement(prompt, known)
     clauses = [*requirement.get("include", []), *requirement.get("exclude", [])]

@@ -42,16 +42,22 @@ class ShapesGenEval:
 
     def score(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Tensor:
         """Float32 [B], on the images' device. DataError for pictures that aren't 32 px, or a prompt without meaning."""
+        pairs = self.look(images, prompts, metadata)
+        scores = [soft_score(*pair) if self.soft else float(judge(*pair).correct) for pair in pairs]
+        return torch.tensor(scores, dtype=torch.float32, device=images.device)
+
+    def look(
+        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]
+    ) -> list[tuple[list[Detection], Mapping[str, Any]]]:
+        """As `GenEval.look`."""
         check_batch(images, prompts, metadata)
         if images.shape[-2:] != (PICTURE, PICTURE):
             raise DataError(
                 f"The shapes rewards read pictures of {PICTURE} px, not {images.shape[-1]} x {images.shape[-2]}.",
                 "They are for models of the built-in world.",
             )
-        asked = [_read(prompt, known) for prompt, known in zip(prompts, metadata, strict=True)]
-        pairs = zip(_detect(images, asked), asked, strict=True)
-        scores = [soft_score(*pair) if self.soft else float(judge(*pair).correct) for pair in pairs]
-        return torch.tensor(scores, dtype=torch.float32, device=images.device)
+        asked = [asked_of(prompt, known) for prompt, known in zip(prompts, metadata, strict=True)]
+        return list(zip(_detect(images, asked), asked, strict=True))
 
 
 def _detect(images: Tensor, asked: Sequence[Mapping[str, Any]]) -> list[list[Detection]]:
@@ -65,7 +71,7 @@ def _detect(images: Tensor, asked: Sequence[Mapping[str, Any]]) -> list[list[Det
     return [found[row] for row in range(len(asked))]
 
 
-def _read(prompt: str, known: Metadata) -> Mapping[str, Any]:
+def asked_of(prompt: str, known: Metadata) -> Mapping[str, Any]:
     if KEY in known:
         return read_requirement(prompt, known)
     try:

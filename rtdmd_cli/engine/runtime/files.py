@@ -10,7 +10,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -124,19 +124,25 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def append_line(path: Path, text: str) -> None:
-    """Append one line and flush it to disk. Missing parents are made.
+    """As `append_lines`, for one line."""
+    append_lines(path, [text])
 
-    A half line left by a kill is ended first. If the write fails, the file keeps its old length.
-    Raises ValueError if `text` holds a line end.
+
+def append_lines(path: Path, texts: Sequence[str]) -> None:
+    """Append lines and flush them to disk together. Missing parents are made.
+
+    A half line left by a kill is ended first. If the write fails, the file keeps its old length; a kill may leave the
+    first ones of the lines. Raises ValueError if a text holds a line end.
     """
-    if "\n" in text or "\r" in text:
-        raise ValueError(f"one line at a time, got {text!r}")
+    for text in texts:
+        if "\n" in text or "\r" in text:
+            raise ValueError(f"a line holds no line end, got {text!r}")
     make_folder(path.parent)
     with os_errors(path):
         existed = path.exists()
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         try:
-            _append(descriptor, f"{text}\n".encode())
+            _append(descriptor, "".join(f"{text}\n" for text in texts).encode())
         finally:
             os.close(descriptor)
         if not existed:

@@ -12,7 +12,7 @@ import torch
 from rtdmd_cli.config.schema import SamplerConfig
 from rtdmd_cli.engine.backbones.base import FAMILIES, Backbone
 from rtdmd_cli.engine.sample import euler, guided, sampling_plan
-from rtdmd_cli.errors import UsageError
+from rtdmd_cli.errors import RtdmdError, UsageError
 from tests.tiny_flux import TINY, build_flux1_pipeline, load_tiny, save, tiny_config, tiny_folder
 from tests.tiny_models import PROMPTS, RESOLUTION
 
@@ -149,6 +149,31 @@ def test_velocity_reads_prompt_and_noise_level_and_has_a_gradient(pair: Pair) ->
     pictures = backbone.decode(leaf)
     (gradient,) = torch.autograd.grad(pictures.sum(), leaf)
     assert gradient.isfinite().all() and gradient.abs().max() > 0
+
+
+def test_bf16_takes_and_returns_float32(pair: Pair) -> None:
+    name, exact, _ = pair
+    backbone = load_tiny(name, torch.bfloat16)
+    cond, x, sigma = backbone.encode(PROMPTS[:2]), noise(TINY[name].shape), torch.tensor([0.5, 0.9])
+    with torch.no_grad():
+        v, pictures = backbone.velocity(x, sigma, cond), backbone.decode(x)
+        expected = exact.velocity(x, sigma, cond.to(dtype=torch.float32))
+    assert {parameter.dtype for parameter in backbone.transformer.parameters()} == {torch.bfloat16}
+    assert (cond.embeds.dtype, v.dtype, pictures.dtype) == (torch.bfloat16, torch.float32, torch.float32)
+    torch.testing.assert_close(v, expected, atol=0.05, rtol=0.05)
+    torch.testing.assert_close(pictures, exact.decode(x), atol=0.05, rtol=0)
+
+
+def test_dropped_text_encoders_are_gone(pair: Pair) -> None:
+    name, _, _ = pair
+    backbone = load_tiny(name)
+    cond, x = backbone.encode(PROMPTS[:2]), noise(TINY[name].shape)
+    with torch.no_grad():
+        before = backbone.velocity(x, torch.full((2,), 0.5), cond)
+        backbone.drop_text_encoders()
+        assert torch.equal(backbone.velocity(x, torch.full((2,), 0.5), cond), before)
+    with pytest.raises(RtdmdError, match="text encoders have been freed"):
+        backbone.encode(["a ring"])
 
 
 def test_sizes(pair: Pair) -> None:

@@ -11,26 +11,27 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from rtdmd_cli.engine.evaluation.benchmark_prompts import choose_prompts
+from rtdmd_cli.engine.evaluation.benchmarks import BENCHMARKS
 from rtdmd_cli.engine.evaluation.geneval import Verdict
+from rtdmd_cli.engine.evaluation.judges import find_judge
 from rtdmd_cli.engine.evaluation.shapes import (
     Judged,
-    ShapesResult,
-    chosen_prompts,
     clip_figures,
-    evaluate,
     judge_pictures,
     open_judge,
     rendered,
     scores,
 )
 from rtdmd_cli.engine.evaluation.shapes_grid import save_verdict_grid
-from rtdmd_cli.engine.model_source import open_model, resolve
-from rtdmd_cli.errors import DataError
 from rtdmd_cli.shapes.grammar import TASKS, Caption, Thing
 from rtdmd_cli.shapes.prompts import benchmark
-from tests.tiny_runs import make_run, write_preset
 
-CPU, F32 = torch.device("cpu"), torch.float32
+CPU = torch.device("cpu")
+
+
+def chosen_prompts(limit: int | None) -> list[int]:
+    return list(choose_prompts(BENCHMARKS["shapes"], None, limit).texts)
 
 
 def unjudged(rows: list[int]) -> list[Judged]:
@@ -143,38 +144,23 @@ def test_rendered_pictures_are_fixed_by_seed_and_key() -> None:
     assert not torch.equal(rendered(judged, 0), rendered(judged, 1))
 
 
-def test_an_evaluation_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RTDMD_CACHE", str(tmp_path / "cache"))
-    make_run(tmp_path, "a")
-    told: list[int] = []
+def test_the_benchmarks_judge_says_what_the_detector_says() -> None:
+    prompts = choose_prompts(BENCHMARKS["shapes"], None, 60)
+    rows = list(prompts.texts)
+    pictures = rendered(unjudged(rows), 0).roll(1, 0)
+    judge = find_judge("shapes").open(CPU, None)
+    found = judge.judge(pictures, list(prompts.texts.values()), list(prompts.metadata.values()))
+    expected = judge_pictures(pictures.numpy(), [benchmark()[row] for row in rows])
+    assert [each["reasons"] for each in found] == [verdict.reasons for verdict in expected]
+    assert [each["score"] for each in found] == [float(verdict.correct) for verdict in expected]
+    assert {0.0, 1.0} == {each["score"] for each in found}
 
-    def run(limit: int, batch: int) -> ShapesResult:
-        model = open_model(resolve("a", tmp_path), CPU, F32)
-        arguments: dict[str, Any] = {"images_per_prompt": 2, "seed": 3, "on_pictures": told.append}
-        return evaluate(model, model.plan(), None, limit=limit, batch=batch, **arguments)
 
-    result, other = run(12, 5), run(6, 12)
-    assert told == [5, 5, 5, 5, 4, 12]
-    summary = result.summary
-    assert summary["benchmark"] == "shapes" and set(summary["tasks"]) == set(TASKS)
-    assert all(isinstance(score, float) for score in summary["tasks"].values())
-    expected = {"images": 24, "limit": 12, "steps": 4, "evaluations": 4, "guidance": 1.0, "kind": "generator"}
-    assert {key: summary[key] for key in expected} == expected
-    assert summary["clip"] is None and summary["model"] == "a/step-000010"
-    assert 0 < summary["seconds_per_picture"] * 24 <= summary["seconds"]
-    # Every second prompt of the longer run is one of the shorter: the same noise, the same picture.
-    rows = {each.key: picture for each, picture in zip(result.judged, result.pictures, strict=True)}
-    for each, picture in zip(other.judged, other.pictures, strict=True):
-        torch.testing.assert_close(picture, rows[each.key], atol=1e-3, rtol=0)
-    assert not torch.allclose(rows[(0, 0)], rows[(0, 1)], atol=0.05)
-
-    save_verdict_grid(result, tmp_path / "grid.png")
-    with Image.open(tmp_path / "grid.png") as image:
-        assert image.info["model"] == "a/step-000010"
-        marks = {(31, 138, 76), (200, 48, 44)} & {
-            colour for _, colour in image.convert("RGB").getcolors(1 << 20)
-        }  # type: ignore[misc,union-attr]
-    assert len(marks) == len({each.verdict.correct for each in result.judged})
+def test_a_caption_is_the_benchmarks_or_is_read() -> None:
+    row = chosen_prompts(60)[-1]
+    text = benchmark()[row].text
+    assert Judged.of((row, 0), text, True, []).caption == benchmark()[row]
+    assert Judged.of((0, 0), text, True, []).caption.text == text
 
 
 def test_a_tick_for_a_right_picture_and_a_cross_for_a_wrong_one(tmp_path: Path) -> None:
@@ -183,28 +169,12 @@ def test_a_tick_for_a_right_picture_and_a_cross_for_a_wrong_one(tmp_path: Path) 
         Judged((1, 0), benchmark()[1], Verdict(False, ["x"])),
     ]
     conditions = dict.fromkeys(("model", "model_hash", "steps", "guidance", "eta", "seed", "version"), "-")
-    result = ShapesResult(scores(judged) | conditions, judged, torch.zeros(2, 3, 32, 32))
-    save_verdict_grid(result, tmp_path / "grid.png")
+    save_verdict_grid(scores(judged) | conditions, judged, torch.zeros(2, 3, 32, 32), tmp_path / "grid.png")
     with Image.open(tmp_path / "grid.png") as image:
         pixels = image.convert("RGB")
         sides = [pixels.crop((left, 0, left + 160, pixels.height)) for left in (20, 188)]
     marks = [{c for _, c in side.getcolors(1 << 20)} & {(31, 138, 76), (200, 48, 44)} for side in sides]  # type: ignore[misc,union-attr]
     assert marks == [{(31, 138, 76)}, {(200, 48, 44)}]
-
-
-def test_a_model_of_another_world_is_refused(tmp_path: Path) -> None:
-    model = open_model(resolve(str(write_preset(tmp_path / "big.yaml", 64)), tmp_path), CPU, F32)
-    with pytest.raises(DataError, match="makes 64 px"):
-        evaluate(
-            model,
-            model.plan(),
-            None,
-            images_per_prompt=1,
-            limit=6,
-            seed=0,
-            batch=4,
-            on_pictures=lambda n: None,
-        )
 
 
 def test_the_independent_judge_of_the_package() -> None:
