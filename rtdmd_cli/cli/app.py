@@ -55,6 +55,12 @@ def _eval() -> Callable[..., Any]:
     return eval_command
 
 
+def _export() -> Callable[..., Any]:
+    from rtdmd_cli.cli.export import export
+
+    return export
+
+
 def _presets() -> typer.Typer:
     from rtdmd_cli.cli.presets import app
 
@@ -98,6 +104,7 @@ COMMANDS = {
     "tune-reward": Entry(_tune_reward, "Raise a generator's rewards (stage 2)."),
     "sample": Entry(_sample, "Make pictures of a prompt, or of a file of prompts."),
     "eval": Entry(_eval, "Measure a model on a benchmark: strict score, interval, and what it cost."),
+    "export": Entry(_export, "Write a generator as other tools load it: diffusers, ComfyUI."),
     "runs": Entry(_runs, "List the runs, show one, compare two on one page."),
     "fetch": Entry(
         _fetch, "Download the weights of a model or a reward beforehand, naming size and licence."

@@ -115,7 +115,7 @@ def eval_command(
     from rtdmd_cli.engine.evaluation.benchmarks import find_benchmark
 
     began, row = time.monotonic(), find_benchmark(benchmark)
-    _refuse_contradictions(score_only, images_only, from_, steps, guidance, seed)
+    _refuse_contradictions(score_only, images_only, compare, from_, steps, guidance, seed)
     keep = bool(out or resume or images_only or score_only or compare) or not row.built_in
     options = Options(
         from_,
@@ -161,11 +161,16 @@ def eval_command(
 def _refuse_contradictions(
     score_only: Path | None,
     images_only: bool,
+    compare: str | None,
     from_: str | None,
     steps: int | None,
     guidance: float | None,
     seed: int | None,
 ) -> None:
+    if images_only and compare is not None:
+        raise UsageError(
+            "--images-only judges nothing, so that nothing can be compared.", "Leave one of them out."
+        )
     if score_only is None:
         return
     given = {"--images-only": images_only or None, "--from": from_, "--steps": steps, "--guidance": guidance}

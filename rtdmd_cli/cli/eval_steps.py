@@ -302,6 +302,7 @@ def _folder(
         "command": command,
         "foreign_prompts": list(ask.prompts.foreign),
         "departures": list(ask.departures),
+        "prompts": len(ask.prompts),
     }
     eval_folder.write_about(folder, identity, about | more)
     return folder

@@ -25,8 +25,8 @@ From = Annotated[
     str | None,
     typer.Option(
         "--from",
-        metavar="RUN|CHECKPOINT|PRESET",
-        help="Run or checkpoint folder, name of a run under runs/, or preset (its untouched base model). "
+        metavar="RUN|CHECKPOINT|EXPORT|PRESET",
+        help="Run, checkpoint or exported folder, name of a run under runs/, or preset (its untouched base model). "
         "Default: the newest finished run, else the built-in model.",
     ),
 ]

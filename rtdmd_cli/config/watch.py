@@ -21,7 +21,7 @@ class WatchConfig(Section):
         description="prompts of diversity and distance to the teacher, evenly spread over those of the measurement",
     )
     images_per_prompt: int = Field(
-        default=4, ge=2, le=10_000, description="pictures of each of these prompts; the teacher draws one"
+        default=2, ge=2, le=10_000, description="pictures of each of these prompts; the teacher draws one"
     )
     max_held_out_fall: float = Field(
         default=0.2,

@@ -1,7 +1,7 @@
 """What `--from` names, and the model it stands for.
 
-In this order: a path (a run folder, a checkpoint folder), the name of a run, a preset (its untouched base
-model). Nothing at all names the newest finished run, or else the built-in model.
+In this order: a path (a run folder, a checkpoint folder, an exported folder), the name of a run, a preset (its
+untouched base model). Nothing at all names the newest finished run, or else the built-in model.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -19,7 +19,9 @@ from torch import Tensor
 from rtdmd_cli.config.loader import list_presets, load_preset, preset_path
 from rtdmd_cli.config.schema import SHARED_BASE, Preset
 from rtdmd_cli.engine.backbones.base import Backbone, load_backbone
-from rtdmd_cli.engine.backbones.two_bases import bases_of
+from rtdmd_cli.engine.backbones.two_bases import TwoBases, bases_of
+from rtdmd_cli.engine.export.exported import Exported, is_exported, read_exported
+from rtdmd_cli.engine.export.lora_files import add_lora, read_lora
 from rtdmd_cli.engine.full_roles import replace_weights
 from rtdmd_cli.engine.roles import GENERATOR, STAGE1_GENERATOR, Roles
 from rtdmd_cli.engine.runtime.checkpoint import Checkpoint, load_checkpoint, newest_valid, verify_checkpoint
@@ -38,7 +40,7 @@ class Source:
     """A generator (with its checkpoint) or a teacher (the preset's base model).
 
     preset: for a generator the one of its run. label: for people and for results, free of folders.
-    notes: lines for stderr about what was chosen.
+    notes: lines for stderr about what was chosen. exported: where the generator is an exported folder.
     """
 
     kind: Kind
@@ -46,11 +48,12 @@ class Source:
     checkpoint: Path | None
     label: str
     notes: tuple[str, ...] = ()
+    exported: Exported | None = None
 
 
 @dataclass(frozen=True)
 class Model:
-    """A loaded model, ready to sample. roles: None for a teacher, and for a generator trained in full,
+    """A loaded model, ready to sample. roles: None for a teacher, an exported folder, and a generator trained in full,
     which has taken the base's place. model_hash: 12 hexadecimal digits."""
 
     source: Source
@@ -70,6 +73,11 @@ class Model:
     ) -> SamplingPlan:
         """How this model makes a picture of `size` (height, width). UsageError as `sampling_plan`."""
         model, sampler = self.source.preset.model, self.source.preset.sampler
+        exported = self.source.exported
+        if exported is not None and exported.stock_schedule:
+            shape = self.backbone.latent_shape(*(size or (model.resolution, model.resolution)))
+            levels = self.backbone.stock_sigmas(steps or len(sampler.raw_steps), shape)
+            return SamplingPlan("generator", tuple(levels.tolist()), eta=sampler.eta)
         return sampling_plan(self.source.kind, self.backbone, model, sampler, steps, guidance, size)
 
 
@@ -95,6 +103,10 @@ def _in_folders(reference: str, out: Path) -> Source | None:
         return _from_checkpoint(found.checkpoint, found.run)
     if found is not None and found.run is not None:
         return _from_run(found.run)
+    if there and is_exported(path):
+        exported = read_exported(path)
+        label = f"{path.resolve().name} (export)"
+        return Source("generator", exported.preset, None, label, exported=exported)
     if there and path.is_dir():
         if path.resolve().parent.name == "checkpoints":
             verify_checkpoint(path)  # says what is missing
@@ -111,7 +123,7 @@ def _default(out: Path) -> Source:
     else:
         source = _from_run(run)
         note = f"using {source.label}, the newest finished run under {out}/"
-    return Source(source.kind, source.preset, source.checkpoint, source.label, (note, *source.notes))
+    return replace(source, notes=(note, *source.notes))
 
 
 def _from_run(run: RunFolder) -> Source:
@@ -175,7 +187,7 @@ def _unknown(reference: str, out: Path) -> UsageError:
             names += [path.name for path in out.iterdir() if is_run(path)]
     near = get_close_matches(reference, sorted(names), n=1)
     return UsageError(
-        f"`{shown}` is no run or checkpoint folder, no run under {out}/, and no preset.",
+        f"`{shown}` is no run or checkpoint folder, no exported folder, no run under {out}/, and no preset.",
         f"Did you mean `{near[0]}`?" if near else "List the shipped presets: rtdmd presets list",
     )
 
@@ -191,6 +203,8 @@ def open_model(source: Source, device: torch.device, dtype: torch.dtype) -> Mode
 
     DataError for a checkpoint that is damaged or doesn't fit the model; other errors as `load_backbone`.
     """
+    if source.exported is not None:
+        return _open_exported(source, source.exported, device, dtype)
     loaded = load_checkpoint(source.checkpoint) if source.checkpoint is not None else None
     if loaded is not None and EMA not in loaded.tensors:
         raise DataError(
@@ -211,6 +225,29 @@ def open_model(source: Source, device: torch.device, dtype: torch.dtype) -> Mode
         )
     roles, hashed = open_generator(backbone, source.preset, loaded)
     return Model(source, backbone, roles, hashed)
+
+
+def _open_exported(source: Source, exported: Exported, device: torch.device, dtype: torch.dtype) -> Model:
+    """A merged pipeline as it is, or the base model with the exported LoRA on the generator's base."""
+    model = exported.preset.model
+    if exported.merged or exported.lora is None:
+        own = {"path": str(exported.folder), "revision": None, "components": None}
+        model = model.model_copy(update=own | {"generator_init": SHARED_BASE, "guidance": 1.0})
+        backbone = load_backbone(model, device, dtype, source.preset.hardware)
+        return Model(source, backbone, None, model_hash(backbone.model_id.hash, {}, 0))
+    backbone = load_backbone(model, device, dtype, source.preset.hardware)
+    if backbone.model_id.hash != exported.base_hash:
+        raise DataError(
+            f"{exported.folder} belongs to another version of {model.path}.",
+            "Use the base model that its README.md names.",
+        )
+    base = backbone.transformer
+    if isinstance(base, TwoBases):
+        base.active = "generator"
+        base = base.generator
+    tensors = read_lora(exported.lora, exported.prefix, base)
+    add_lora(base, tensors, exported.prefix)
+    return Model(source, backbone, None, model_hash(backbone.model_id.hash, tensors, 0))
 
 
 def open_generator(backbone: Backbone, preset: Preset, checkpoint: Checkpoint) -> tuple[Roles | None, str]:

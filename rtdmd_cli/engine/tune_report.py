@@ -83,7 +83,8 @@ def first_line(records: Mapping[str, Any]) -> dict[str, object]:
 
 def watch_facts(config: TuneRewardConfig, steps: int, records: Mapping[str, Any]) -> list[tuple[str, str]]:
     """How much was measured with what, and how many pictures were left out."""
-    facts = [("Rewards measured on", f"{config.eval_images} pictures, one of a prompt")]
+    prompts = config.eval_prompts or f"{config.prompts}, the training prompts"
+    facts = [("Rewards measured on", f"{config.eval_images} pictures, one of a prompt; {prompts}")]
     if config.watch.features:
         # Fewer prompts than `prompt_count` may have been there.
         count, each = records.get(WATCH, {}).get("prompts", 0), config.watch.images_per_prompt
@@ -104,11 +105,11 @@ def reward_curves(names: Iterable[str], held_out: Sequence[str]) -> list[Curve]:
     curves = []
     for name in held_out_first(names, held_out):
         if name in held_out:
-            title, lines = f"{name}, held out", {f"measured/{name}": "held-out prompts"}
+            title, lines = f"{name}, held out", {f"measured/{name}": "fixed prompts"}
             reading = "Never trained on: should rise, or at least hold, while the others rise."
         else:
             title = f"{name}, trained on"
-            lines = {f"measured/{name}": "held-out prompts", f"reward/{name}": "training pictures"}
+            lines = {f"measured/{name}": "fixed prompts", f"reward/{name}": "training pictures"}
             reading = "Can be exploited: judge by the rewards that were held out."
         curves.append(Curve(title, lines, reading))
     return [

@@ -181,6 +181,10 @@ def test_pictures_first_and_scores_later() -> None:
     assert first.exit_code == 0 and first.stdout.split()[1] == "evals/shapes-mine-step-000010"
     made = Path(first.stdout.split()[1])
     assert not (made / "scores").exists() and "--score-only" in first.stderr
+    shutil.move(made / "00000", "aside")
+    error = run("shapes", "--score-only", str(made)).exception
+    assert isinstance(error, DataError) and "pictures of 7 of its 8 prompts" in error.message
+    shutil.move("aside", made / "00000")
     assert run("shapes", "--score-only", str(made)).exit_code == 0
     assert run(*ASKED, "--out", "whole").exit_code == 0
     assert untimed(made / "results.json") == untimed(Path("whole/results.json"))
@@ -258,6 +262,7 @@ def test_more_pictures_than_there_are_and_contradictions(six_pictures: Path) -> 
     assert isinstance(error, DataError) and "holds 1 pictures, not 2" in error.message
     for option in (("--from", "mine"), ("--steps", "3"), ("--seed", "1"), ("--images-only",)):
         assert isinstance(run("shapes", "--score-only", found, *option).exception, UsageError)
+    assert isinstance(run("shapes", "--images-only", "--compare", "other").exception, UsageError)
     assert isinstance(run("shapes", "--score-only", "nowhere").exception, DataError)
 
 

@@ -112,9 +112,7 @@ def test_geneval_without_metadata_is_refused_before_a_model_is_loaded(
     error = run("geneval", "--prompts-file", "plain.txt").exception
     assert isinstance(error, DataError) and "needs the metadata `include`" in error.message
     error = run("geneval").exception
-    assert isinstance(error, EnvironmentFailure) and error.hint.startswith(
-        "Fetch them: rtdmd data fetch geneval"
-    )
+    assert isinstance(error, EnvironmentFailure) and error.hint == "Fetch it: rtdmd data fetch geneval"
     error = run("plain.txt").exception
     assert isinstance(error, UsageError) and "nothing to measure" in error.message
     error = run("plain.txt", "--rewards", "clipscor").exception

@@ -150,6 +150,12 @@ def test_stage_2_defaults_are_the_published_values() -> None:
         ({"rewards_in_memory": "some"}, "'all' or 'one'"),
         ({"prompts": "two\nlines"}, "prompts"),
         ({"eval_prompts": ""}, "eval_prompts"),
+        ({"max_bad_share": 1.0}, "less than 1"),
+        ({"reward_seconds": 0.0}, "greater than 0"),
+        ({"watch": {"images_per_prompt": 1}}, "greater than or equal to 2"),
+        ({"watch": {"features": "two\nlines"}}, "line breaks"),
+        ({"watch": {"max_held_out_fall": 0.0}}, "greater than 0"),
+        ({"watch": {"limit": 1}}, "Extra inputs"),
     ],
 )
 def test_tune_reward_refused(values: dict[str, object], expected: str) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import Flux2Transformer2DModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
@@ -445,3 +446,27 @@ def test_fresh_targets_that_match_nothing_name_their_section() -> None:
         pair = [bad if config == "to_z" else config for config in (lora, fresh)]
         with pytest.raises(UsageError, match=rf"^{section}\.lora\.targets: .*called to_z"):
             Roles(build_transformer(), pair[0], seed=0, fresh=pair[1])
+
+
+def test_layers_and_lists_of_layers_of_the_same_ending() -> None:
+    """FLUX.2: `attn.to_out` is a list of layers in a double block, and a layer in a single one."""
+    transformer = Flux2Transformer2DModel(
+        in_channels=4,
+        num_layers=3,
+        num_single_layers=6,
+        attention_head_dim=8,
+        num_attention_heads=1,
+        joint_attention_dim=8,
+        guidance_embeds=False,
+        axes_dims_rope=(2, 2, 2, 2),
+        timestep_guidance_channels=8,
+    )
+    double, single = ("to_out.0", "add_k_proj", "to_q"), ("to_out", "to_qkv_mlp_proj")
+    lora = LoraConfig(rank=1, alpha=1, targets=(*double, *single))
+    roles = Roles(transformer, lora, 0, fresh=lora)
+    expected = {f"transformer_blocks.{i}.attn.{each}" for i in range(3) for each in double}
+    expected |= {f"single_transformer_blocks.{i}.attn.{each}" for i in range(6) for each in single}
+    assert len(expected) > 20  # peft shortens longer lists
+    for adapter in ("generator", "fake", "stage1_generator", "stage1_fake"):
+        names = {name.rpartition(".lora_")[0] for name, _ in roles.named_parameters(adapter)}
+        assert names == expected

@@ -54,6 +54,8 @@ RECIPE: dict[str, Any] = {
     "policy_weight": 0,
     "backprop_weight": 1,
     "backprop_steps": 3,
+    "backprop_margin": 3,
+    "lr_decay": "none",
     "eval_images": 12,
     "watch.prompt_count": PROMPTS,
     "watch.images_per_prompt": 2,
@@ -197,13 +199,13 @@ def test_a_stopped_run_that_goes_on_is_the_one_that_was_not(done: dict[str, Done
 def test_the_report_begins_with_the_warning_and_the_rewards_held_out(done: dict[str, Done]) -> None:
     page = Path("runs/on/report.html").read_text(encoding="utf-8")
     order = ['class="warning"', "went from", f"{JUDGE}, held out<", f"{BRIGHT}, trained on<"]
-    order += ["Diversity<", "Distance to the teacher<", "Reward back-propagation<", "Fake-score loss<"]
+    order += ["Diversity<", "Distance to the teacher<", "Reward back-propagation<", "Gradient norms, "]
     places = [page.index(text) for text in order]
     assert places == sorted(places)
     assert html.escape(json.loads(done["on"].out)["warning"]) in page
     words = f"builtin:shapes; {2 * PROMPTS} pictures, 2 a prompt; {PROMPTS} of the teacher at {TEACHER_STEPS} steps"
     assert f"picture features of the CLIP {words}" in page
-    assert "12 pictures, one of a prompt" in page
+    assert "12 pictures, one of a prompt; builtin:shapes-benchmark" in page
 
 
 def test_diversity_and_distance_are_those_of_the_pictures(done: dict[str, Done]) -> None:

@@ -44,13 +44,19 @@ def find_pictures(
     """What `root` holds; `images` of each prompt and `limit` prompts of it, or all.
 
     Prompts are compared with the benchmark's where these are on this machine, or in `file`; the stamp says what they
-    are. Errors as `scan_folder`.
+    are. Errors as `scan_folder`, and DataError for an evaluation whose pictures are not all made yet.
     """
-    prompts, pictures, taken = scan_folder(root, images, limit)
     about = read_about(root)
     mine = about["about"] if about else {}
     made_for = about["identity"] if about else {}
     same = made_for.get("benchmark") == benchmark.name
+    per_prompt = made_for.get("images_per_prompt") if same and images is None else images
+    prompts, pictures, taken = scan_folder(root, per_prompt, limit)
+    if same and limit is None and len(prompts) < mine.get("prompts", 0):
+        raise DataError(
+            f"{root} holds pictures of {len(prompts)} of its {mine['prompts']} prompts.",
+            "Make the rest first: the command that made them, and --resume.",
+        )
     whole = same and limit is None and images in (None, made_for.get("images_per_prompt"))
     other = tuple(mine.get("foreign_prompts", ())) if same else _check(benchmark, prompts, file)
     stamps = (*shortened(len(prompts), benchmark.prompts or prompts.total), *other)

@@ -19,6 +19,7 @@ GALLERY_CSS = """
   margin: .75rem 0 1.5rem; padding: 0; list-style: none; }
 .gallery li { min-width: 0; }
 .gallery img { width: 100%; aspect-ratio: 1; object-fit: contain; }
+.gallery img.sharp { image-rendering: pixelated; }
 .gallery p { margin: .35rem 0 0; font-size: .8125rem; line-height: 1.35; overflow-wrap: anywhere; }
 .gallery .why { color: var(--muted); font-size: .75rem; }
 """

@@ -136,7 +136,7 @@ def append_lines(path: Path, texts: Sequence[str]) -> None:
     """
     for text in texts:
         if "\n" in text or "\r" in text:
-            raise ValueError(f"a line holds no line end, got {text!r}")
+            raise ValueError(f"one line each, got {text!r}")
     make_folder(path.parent)
     with os_errors(path):
         existed = path.exists()
@@ -206,9 +206,13 @@ def _remove(path: Path) -> None:
         path.unlink()
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files and folders that an earlier, killed process left in `folder`."""
+def remove_leftovers(folder: Path, name: str | None = None) -> None:
+    """Remove the temporary files and folders that an earlier, killed process left in `folder`.
+
+    name: only those that were to become this file or folder.
+    """
     with os_errors(folder, "clean"):
         for entry in folder.iterdir():
-            if _TMP_NAME.match(entry.name):
+            found = _TMP_NAME.match(entry.name)
+            if found and name in (None, entry.name[found.end() :]):
                 _remove(entry)

@@ -27,10 +27,10 @@ def place(transformer: nn.Module, base: Base, device: torch.device) -> None:
     """Move a transformer to `device`, its blocks' linear layers quantised on the way unless `base` is plain.
 
     Layer by layer: the device never holds more than one of them unquantised. To be called before adapters are put on.
-    EnvironmentFailure for a quantised base on a device other than cpu and cuda, where it has not been tried.
+    EnvironmentFailure for a quantised base on a device other than cpu and cuda.
     """
     if base != "plain":
-        _require_tried(base, "base", "hardware.base to plain", device)
+        _require_device(base, "base", "hardware.base to plain", device)
         for block in repeated_blocks(transformer):
             swap_linears(block, base, device)
         transformer.is_loaded_in_4bit = base == "nf4"  # type: ignore[assignment]  # peft reads these two
@@ -43,14 +43,14 @@ def shrink_encoder(encoder: nn.Module, device: torch.device) -> None:
 
     EnvironmentFailure as `place`.
     """
-    _require_tried("int8", "text encoders", "hardware.text_encoder to cpu", device)
+    _require_device("int8", "text encoders", "hardware.text_encoder to cpu", device)
     swap_linears(encoder, "int8", device)
 
 
-def _require_tried(base: Base, what: str, instead: str, device: torch.device) -> None:
+def _require_device(base: Base, what: str, instead: str, device: torch.device) -> None:
     if device.type not in ("cpu", "cuda"):
         raise EnvironmentFailure(
-            f"The {what} can't be quantised on {device.type}: {base} has been tried on cpu and cuda alone.",
+            f"The {what} can't be quantised on {device.type}: {base} is for cpu and cuda alone.",
             f"Set {instead}.",
         )
 

@@ -51,6 +51,15 @@ def test_everything_comes_back_bit_for_bit(tmp_path: Path) -> None:
             assert torch.equal(loaded.tensors[group][name], tensor)
 
 
+def test_a_spared_checkpoint_is_neither_removed_nor_counted(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4, 5):
+        arguments = (tmp_path, step, content(), {"iteration": step}, 2, META)
+        checkpoint.save_checkpoint(*arguments, spared=2 if step > 2 else None)
+    assert checkpoint.checkpoint_steps(tmp_path) == [2, 4, 5]
+    checkpoint.save_checkpoint(tmp_path, 6, content(), {"iteration": 6}, 2, META, spared=5)
+    assert checkpoint.checkpoint_steps(tmp_path) == [4, 5, 6]  # 2 is an old one like others now
+
+
 def test_the_same_content_gives_the_same_bytes_and_no_pickle(tmp_path: Path) -> None:
     first, second = save(tmp_path / "a", 7), save(tmp_path / "b", 7)
     names = sorted(path.name for path in first.iterdir())

@@ -1,0 +1,148 @@
+"""`rtdmd export`: what other tools load. The folder or JSON on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rtdmd_cli.cli import console
+from rtdmd_cli.cli.failures import nearest
+from rtdmd_cli.cli.sample import RUNS, Device, Dtype, Json, Quiet
+from rtdmd_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+    from rtdmd_cli.engine.model_source import Source
+
+FORMATS = ("diffusers", "comfyui", "merged")
+ALL = "all"
+EXPORTS = Path("exports")
+
+
+def export(
+    run: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[RUN]",
+            help="Run or checkpoint folder, or name of a run under runs/. Default: the newest finished run.",
+        ),
+    ] = None,
+    format_: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            metavar="diffusers|comfyui|merged|all",
+            help="diffusers: a LoRA file. comfyui: a LoRA file and workflows. merged: a whole pipeline.",
+        ),
+    ] = FORMATS[0],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to make. Default: exports/NAME OF THE RUN.")
+    ] = None,
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="USER/NAME", help="Also upload it to this repository of the hub.")
+    ] = None,
+    public: Annotated[
+        bool, typer.Option("--public", help="Make the repository public. Default: private.")
+    ] = False,
+    rank: Annotated[
+        int | None, typer.Option(min=1, max=4096, help="Largest rank of the LoRA. Default: the exact one.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an export of that name.")] = False,
+    no_check: Annotated[
+        bool, typer.Option("--no-check", help="Leave out the round trip through the stock pipeline.")
+    ] = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a generator as other tools load it: diffusers, ComfyUI.
+
+    Each export is loaded into the stock pipeline and has to make the run's pictures before the folder gets its name.
+    """
+    formats = _formats(format_)
+    if public and push_to_hub is None:
+        raise UsageError("--public is about the repository of --push-to-hub.", "Add --push-to-hub USER/NAME.")
+    console.quiet_libraries(quiet)
+    from rtdmd_cli.engine.export.card import local_name
+    from rtdmd_cli.engine.export.export_run import Request, run_export
+    from rtdmd_cli.engine.runtime.device import resolve_device, resolve_dtype
+
+    source = _source(run, quiet)
+    hardware = source.preset.hardware
+    where = resolve_device(device or hardware.device)
+    assert source.checkpoint is not None
+    folder = out if out is not None else EXPORTS / source.label.partition("/")[0]
+    folder = folder if folder.name not in ("", "..") else folder.resolve()
+    request = Request(
+        source=source,
+        formats=formats,
+        out=folder,
+        where=push_to_hub or local_name(str(folder)),
+        rank=rank,
+        check=not no_check,
+        force=force,
+        device=where,
+        dtype=resolve_dtype(dtype or hardware.dtype, where),
+    )
+    api = _hub(push_to_hub) if push_to_hub is not None else None
+    described = run_export(request, lambda text: console.say(text, quiet))
+    result: dict[str, Any] = {"folder": str(folder), "hub": None, **described}
+    if api is not None and push_to_hub is not None:
+        from rtdmd_cli.engine.export.hub import push
+
+        result["hub"] = push(api, folder, push_to_hub, public)
+        console.say(f"uploaded to {result['hub']}", quiet)
+    _print(result, folder, as_json)
+
+
+def _formats(text: str) -> tuple[str, ...]:
+    if text == ALL:
+        return FORMATS
+    if text not in FORMATS:
+        close = nearest(text, (*FORMATS, ALL))
+        raise UsageError(
+            f"There is no format `{text}`; the nearest is `{close}`.", f"Write --format {close}."
+        )
+    return (text,)
+
+
+def _source(run: str | None, quiet: bool) -> Source:
+    """The generator to export. UsageError for a base model and for what is exported already."""
+    from rtdmd_cli.engine.model_source import resolve
+
+    source = resolve(run, RUNS)
+    if source.exported is not None:
+        raise UsageError(f"{run} is an export already.", "Name the run that it was made from.")
+    if source.checkpoint is None and run is None:
+        raise UsageError(f"There is no finished run under {RUNS}/ to export.", "Make one: rtdmd distill")
+    if source.checkpoint is None:
+        raise UsageError(
+            f"`{run}` is a preset, whose base model needs no export.",
+            "Name a run: see the folders under runs/.",
+        )
+    for note in source.notes:
+        console.say(note, quiet)
+    return source
+
+
+def _hub(repo: str) -> HfApi:
+    """The hub, logged in. Errors as `hub.check_name` and `hub.check_login`."""
+    from huggingface_hub import HfApi
+
+    from rtdmd_cli.engine.export.hub import check_login, check_name
+
+    check_name(repo)
+    api = HfApi()
+    check_login(api)
+    return api
+
+
+def _print(result: dict[str, Any], folder: Path, as_json: bool) -> None:
+    if as_json:
+        console.show(result, as_json)
+    else:
+        typer.echo(str(folder))

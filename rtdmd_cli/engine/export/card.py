@@ -1,0 +1,292 @@
+"""The model card of an export: README.md with front matter, as the hub reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from rtdmd_cli import __version__
+from rtdmd_cli.config.schema import Preset
+from rtdmd_cli.engine.export import code
+from rtdmd_cli.engine.export.families import Licence, Loader, generator_revision
+from rtdmd_cli.engine.export.roundtrip import RoundTrip
+from rtdmd_cli.engine.runtime.run_folder import scrub
+from rtdmd_cli.engine.tune_report import held_out_first, terms
+
+PAPER = "https://arxiv.org/abs/2605.26108"
+ETA_NOTE = (
+    "The stock scheduler knows two samplers of these: Euler, which is eta 0, and `stochastic_sampling=True`, which is "
+    "eta 1 and draws from torch's global seed. Training used eta {eta:g}, which lies between."
+)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a card says. where: what the code loads, a folder's or a repository's name.
+
+    base: hub id, built-in name or the name of a local folder or `single` file. on_hub: base is a hub id. formats: of FORMATS.
+    records: the checkpoint's own, with rewards before and after. rewards, held_out: trained on and not, by name.
+    files: path in the folder -> (bytes, sha256). trips: format -> its round trip, empty where none was run.
+    """
+
+    name: str
+    where: str
+    formats: Sequence[str]
+    preset: Preset
+    base: str
+    on_hub: bool
+    single: code.SingleFile | None
+    base_hash: str
+    licence: Licence
+    pipeline: str
+    loader: Loader
+    tuned: bool
+    iterations: int
+    preset_sha256: str
+    model_hash: str
+    records: Mapping[str, Any]
+    sigmas: Sequence[float]
+    rank: int
+    exact_rank: int
+    fold_error: float
+    stock_schedule: bool
+    prompts: Sequence[str]
+    trips: Mapping[str, RoundTrip] = field(default_factory=dict)
+    files: Mapping[str, tuple[int, str]] = field(default_factory=dict)
+
+    @property
+    def steps(self) -> int:
+        return len(self.sigmas) - 1
+
+    @property
+    def raw(self) -> list[float]:
+        """Unshifted levels, what `sigmas=` of the stock pipelines takes."""
+        return [step / 1000 for step in self.preset.sampler.raw_steps]
+
+
+def card_text(facts: Facts) -> str:
+    """The whole README.md."""
+    sections = [
+        f"# {facts.name}",
+        _summary(facts),
+        "![samples](samples.png)",
+        f"Prompts: {'; '.join(facts.prompts)}.",
+        *_use(facts),
+        "## Sampling",
+        _sampling(facts),
+        "## Round trip",
+        _round_trip(facts),
+        "## Recipe",
+        _table(("", ""), _recipe(facts)),
+        "## Rewards and results",
+        _results(facts),
+        "## Licence",
+        _licence(facts),
+        "## Files",
+        _table(
+            ("file", "bytes", "sha256"),
+            [
+                (f"`{name}`", str(size), f"`{sha}`")
+                for name, (size, sha) in sorted(facts.files.items())
+                if name.endswith(".safetensors")
+            ],
+        ),
+        "The other files' hashes are in `export.json`.",
+    ]
+    return str(ModelCard(f"---\n{_front_matter(facts)}\n---\n\n" + "\n\n".join(sections) + "\n"))
+
+
+def _front_matter(facts: Facts) -> str:
+    merged = "merged" in facts.formats
+    lora = [name for name in facts.formats if name != "merged"]
+    data = ModelCardData(
+        base_model=facts.base if facts.on_hub else None,
+        base_model_relation=("finetune" if merged and not lora else "adapter") if facts.on_hub else None,
+        license=facts.licence.id,
+        license_name=facts.licence.name,
+        license_link=facts.licence.link,
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=["rtdmd", "few-step", "text-to-image", *(["lora"] if lora else []), *lora],
+    )
+    return str(data.to_yaml())
+
+
+def _summary(facts: Facts) -> str:
+    stage = "distilled and reward-tuned" if facts.tuned else "distilled"
+    return (
+        f"A text-to-image generator that needs {facts.steps} network evaluations, {stage} from {facts.base} with "
+        f"[RTDMD]({PAPER}) by rtdmd {__version__}. It is sampled without guidance."
+    )
+
+
+def _use(facts: Facts) -> list[str]:
+    parts = ["## How to use it"]
+    size, length = facts.preset.model.resolution, facts.preset.model.text_length
+    parts.append(
+        f"Guidance must be 1.0 and the text length {length} tokens (`max_sequence_length`): the defaults of the stock "
+        f"pipeline are others. Pictures are {size} x {size} px."
+    )
+    if "diffusers" in facts.formats:
+        parts += [
+            "### diffusers, LoRA",
+            code.lora_code(facts.pipeline, facts.base, facts.single, facts.where, _call(facts, False)),
+        ]
+    if "merged" in facts.formats:
+        parts += [
+            "### diffusers, whole pipeline",
+            code.merged_code(facts.pipeline, facts.where, _call(facts, True)),
+        ]
+    if "comfyui" in facts.formats:
+        parts += ["### ComfyUI", _comfyui(facts)]
+    return parts
+
+
+def _call(facts: Facts, merged: bool) -> dict[str, str]:
+    """The arguments of a call, as Python text."""
+    model = facts.preset.model
+    levels = {} if merged and facts.stock_schedule else {"sigmas": str(facts.raw)}
+    return {
+        "num_inference_steps": str(facts.steps),  # FLUX.2's shift depends on it, with sigmas= as well
+        **levels,
+        "guidance_scale": "1.0",
+        "max_sequence_length": str(model.text_length),
+        "height": str(model.resolution),
+        "width": str(model.resolution),
+    }
+
+
+def _comfyui(facts: Facts) -> str:
+    names = ", ".join(
+        f"`{value}`" for value in [*facts.loader.model[1].values(), *facts.loader.clip[1].values()]
+    )
+    text = facts.loader.text.format(text_length=facts.preset.model.text_length)
+    return (
+        f"Put `comfyui/{facts.name}.safetensors` into `ComfyUI/models/loras` and drop a workflow onto the window: "
+        f"`comfyui/workflow-euler.json` (deterministic), or `comfyui/workflow-cps.json` (a node a step with fresh noise, "
+        f"the sampler of the training, eta {facts.preset.sampler.eta:g}). They name the files {names}: change them "
+        f"where yours are called otherwise. {text}".strip()
+    )
+
+
+def _sampling(facts: Facts) -> str:
+    sampler = facts.preset.sampler
+    levels = ", ".join(f"{sigma:.6g}" for sigma in facts.sigmas)
+    text = [
+        f"Noise levels: {levels} (raw steps {facts.raw} before the scheduler's shift). "
+        + ETA_NOTE.format(eta=sampler.eta)
+    ]
+    if "merged" in facts.formats:
+        if facts.stock_schedule:
+            text.append(
+                f"The merged pipeline's scheduler takes exactly these levels for {facts.steps} steps."
+            )
+        else:
+            text.append(
+                "No setting of the stock scheduler gives these levels, so the merged pipeline too has to be called "
+                "with `sigmas=`."
+            )
+    if facts.fold_error:
+        text.append(
+            f"The adapter was cut from rank {facts.exact_rank} to {facts.rank}; its change of the weights is off by "
+            f"{facts.fold_error:.2%} (Frobenius norm)."
+        )
+    return "\n\n".join(text)
+
+
+def _round_trip(facts: Facts) -> str:
+    if not facts.trips:
+        return "Not run (`--no-check`)."
+    rows = [
+        (
+            name,
+            str(trip.pictures),
+            f"{trip.mean:.2g}",
+            f"{trip.largest:.2g}",
+            str(trip.dtype).removeprefix("torch."),
+        )
+        for name, trip in facts.trips.items()
+    ]
+    note = (
+        "Each format was loaded into the stock pipeline and drew these prompts with fixed seeds and Euler; the run's own "
+        "generator drew the same with eta 0. Differences of a pixel, 0 to 1:"
+    )
+    return f"{note}\n\n" + _table(("format", "pictures", "mean", "largest", "number format"), rows)
+
+
+def _recipe(facts: Facts) -> list[tuple[str, str]]:
+    preset, stage_1, stage_2 = facts.preset, facts.preset.distill, facts.preset.tune_reward
+    rows = [
+        ("base model", facts.base),
+        ("revision", generator_revision(preset) or "default branch" if facts.on_hub else "none"),
+        ("base model's hash", f"`{facts.base_hash}`"),
+        ("generator's hash", f"`{facts.model_hash}`"),
+        ("preset", f"{preset.name}, sha256 `{facts.preset_sha256}`"),
+        ("resolution", f"{preset.model.resolution} px"),
+        ("teacher", f"{public_name(preset.model.path)}, guidance {preset.model.guidance:g}"),
+        (
+            "stage 1",
+            f"learning rates {stage_1.generator_lr:g} and {stage_1.fake_lr:g}, batch {stage_1.batch}",
+        ),
+        ("stage 1 prompts", Path(stage_1.prompts).name),
+        ("stage 1 adapter", f"rank {stage_1.lora.rank}, alpha {stage_1.lora.alpha}"),
+    ]
+    if not facts.tuned:
+        return [*rows, ("iterations", str(facts.iterations))]
+    return [
+        *rows,
+        ("stage 2", f"{terms(stage_2)}; learning rates {stage_2.generator_lr:g} and {stage_2.fake_lr:g}"),
+        ("stage 2 adapter", f"rank {stage_2.lora.rank}, alpha {stage_2.lora.alpha}"),
+        ("epochs", f"{facts.iterations} of {stage_2.images_per_epoch} images"),
+    ]
+
+
+def _results(facts: Facts) -> str:
+    if not facts.tuned:
+        return "Trained on no reward (stage 1 alone). Held-out results: not measured in this run; see `rtdmd eval`."
+    config = facts.preset.tune_reward
+    text = f"Trained on: {', '.join(config.rewards)}. Held out: {', '.join(config.held_out) or 'none'}."
+    before, after = facts.records.get("rewards_before"), facts.records.get("rewards_after")
+    if not before:
+        return f"{text} Results: not measured in this run."
+    rows = [
+        (
+            name,
+            "held out" if name in config.held_out else "trained on",
+            f"{before[name]:.4g}",
+            f"{after[name]:.4g}" if after else "not measured",
+        )
+        for name in held_out_first(before, config.held_out)
+    ]
+    return f"{text}\n\n" + _table(("reward", "", "before stage 2", "after"), rows)
+
+
+def _licence(facts: Facts) -> str:
+    link = f" ({facts.licence.link})" if facts.licence.link else ""
+    return f"These weights inherit the licence of the base model {facts.base}: {facts.licence.text}{link}."
+
+
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in lines)
+
+
+def public_name(path: str) -> str:
+    """A base model as a card may name it: a hub id or built-in name as it is, of a local path the last part."""
+    return path if path.startswith("builtin:") or is_hub_id(path) else Path(path).name
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether a model's path is a repository: no local folder, two parts, as `backbones` reads it."""
+    parts = path.split("/")
+    local = Path(path).expanduser().exists() or path.startswith(("/", ".", "~", "builtin:"))
+    return not local and len(parts) == 2 and all(parts)
+
+
+def local_name(path: str) -> str:
+    """A model's path without home and user name, which still opens on this machine where it lies under the home."""
+    return path if is_hub_id(path) else scrub([path])[0]

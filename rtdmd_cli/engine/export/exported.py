@@ -1,0 +1,97 @@
+"""An exported folder, and its description export.json.
+
+<folder>/README.md  samples.png  export.json
+         pytorch_lora_weights.safetensors            --format diffusers
+         comfyui/<name>.safetensors  workflow-*.json --format comfyui
+         model_index.json  transformer/  vae/ ...    --format merged
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from rtdmd_cli.config.schema import Preset
+from rtdmd_cli.errors import DataError
+
+MANIFEST = "export.json"
+FORMAT, VERSION = "rtdmd-export", 1
+AGAIN = "Export the run again."
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What export.json says. preset: model and sampler; lora: a LoRA file, None where there is none.
+
+    merged: the folder is a whole pipeline; stock_schedule: whose stock schedule is the few-step one.
+    base_hash: of the base model that a LoRA belongs to.
+    """
+
+    folder: Path
+    preset: Preset
+    lora: Path | None
+    prefix: str
+    merged: bool
+    stock_schedule: bool
+    base_hash: str
+
+
+def is_exported(folder: Path) -> bool:
+    """Whether the folder says that it is an export of this program."""
+    try:
+        body = json.loads((folder / MANIFEST).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(body, dict) and body.get("format") == FORMAT
+
+
+def read_exported(folder: Path) -> Exported:
+    """The folder's description. DataError where it is damaged, of another version, or a LoRA file has changed."""
+    body = json.loads((folder / MANIFEST).read_bytes())
+    if body.get("version") != VERSION:
+        raise DataError(
+            f"{folder / MANIFEST} has version {body.get('version')}; this program reads version {VERSION}.",
+            AGAIN,
+        )
+    try:
+        sections = {key: body["preset"][key] for key in ("name", "model", "sampler")}
+        found = Exported(
+            folder=folder,
+            preset=Preset.model_validate(sections),
+            lora=_lora(folder, body),
+            prefix=str(body["prefix"]),
+            merged=bool(body["merged"]),
+            stock_schedule=bool(body["stock_schedule"]),
+            base_hash=str(body["base"]["hash"]),
+        )
+    except (KeyError, TypeError, ValueError, ValidationError) as error:
+        raise DataError(f"{folder / MANIFEST} is damaged: {type(error).__name__}.", AGAIN) from error
+    if found.lora is None and not found.merged:
+        raise DataError(f"{folder / MANIFEST} names no weights.", AGAIN)
+    return found
+
+
+def _lora(folder: Path, body: dict[str, Any]) -> Path | None:
+    """The LoRA file, the same one in every format; its contents are those that were written."""
+    name = body["lora"]
+    if name is None:
+        return None
+    path = folder / str(name)
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise ValueError("a file outside the folder")
+    if not path.is_file():
+        raise DataError(f"{path} is missing.", AGAIN)
+    if file_sha256(path) != body["files"][name]["sha256"]:
+        raise DataError(f"{path} is damaged: its sha256 is not the one in {MANIFEST}.", AGAIN)
+    return path
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file's contents, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,219 @@
+"""What an export has to know of each model family, and the licences that an export inherits: as data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rtdmd_cli.config.schema import SHARED_BASE, Preset
+from rtdmd_cli.engine.backbones.base import locate_model
+
+
+@dataclass(frozen=True)
+class Licence:
+    """id, name, link: the front matter's license, license_name and license_link; text: for people."""
+
+    id: str
+    text: str
+    name: str | None = None
+    link: str | None = None
+
+
+@dataclass(frozen=True)
+class Loader:
+    """Nodes of ComfyUI that load a family's parts. model, clip: (class, inputs); vae: None where the model has it."""
+
+    model: tuple[str, Mapping[str, str]]
+    clip: tuple[str, Mapping[str, str]]
+    vae: str | None
+    latent: str
+    guidance: float | None = None  # of a FluxGuidance node
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class ExportFamily:
+    """One row of the table.
+
+    prefix: of the keys of a LoRA file, before the layer's name in diffusers. architecture: modelspec's. index: changes
+    of model_index.json of a merged pipeline. comfy: repository id (lower case) -> its nodes; "" for any other.
+    """
+
+    architecture: Mapping[str, str]
+    comfy: Mapping[str, Loader]
+    prefix: str = "transformer"
+    index: Mapping[str, Any] = field(default_factory=dict)
+
+
+_SD3_CLIP = (
+    "TripleCLIPLoader",
+    {
+        "clip_name1": "clip_l.safetensors",
+        "clip_name2": "clip_g.safetensors",
+        "clip_name3": "t5xxl_fp16.safetensors",
+    },
+)
+_BFL = "black-forest-labs/"
+_LEVELS = "The levels in the workflows are those of this size: FLUX shifts them by the number of pixels."
+
+
+def _padding(tokens: int) -> str:
+    return (
+        f"ComfyUI pads the T5 prompt to {tokens} tokens; this model was trained with {{text_length}}, and the padding "
+        "is not masked, so its pictures differ a little from those of diffusers."
+    )
+
+
+def _sd3(checkpoint: str) -> Loader:
+    model = ("CheckpointLoaderSimple", {"ckpt_name": checkpoint})
+    return Loader(model, _SD3_CLIP, None, "EmptySD3LatentImage", text=_padding(77))
+
+
+def _klein(unet: str, encoder: str) -> Loader:
+    return Loader(
+        ("UNETLoader", {"unet_name": f"{unet}.safetensors", "weight_dtype": "default"}),
+        ("CLIPLoader", {"clip_name": f"{encoder}.safetensors", "type": "flux2"}),
+        "flux2-vae.safetensors",
+        "EmptyFlux2LatentImage",
+        text=_LEVELS,
+    )
+
+
+FAMILIES: dict[str, ExportFamily] = {
+    "sd3": ExportFamily(
+        architecture={
+            "": "stable-diffusion-v3-medium",
+            "stabilityai/stable-diffusion-3.5-medium": "stable-diffusion-v3.5-medium",
+        },
+        comfy={
+            "": _sd3("sd3_medium.safetensors"),
+            "stabilityai/stable-diffusion-3.5-medium": _sd3("sd3.5_medium.safetensors"),
+        },
+    ),
+    "flux1": ExportFamily(
+        architecture={"": "flux-1-dev"},
+        comfy={
+            "": Loader(
+                ("UNETLoader", {"unet_name": "flux1-dev.safetensors", "weight_dtype": "default"}),
+                (
+                    "DualCLIPLoader",
+                    {
+                        "clip_name1": "t5xxl_fp16.safetensors",
+                        "clip_name2": "clip_l.safetensors",
+                        "type": "flux",
+                    },
+                ),
+                "ae.safetensors",
+                "EmptySD3LatentImage",
+                guidance=1.0,
+                text=f"{_padding(256)} {_LEVELS}",
+            )
+        },
+    ),
+    "flux2": ExportFamily(
+        architecture={
+            "": "flux-2-klein-4b",
+            f"{_BFL}flux.2-klein-base-4b": "flux-2-klein-base-4b",
+            f"{_BFL}flux.2-klein-9b": "flux-2-klein-9b",
+            f"{_BFL}flux.2-klein-base-9b": "flux-2-klein-base-9b",
+        },
+        comfy={
+            "": _klein("flux-2-klein-4b", "qwen_3_4b"),
+            f"{_BFL}flux.2-klein-base-4b": _klein("flux-2-klein-base-4b", "qwen_3_4b"),
+            f"{_BFL}flux.2-klein-9b": _klein("flux-2-klein-9b", "qwen_3_8b"),
+            f"{_BFL}flux.2-klein-base-9b": _klein("flux-2-klein-base-9b", "qwen_3_8b"),
+        },
+        index={"is_distilled": True},
+    ),
+}
+"""Family of the preset -> its row."""
+
+
+def _other(repo: str, text: str, name: str) -> Licence:
+    return Licence("other", text, name, f"https://huggingface.co/{repo}/blob/main/LICENSE.md")
+
+
+def _stability(repo: str) -> Licence:
+    return _other(repo, "Stability AI Community License", "stabilityai-ai-community")
+
+
+_APACHE = Licence("apache-2.0", "Apache 2.0")
+LICENCES: dict[str, Licence] = {
+    "builtin:shapes": _APACHE,
+    f"{_BFL}flux.1-dev": _other(
+        "black-forest-labs/FLUX.1-dev",
+        "FLUX.1 [dev] Non-Commercial License",
+        "flux-1-dev-non-commercial-license",
+    ),
+    f"{_BFL}flux.2-klein-4b": _APACHE,
+    f"{_BFL}flux.2-klein-base-4b": _APACHE,
+    **{
+        repo.lower(): _other(repo, "FLUX Non-Commercial License", "flux-non-commercial-license")
+        for repo in (f"{_BFL}FLUX.2-klein-9B", f"{_BFL}FLUX.2-klein-base-9B")
+    },
+    **{
+        repo: _stability(repo)
+        for repo in (
+            "stabilityai/stable-diffusion-3-medium-diffusers",
+            "stabilityai/stable-diffusion-3.5-medium",
+        )
+    },
+}
+"""Base model (lower case) -> its licence."""
+UNKNOWN = Licence("other", "look it up where that model came from")
+
+
+def generator_base(preset: Preset) -> str:
+    """The base model that the generator's adapters belong to: a hub id, a built-in name or a path."""
+    own = preset.model.generator_init
+    return preset.model.path if own == SHARED_BASE else own
+
+
+def generator_revision(preset: Preset) -> str | None:
+    """Its pinned revision, if it has one."""
+    model = preset.model
+    return model.revision if model.generator_init == SHARED_BASE else model.generator_revision
+
+
+def licence_of(base: str) -> Licence:
+    """The licence that an export of this base model inherits."""
+    return LICENCES.get(base.lower(), UNKNOWN)
+
+
+def row(table: Mapping[str, Any], base: str) -> Any:
+    """The row of a base model, or that of any other ("")."""
+    return table.get(base.lower(), table[""])
+
+
+@dataclass(frozen=True)
+class Bases:
+    """Where the generator's base model lies. pipeline: a whole folder, whose transformer counts unless there is another.
+
+    transformer: the folder of the weights that are adapted; None where they are the single `file`.
+    """
+
+    pipeline: Path
+    transformer: Path | None
+    file: Path | None
+
+    @property
+    def own(self) -> bool:
+        """Whether the transformer is not the pipeline's."""
+        return self.transformer != self.pipeline / "transformer"
+
+    @property
+    def read(self) -> list[Path]:
+        """All of them."""
+        return [path for path in (self.pipeline, self.transformer, self.file) if path is not None]
+
+
+def find_bases(preset: Preset) -> Bases:
+    """Where the generator's base model lies; downloads what is missing, loads nothing. Errors as `load_backbone`."""
+    found = locate_model(preset.model)
+    if found.generator is not None:
+        return Bases(found.folder, found.generator / "transformer", None)
+    if found.file is not None:
+        return Bases(found.folder, None, found.file)
+    return Bases(found.folder, found.folder / "transformer", None)

@@ -1,0 +1,41 @@
+"""The generator of a checkpoint as it is exported: stage 1's average, and stage 2's on top of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from rtdmd_cli.config.schema import Preset
+from rtdmd_cli.config.section import LoraConfig
+from rtdmd_cli.engine.export.fold import A, B, Part
+from rtdmd_cli.engine.model_source import EMA
+from rtdmd_cli.engine.roles import STAGE1_GENERATOR
+from rtdmd_cli.engine.runtime.checkpoint import Checkpoint
+
+TUNED = "tune-reward"
+
+
+def is_tuned(checkpoint: Checkpoint) -> bool:
+    """Whether stage 2 made it."""
+    return checkpoint.state.get("stage") == TUNED
+
+
+def adapter_stacks(preset: Preset, checkpoint: Checkpoint) -> dict[str, list[Part]]:
+    """Layer -> the adapters that are active on it when the generator is sampled, bottom first.
+
+    The checkpoint's tensors fit the model: `model_source.open_model` has loaded them.
+    """
+    groups = [(EMA, preset.distill.lora)]
+    if is_tuned(checkpoint):
+        groups = [(STAGE1_GENERATOR, preset.distill.lora), (EMA, preset.tune_reward.lora)]
+    stacks: dict[str, list[Part]] = {}
+    for group, lora in groups:
+        for name, part in _parts(checkpoint.tensors[group], lora).items():
+            stacks.setdefault(name, []).append(part)
+    return stacks
+
+
+def _parts(tensors: Mapping[str, Tensor], lora: LoraConfig) -> dict[str, Part]:
+    layers = [name.removesuffix(A) for name in tensors if name.endswith(A)]
+    return {name: Part(tensors[name + A], tensors[name + B], lora.alpha / lora.rank) for name in layers}

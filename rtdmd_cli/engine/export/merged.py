@@ -1,0 +1,142 @@
+"""A whole pipeline folder with the generator's adapters merged into the transformer's weights.
+
+The files are those of the base model: same shards, same number format. Each shard is read, changed in float32, rounded
+back and written, so that the memory of one shard is enough. Everything but the transformer is copied.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from rtdmd_cli.engine.export.fold import Folded
+from rtdmd_cli.engine.export.schedule import stock_config
+from rtdmd_cli.engine.runtime import files
+from rtdmd_cli.errors import DataError
+
+INDEX = "model_index.json"
+SCHEDULER = "scheduler/scheduler_config.json"
+TRANSFORMER = "transformer"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}  # by falling rounding error
+PICKLES = (".bin", ".ckpt", ".msgpack", ".pt", ".pth")  # neither written nor passed on
+
+
+def write_merged(
+    out: Path,
+    base: Path,
+    transformer: Path,
+    folded: Folded,
+    sigmas: Sequence[float],
+    exact_already: bool,
+    index: Mapping[str, Any],
+) -> bool:
+    """Write the pipeline; whether its stock schedule of T = len(sigmas) - 1 steps is `sigmas`.
+
+    base: the base model's folder; transformer: the folder with the weights that are changed. exact_already: the base
+    model's schedule is right as it is. index: changes of model_index.json.
+    """
+    parts = components(base)
+    for name in parts:
+        if name != TRANSFORMER:
+            for source in _copied(base / name):
+                _copy(source, out / source.relative_to(base))
+    write_transformer(out / TRANSFORMER, transformer, folded)
+    described: dict[str, Any] = json.loads((base / INDEX).read_bytes())
+    described.pop("_name_or_path", None)
+    files.write_json(out / INDEX, described | dict(index))
+    if exact_already:
+        return True
+    config = json.loads((base / SCHEDULER).read_bytes())
+    changed = stock_config(config, sigmas)
+    if changed is not None:
+        files.write_json(out / SCHEDULER, changed)
+    return changed is not None
+
+
+def components(base: Path) -> list[str]:
+    """The pipeline's subfolders that model_index.json names and that are there."""
+    index = json.loads((base / INDEX).read_bytes())
+    return sorted(name for name in index if not name.startswith("_") and (base / name).is_dir())
+
+
+def write_transformer(out: Path, base: Path, folded: Folded) -> None:
+    """Copy a transformer's folder, with B A added to the weights of the folded layers.
+
+    DataError where a layer isn't among the weights.
+    """
+    left = {f"{layer}.weight": pair for layer, pair in folded.layers.items()}
+    for source in sorted(base.glob("*.json")):
+        _copy(source, out / source.name)
+    for source in weight_files(base):
+        tensors, metadata = _read(source)
+        for name in sorted(left.keys() & tensors.keys()):
+            a, b = left.pop(name)
+            tensors[name] = _added(tensors[name], a, b)
+        _save(out / source.name, tensors, metadata)
+    if left:
+        raise DataError(
+            f"The transformer in {base} has no {sorted(left)[0]}.", "Export with the base model of the run."
+        )
+
+
+def _added(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """`weight + B A`, computed in float32, in the weight's own format."""
+    if weight.dtype not in DTYPES.values():
+        raise DataError(
+            f"The base model's weights are stored as {weight.dtype}, into which nothing can be merged.",
+            "Use --format diffusers or comfyui, or a base model in float32, float16 or bfloat16.",
+        )
+    return (weight.float() + b @ a).to(weight.dtype)
+
+
+def stored_dtype(transformer: Path) -> torch.dtype:
+    """The least precise number format among a transformer's weights."""
+    found = set()
+    for path in weight_files(transformer):
+        with safe_open(path, framework="pt") as tensors:
+            found |= {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118 - no mapping
+    return next((DTYPES[name] for name in DTYPES if name in found), torch.float32)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that diffusers loads from a transformer's folder, no variants beside them."""
+    index = folder / f"{WEIGHTS}.index.json"
+    if not index.is_file():
+        return [folder / WEIGHTS]
+    return [folder / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    with safe_open(path, framework="pt") as stored:
+        tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - no mapping
+        return tensors, dict(stored.metadata() or {"format": "pt"})
+
+
+def _save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    def write(temporary: Path) -> None:
+        safetensors.torch.save_file(tensors, temporary, metadata=metadata)
+
+    files.write_with(path, write)
+
+
+def _copied(folder: Path) -> Iterator[Path]:
+    """The files of a component, less pickles and hidden ones."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.suffix not in PICKLES and not path.name.startswith("."):
+            yield path
+
+
+def _copy(source: Path, target: Path) -> None:
+    def write(temporary: Path) -> None:
+        shutil.copyfile(source, temporary)
+
+    files.write_with(target, write)

@@ -1,0 +1,153 @@
+"""The proof that an export makes the run's pictures: reloaded in the stock pipeline, compared picture by picture.
+
+No class of this program takes part in the reload: `DiffusionPipeline.from_pretrained`, `load_lora_weights`, one call
+with guidance 1, the training's text length and a seeded generator for each picture. The other side is our own sampler on
+the run's generator with eta 0, which is what the stock scheduler does: Euler. The two differ by rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from rtdmd_cli.engine.backbones.loading import Layout
+from rtdmd_cli.engine.export.families import Bases
+from rtdmd_cli.engine.model_source import Model
+from rtdmd_cli.engine.pictures import encode
+from rtdmd_cli.engine.roles import GENERATOR
+from rtdmd_cli.engine.runtime import rng
+from rtdmd_cli.engine.runtime.quiet import quiet_loading
+from rtdmd_cli.engine.sample import SamplingPlan, cps, decode_all, guided
+from rtdmd_cli.errors import NumericalError
+
+SEED = 0  # of the first picture; the others count on
+TOLERANCES = {torch.float32: 5e-4, torch.float16: 0.02, torch.bfloat16: 0.05}
+"""Number format -> largest mean difference of a pixel, 0..1, that is put down to its rounding."""
+
+
+@dataclass(frozen=True)
+class RoundTrip:
+    """Mean and largest difference of a pixel in 0..1, over `pictures` pictures. dtype: the coarsest format involved.
+
+    exact: no rank was cut off, so that rounding alone may differ.
+    """
+
+    pictures: int
+    mean: float
+    largest: float
+    dtype: torch.dtype
+    exact: bool
+
+    @property
+    def tolerance(self) -> float:
+        """Largest mean that passes where the export is exact."""
+        return TOLERANCES[self.dtype]
+
+    def record(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {
+            "pictures": self.pictures,
+            "mean_difference": self.mean,
+            "largest_difference": self.largest,
+            "tolerance": self.tolerance if self.exact else None,
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+
+
+def initial_noise(shape: Sequence[int], count: int, dtype: torch.dtype) -> Tensor:
+    """Noise [count, *shape], float32 on the CPU, as the stock pipeline draws it from the generators of `seeded`."""
+    draws = [torch.randn(*shape, generator=generator, dtype=dtype) for generator in seeded(count)]
+    return torch.stack(draws).float()
+
+
+def seeded(count: int) -> list[torch.Generator]:
+    """A generator for each picture."""
+    return [torch.Generator("cpu").manual_seed(SEED + i) for i in range(count)]
+
+
+@torch.no_grad()
+def own_pictures(
+    model: Model, plan: SamplingPlan, prompts: Sequence[str], etas: Sequence[float]
+) -> list[Tensor]:
+    """Our sampler's pictures [n, 3, H, W] in 0..1 on the CPU for each eta, one picture a prompt, the same noise."""
+    assert model.roles is not None, "only a run's generator is compared"
+    backbone, side = model.backbone, model.source.preset.model.resolution
+    shape = backbone.latent_shape(side, side)
+    cond, _ = encode(backbone, prompts, plan)
+    noise, sets = initial_noise(shape, len(prompts), backbone.dtype), []
+    for eta in etas:
+        latents = []
+        for i in range(len(prompts)):
+            one = cond.select([i]).to(backbone.device, backbone.dtype)
+            fresh = [
+                rng.normal(shape, SEED, "export", step, [i]).to(backbone.device)
+                for step in range(plan.steps - 1)
+            ]
+            with model.roles.role(GENERATOR):
+                velocity = guided(backbone, one, None, 1.0)
+                latents.append(cps(velocity, noise[i : i + 1].to(backbone.device), plan.sigmas, eta, fresh))
+        sets.append(decode_all(backbone, torch.cat(latents).cpu(), 1))
+    return sets
+
+
+def open_stock(
+    folder: Path,
+    bases: Bases | None,
+    layout: Layout,
+    device: torch.device,
+    dtype: torch.dtype,
+    lora: Path | None,
+) -> Any:
+    """The stock pipeline of a folder, with a LoRA file; on a GPU its parts take turns there.
+
+    bases: for a transformer that doesn't lie in the folder, loaded with diffusers' own class too.
+    """
+    network, parts = layout.networks["transformer"], {}
+    with quiet_loading():
+        if bases is not None and bases.file is not None:
+            parts["transformer"] = network.from_single_file(
+                str(bases.file), config=str(folder), subfolder="transformer", dtype=dtype
+            )
+        elif bases is not None and bases.own:
+            parts["transformer"] = network.from_pretrained(
+                bases.transformer, dtype=dtype, use_safetensors=True
+            )
+        pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True, **parts)
+        if lora is not None:
+            pipe.load_lora_weights(lora.parent, weight_name=lora.name)
+    pipe.set_progress_bar_config(disable=True)
+    if device.type == "cuda":
+        pipe.enable_model_cpu_offload(device=device)
+    else:
+        pipe.to(device)
+    return pipe
+
+
+@torch.no_grad()
+def stock_pictures(pipe: Any, prompts: Sequence[str], call: Mapping[str, Any]) -> Tensor:
+    """The stock pipeline's pictures [n, 3, H, W] in 0..1 on the CPU, one a prompt; call: its other arguments."""
+    with quiet_loading():  # what it has to say of long prompts was said when our side encoded them
+        made = [
+            pipe(prompt=prompt, generator=generator, output_type="pt", **call).images.float().cpu()
+            for prompt, generator in zip(prompts, seeded(len(prompts)), strict=True)
+        ]
+    return torch.cat(made)
+
+
+def compare(own: Tensor, stock: Tensor, dtype: torch.dtype, exact: bool, name: str) -> RoundTrip:
+    """The difference of two sets of pictures; NumericalError where it is more than rounding and should not be."""
+    difference = (own - stock).abs()
+    found = RoundTrip(len(own), float(difference.mean()), float(difference.max()), dtype, exact)
+    if not difference.isfinite().all() or (exact and found.mean > found.tolerance):
+        raise NumericalError(
+            f"The {name} export doesn't make the run's pictures: mean difference {found.mean:.2g}, "
+            f"allowed {found.tolerance:g}.",
+            "Nothing was written; --no-check writes it all the same.",
+        )
+    return found

@@ -1,0 +1,393 @@
+"""`rtdmd export` as a person types it: every format, its round trip, what it says, and what it refuses."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from rtdmd_cli.cli.app import main
+from rtdmd_cli.config.loader import load_preset
+from rtdmd_cli.engine.export.generator import adapter_stacks
+from rtdmd_cli.engine.export.lora_files import read_header
+from rtdmd_cli.engine.runtime.checkpoint import load_checkpoint
+from rtdmd_cli.engine.runtime.run_folder import RunFolder
+from tests.tiny_exports import FRESH_RANK, RANK, make_run, write_preset
+from tests.tiny_flux import build_flux2_pipeline, save, tiny_folder
+
+ROUNDING = 1e-5  # mean difference of a pixel, 0..1, in float32
+USER, TOKEN = "zebulon", "hf_abcdefghij0123456789"
+
+
+@dataclass(frozen=True)
+class Result:
+    """A command that has ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+@dataclass(frozen=True)
+class World:
+    """A folder with runs/tuned, and its export of every format."""
+
+    folder: Path
+    exported: Result
+
+    def run(self, *arguments: str) -> Result:
+        """Type a command in the folder, as `USER` with a token."""
+        os.environ |= {
+            "HOME": str(self.folder / "home" / USER),
+            "LOGNAME": USER,
+            "HF_TOKEN": TOKEN,
+            "RTDMD_CACHE": str(self.folder / "cache"),
+        }
+        out, err = io.StringIO(), io.StringIO()
+        streams = (contextlib.redirect_stdout(out), contextlib.redirect_stderr(err))
+        with contextlib.chdir(self.folder), streams[0], streams[1]:
+            code = main(list(arguments))
+        return Result(code, out.getvalue(), err.getvalue())
+
+    def make(self, run: str, tuned: bool = False, **preset: Any) -> RunFolder:
+        """Another finished run; `preset` as `write_preset`."""
+        with contextlib.chdir(self.folder):
+            return make_run(write_preset(Path(f"{run}.yaml"), **preset), Path("runs"), run, tuned)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    folder = tmp_path_factory.mktemp("world")
+    base = folder / "home" / USER / "models" / "small"
+    shutil.copytree(tiny_folder("sd3"), base)
+    before = dict(os.environ)
+    made = World(folder, Result(0, "", ""))
+    made.make("tuned", tuned=True, base=str(base))
+    exported = made.run("export", "--format", "all", "--json")
+    yield World(folder, exported)
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def test_every_format_makes_the_runs_pictures(world: World) -> None:
+    assert world.exported.code == 0, world.exported.err
+    found = world.exported.json
+    assert found["folder"] == "exports/tuned" and found["formats"] == ["diffusers", "comfyui", "merged"]
+    assert found["rank"] == found["exact_rank"] == RANK + FRESH_RANK and found["fold_error"] == 0
+    for name, trip in found["round_trip"].items():
+        assert trip["mean_difference"] < ROUNDING and trip["pictures"] == 4, name
+        assert f"round trip {name}" in world.exported.err
+    assert len(found["round_trip"]) == 3 and found["stock_schedule"] is True
+    assert "two stacked adapters" in world.exported.err
+
+
+def test_the_files_hold_both_stages(world: World) -> None:
+    """Weights of the base plus both adapters, computed here, in the LoRA and in the merged transformer."""
+    folder = world.folder / "exports/tuned"
+    run = RunFolder(world.folder / "runs/tuned")
+    preset = load_preset(str(run.preset), environ={}).preset
+    stacks = adapter_stacks(preset, load_checkpoint(run.checkpoints / "step-000020"))
+    base = load_file(tiny_folder("sd3") / "transformer/diffusion_pytorch_model.safetensors")
+    merged = load_file(folder / "transformer/diffusion_pytorch_model.safetensors")
+    lora = load_file(folder / "pytorch_lora_weights.safetensors")
+    assert lora.keys() == load_file(folder / "comfyui/tuned.safetensors").keys()
+    assert_comfyui_knows(folder / "comfyui/tuned.safetensors")
+    assert len(lora) == 2 * len(stacks) > 0 and merged.keys() == base.keys()
+    assert {len(parts) for parts in stacks.values()} == {2}
+    for layer, (first, second) in stacks.items():
+        assert (first.scale, second.scale) == (4 / RANK, 2 / FRESH_RANK)
+        change = first.scale * first.b @ first.a + second.scale * second.b @ second.a
+        a, b = (lora[f"transformer.{layer}.lora_{end}.weight"] for end in "AB")
+        assert torch.allclose(b @ a, change, atol=1e-5)
+        weight = f"{layer}.weight"
+        assert torch.allclose(merged.pop(weight), base[weight] + change, atol=1e-5)
+    assert all(torch.equal(tensor, base[name]) for name, tensor in merged.items())
+
+
+def test_nothing_private_is_in_it(world: World) -> None:
+    private = [str(world.folder / "home"), USER, TOKEN, "secret/"]
+    files = [path for path in (world.folder / "exports/tuned").rglob("*") if path.is_file()]
+    assert len(files) > 20
+    for path in files:
+        data = path.read_bytes()
+        found = [text for text in private if text.encode() in data]
+        assert not found, (path, found)
+
+
+def test_the_card(world: World) -> None:
+    folder = world.folder / "exports/tuned"
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.pipeline_tag == "text-to-image" and card.data.library_name == "diffusers"
+    assert card.data.license == "other" and "lora" in card.data.tags
+    for words in (
+        "small",
+        "guidance_scale=1.0",
+        "max_sequence_length=8",
+        "sigmas=[1.0, 0.75, 0.5, 0.25]",
+        "num_inference_steps=4",
+        "eta 0.9",
+        "Trained on: shapes-clip. Held out: shapes-clip-heldout.",
+        "| shapes-clip-heldout | held out | 0.25 | 0.5 |",
+        "arxiv.org/abs/2605.26108",
+        "samples.png",
+    ):
+        assert words in card.text, words
+    listed = world.exported.json["files"]
+    for name in ("pytorch_lora_weights.safetensors", "comfyui/tuned.safetensors"):
+        assert f"`{listed[name]['sha256']}`" in card.text
+    head = read_header(folder / "pytorch_lora_weights.safetensors")
+    assert head["modelspec.architecture"] == "stable-diffusion-v3-medium/lora"
+    assert head["modelspec.sai_model_spec"] and head["modelspec.title"] == "tuned"
+    with Image.open(folder / "samples.png") as image:
+        assert image.width > 4 * 32
+
+
+def test_the_cards_code_runs(world: World) -> None:
+    """The block for the whole pipeline, as it stands."""
+    text = (world.folder / "exports/tuned/README.md").read_text()
+    blocks = [part.partition("```")[0] for part in text.split("```python\n")[1:]]
+    code = next(block for block in blocks if "load_lora_weights" not in block)
+    with contextlib.chdir(world.folder):
+        exec(code, {})
+        with Image.open("picture.png") as image:
+            assert image.size == (32, 32)
+
+
+def pixels(path: Path) -> Any:
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB")).astype(int)
+
+
+def test_an_export_is_sampled_and_measured_like_its_run(world: World) -> None:
+    lora = world.run("export", "tuned", "--out", "exports/lora", "--no-check", "--quiet")
+    assert (lora.code, lora.out, lora.err) == (0, "exports/lora\n", "")
+    assert "Not run" in (world.folder / "exports/lora/README.md").read_text()
+    sources = {"run": "tuned", "merged": "exports/tuned", "lora": "exports/lora"}
+    for name, source in sources.items():
+        made = world.run("sample", "a red circle", "--from", source, "--out", f"by-{name}", "--json")
+        assert made.code == 0, made.err
+        assert made.json["evaluations"] == 4 and made.json["pictures"][0]["eta"] == 0.9
+    first = "0000-0000-seed0.png"
+    own = pixels(world.folder / "by-run" / first)
+    for name in ("merged", "lora"):
+        assert abs(own - pixels(world.folder / f"by-{name}" / first)).max() <= 1, name
+    measured = world.run("eval", "shapes", "--from", "exports/tuned", "--limit", "6", "--json", "--quiet")
+    assert measured.code == 0 and measured.json["model"] == "tuned (export)" and measured.json["steps"] == 4
+    assert world.run("sample", "a", "--from", "exports/lora", "--guidance", "3").code == 2
+
+
+def test_a_damaged_export_is_refused(world: World) -> None:
+    shutil.copytree(world.folder / "exports/tuned", world.folder / "spoilt")
+    manifest = world.folder / "spoilt/export.json"
+    body = json.loads(manifest.read_text())
+    lora = world.folder / "spoilt/pytorch_lora_weights.safetensors"
+    lora.write_bytes(lora.read_bytes()[:-4] + b"oops")
+    damaged = world.run("sample", "a", "--from", "spoilt")
+    assert damaged.code == 4 and "sha256" in damaged.err
+    for changed, expected in (({"version": 9}, "version 9"), ({"preset": {}}, "is damaged")):
+        manifest.write_text(json.dumps(body | changed))
+        result = world.run("sample", "a", "--from", "spoilt")
+        assert result.code == 4 and expected in result.err
+    manifest.write_text(json.dumps(body | {"lora": "../../secret.safetensors"}))
+    assert world.run("sample", "a", "--from", "spoilt").code == 4
+
+
+def test_a_target_is_replaced_only_when_asked_and_only_if_it_is_an_export(world: World) -> None:
+    folder = world.folder / "exports/again"
+    arguments = ("export", "tuned", "--out", "exports/again", "--format", "comfyui", "--no-check")
+    assert world.run(*arguments).code == 0
+    first = (folder / "export.json").read_bytes()
+    refused = world.run(*arguments)
+    assert refused.code == 2 and "--force" in refused.err
+    replaced = world.run(*arguments[:-2], "diffusers", "--no-check", "--force")
+    assert replaced.code == 0 and not (folder / "comfyui").exists()
+    assert (folder / "export.json").read_bytes() != first
+    mine = world.folder / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("years of work")
+    for target in ("mine", "runs/tuned", "runs", "runs/tuned/checkpoints/step-000020", "mine/thesis.txt"):
+        result = world.run("export", "tuned", "--out", target, "--force")
+        assert result.code == 2 and target in result.err, target
+    base = world.folder / "home" / USER / "models/small"
+    assert world.run("export", "tuned", "--out", str(base), "--force").code == 2
+    assert (mine / "thesis.txt").read_text() == "years of work" and (base / "model_index.json").is_file()
+
+
+def test_what_a_kill_left_is_removed_and_a_failure_leaves_nothing(world: World) -> None:
+    exports = world.folder / "kill"
+    for name in (".tmp-01234567-killed", ".tmp-01234567-other"):
+        (exports / name / "comfyui").mkdir(parents=True)
+    result = world.run("export", "tuned", "--out", "kill/killed", "--no-check")
+    assert result.code == 0
+    assert sorted(path.name for path in exports.iterdir()) == [".tmp-01234567-other", "killed"]
+    base = shutil.copytree(tiny_folder("sd3"), world.folder / "double")
+    weights = base / "transformer/diffusion_pytorch_model.safetensors"
+    save_file({k: t.double() for k, t in load_file(weights).items()}, weights, {"format": "pt"})
+    world.make("double-run", base="double")
+    failed = world.run("export", "double-run", "--format", "merged", "--out", "kill/failed")
+    assert failed.code == 4 and "float64" in failed.err
+    assert sorted(path.name for path in exports.iterdir()) == [".tmp-01234567-other", "killed"]
+
+
+def test_a_lower_rank_states_its_error(world: World) -> None:
+    result = world.run("export", "tuned", "--rank", "1", "--out", "exports/thin", "--json")
+    assert result.code == 0, result.err
+    found = result.json
+    assert (found["rank"], found["exact_rank"]) == (1, RANK + FRESH_RANK) and 0.1 < found["fold_error"] < 1
+    assert found["round_trip"]["diffusers"]["mean_difference"] > ROUNDING
+    assert found["round_trip"]["diffusers"]["tolerance"] is None
+    assert f"{found['fold_error']:.2%}" in (world.folder / "exports/thin/README.md").read_text()
+
+
+def test_steps_that_the_stock_scheduler_does_not_know(world: World) -> None:
+    world.make("uneven", more="sampler: {raw_steps: [1000, 900, 400, 300], eta: 0.5}\n")
+    result = world.run("export", "uneven", "--format", "merged", "--json")
+    assert result.code == 0, result.err
+    assert result.json["stock_schedule"] is False and "sigmas=" in result.err
+    assert result.json["round_trip"]["merged"]["mean_difference"] < ROUNDING
+    card = (world.folder / "exports/uneven/README.md").read_text()
+    assert card.count("sigmas=[1.0, 0.9, 0.4, 0.3]") == 1
+    made = world.run("sample", "a", "--from", "exports/uneven", "--out", "uneven-pictures", "--json")
+    assert made.json["steps"] == 4 and made.json["pictures"][0]["eta"] == 0.5
+
+
+COMFYUI = {
+    "transformer_blocks": {
+        *(f"attn.to_{end}" for end in ("q", "k", "v", "out.0", "add_out")),
+        *(f"attn.add_{end}_proj" for end in "qkv"),
+        *(f"attn2.to_{end}" for end in ("q", "k", "v", "out.0")),
+    },
+    "single_transformer_blocks": {
+        *(f"attn.to_{end}" for end in "qkv"),
+        "attn.to_qkv_mlp_proj",
+        "attn.to_out",
+    },
+}
+"""Layers of a block that ComfyUI's `mmdit_to_diffusers` and `flux_to_diffusers` (comfy/utils.py) know, after
+`transformer.`, the block's list and its number; the attention's alone."""
+
+
+def assert_comfyui_knows(path: Path) -> None:
+    """Every key of a LoRA file is one that ComfyUI loads."""
+    keys = load_file(path).keys()
+    for key in keys:
+        start, blocks, number, layer = key.split(".", 3)
+        name, _, end = layer.rpartition(".lora_")
+        assert start == "transformer" and number.isdigit() and end in ("A.weight", "B.weight"), key
+        assert name in COMFYUI[blocks], key
+    assert keys
+
+
+@pytest.mark.parametrize("family", ["sd35", "flux1", "flux2", "two-bases"])
+def test_other_families(world: World, family: str) -> None:
+    own = family == "two-bases"
+    name, model = ("flux2", "") if own else (family, "")
+    if own:
+        klein = save(build_flux2_pipeline(seed=1, is_distilled=True), world.folder / "klein")
+        model = f", generator_init: {klein}"
+    world.make(family, tuned=family != "sd35", name=name, model=model)
+    result = world.run("export", family, "--format", "all", "--json")
+    assert result.code == 0, result.err
+    for kind, trip in result.json["round_trip"].items():
+        assert trip["mean_difference"] < ROUNDING, kind
+    assert_comfyui_knows(world.folder / f"exports/{family}/comfyui/{family}.safetensors")
+    index = json.loads((world.folder / "exports" / family / "model_index.json").read_text())
+    assert index.get("is_distilled", False) is (name == "flux2")
+    shutil.rmtree(world.folder / "cache", ignore_errors=True)
+    first = "0000-0000-seed0.png"
+    for source, out in ((family, "own"), (f"exports/{family}", "merged")):
+        made = world.run("sample", "a red circle", "--from", source, "--out", f"{out}-{family}")
+        assert made.code == 0, made.err
+    pictures = [pixels(world.folder / f"{out}-{family}" / first) for out in ("own", "merged")]
+    assert abs(pictures[0] - pictures[1]).max() <= 1
+
+
+def test_a_base_model_in_a_single_file(world: World) -> None:
+    folder = tiny_folder("sd3")
+    shutil.copyfile(
+        folder / "transformer/diffusion_pytorch_model.safetensors", world.folder / "tuned-by-me.safetensors"
+    )
+    world.make("single", base="tuned-by-me.safetensors", model=f", components: {folder}")
+    refused = world.run("export", "single", "--format", "merged")
+    assert refused.code == 2 and "single file" in refused.err
+    result = world.run("export", "single", "--json")
+    assert result.code == 0, result.err
+    assert result.json["round_trip"]["diffusers"]["mean_difference"] < ROUNDING
+    card = (world.folder / "exports/single/README.md").read_text()
+    assert 'from_single_file(\n    "tuned-by-me.safetensors"' in card and "transformer=transformer" in card
+
+
+def test_in_half_the_bytes(world: World) -> None:
+    result = world.run("export", "tuned", "--dtype", "bf16", "--out", "exports/half", "--json")
+    assert result.code == 0, result.err
+    trip = result.json["round_trip"]["diffusers"]
+    assert trip["dtype"] == "bfloat16" and ROUNDING < trip["mean_difference"] < trip["tolerance"]
+
+
+def test_the_built_in_model_and_the_code_for_a_lora(world: World) -> None:
+    world.make("shapes", base="builtin:shapes")
+    result = world.run("export", "shapes", "--json")
+    assert result.code == 0, result.err
+    assert result.json["round_trip"]["diffusers"]["mean_difference"] < ROUNDING
+    text = (world.folder / "exports/shapes/README.md").read_text()
+    assert "license: apache-2.0" in text
+    code = text.split("```python\n")[1].partition("```")[0]
+    assert "load_lora_weights" in code and "builtin" not in code
+    with contextlib.chdir(world.folder):
+        exec(code, {})
+
+
+def test_bad_input(world: World) -> None:
+    usage = [
+        (("export", "tuned", "--format", "difusers"), "`diffusers`"),
+        (("export", "shapes-4step"), "preset"),
+        (("export", "nothing"), "no run"),
+        (("export", "exports/tuned"), "export already"),
+        (("export", "tuned", "--public"), "--push-to-hub"),
+        (("export", "tuned", "--push-to-hub", "a/b/c"), "repository"),
+        (("export", "tuned", "--rank", "0"), "rank"),
+    ]
+    for arguments, expected in usage:
+        result = world.run(*arguments, "--out", "exports/never")
+        assert result.code == 2 and expected in result.err, (arguments, result.err)
+    spoilt = world.make("spoilt-run")
+    ema = world.folder / spoilt.checkpoints / "step-000020/ema.safetensors"
+    ema.write_bytes(ema.read_bytes()[:-1])
+    assert world.run("export", "spoilt-run", "--out", "exports/never").code == 4
+    recipe = world.folder / world.make("whole").preset
+    recipe.write_text(recipe.read_text().replace("train: lora", "train: full"))
+    result = world.run("export", "whole", "--out", "exports/never")
+    assert result.code == 2 and "trained in full, and only adapters" in result.err
+    assert not (world.folder / "exports/never").exists()
+
+
+def test_no_run_at_all(tmp_path: Path) -> None:
+    result = World(tmp_path, Result(0, "", "")).run("export")
+    assert result.code == 2 and "no finished run" in result.err
+
+
+def test_an_unreachable_hub_is_known_before_anything_is_made(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The address of the hub is read when the library is imported, so the constant is set, not the variable."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    result = world.run("export", "tuned", "--push-to-hub", f"{USER}/mine", "--out", "exports/hub")
+    assert result.code == 3, result.err
+    assert not (world.folder / "exports/hub").exists() and TOKEN not in result.err
