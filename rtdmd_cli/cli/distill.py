@@ -16,10 +16,13 @@ from rtdmd_cli.cli.starting import (
     Json,
     Out,
     Overrides,
+    Processes,
     Quiet,
     Resume,
     find_prompts,
     find_start,
+    in_processes,
+    is_follower,
 )
 from rtdmd_cli.config.loader import Resolved, load_preset
 
@@ -39,6 +42,7 @@ def distill(
     resume: Resume = "never",
     device: Device = None,
     dtype: Dtype = None,
+    processes: Processes = None,
     dry_run: DryRun = False,
     json_output: Json = False,
     quiet: Quiet = False,
@@ -49,6 +53,9 @@ def distill(
     """
     hardware = [f"hardware.{key}={value}" for key, value in (("device", device), ("dtype", dtype)) if value]
     resolved = load_preset(preset, [*(overrides or []), *hardware])
+    if not dry_run:
+        in_processes(processes)
+    quiet, silent = quiet or is_follower(), is_follower()
     from rtdmd_cli.engine.prompts import known_by
 
     prompts = find_prompts(resolved.preset.distill.prompts, dry_run, quiet)
@@ -73,7 +80,8 @@ def distill(
         "report": str(outcome.run / "report.html"),
         "finished": outcome.iterations >= resolved.preset.distill.iterations,
     }
-    console.show(result, json_output)
+    if not silent:
+        console.show(result, json_output)
     if outcome.signal_exit_code:
         again = shlex.join(
             ["--preset", str(outcome.run / "preset.resolved.yaml"), "--resume", str(outcome.run)]

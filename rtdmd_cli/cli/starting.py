@@ -1,5 +1,6 @@
 """What `distill` and `tune-reward` share: their options, and where a training starts, anew or continued."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -31,6 +32,12 @@ Resume = Annotated[
 ]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps.")]
 Dtype = Annotated[str | None, typer.Option(help="auto, fp32 or bf16.")]
+Processes = Annotated[
+    int | None,
+    typer.Option(
+        min=1, max=1024, help="Share every batch among so many processes, by accelerate: one for each GPU."
+    ),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would run, stop.")]
 Json = Annotated[bool, typer.Option("--json", help="End with one JSON object on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Nothing on stderr but errors.")]
@@ -71,6 +78,29 @@ TUNE_REWARD = Stage(
     ),
     ("hardware.",),
 )
+
+
+def is_follower() -> bool:
+    """Whether this is one of several processes and not the one that speaks."""
+    from rtdmd_cli.engine.runtime import processes
+
+    return processes.is_follower()
+
+
+def in_processes(count: int | None) -> None:
+    """Run this very command in `count` processes, and leave with their exit code; nothing for one or inside one."""
+    from rtdmd_cli.engine.runtime.processes import launched
+
+    if count is None or count == launched():
+        return
+    if launched() > 1:
+        raise UsageError(
+            f"`--processes` is {count}, and a launcher has started {launched()} already.",
+            "Leave --processes out.",
+        )
+    from rtdmd_cli.cli.launching import launch
+
+    raise typer.Exit(launch(count, sys.argv[1:]))
 
 
 def find_prompts(source: str, dry_run: bool, quiet: bool) -> "PromptSet | None":

@@ -17,10 +17,13 @@ from rtdmd_cli.cli.starting import (
     Json,
     Out,
     Overrides,
+    Processes,
     Quiet,
     Resume,
     find_prompts,
     find_start,
+    in_processes,
+    is_follower,
 )
 from rtdmd_cli.config.loader import Resolved, load_preset
 from rtdmd_cli.config.tune_reward import split_weights
@@ -63,6 +66,7 @@ def tune_reward(
     resume: Resume = "never",
     device: Device = None,
     dtype: Dtype = None,
+    processes: Processes = None,
     dry_run: DryRun = False,
     json_output: Json = False,
     quiet: Quiet = False,
@@ -71,6 +75,9 @@ def tune_reward(
 
     Example: rtdmd tune-reward --reward shapes-clip --reward shapes-geneval-soft
     """
+    if not dry_run:
+        in_processes(processes)
+    quiet, silent = quiet or is_follower(), is_follower()
     run, checkpoint = stage_1_of(from_, out, quiet)
     settings = settings_of(reward, overrides or [], device, dtype)
     resolved = load_preset(preset or str(run.preset), settings)
@@ -98,7 +105,8 @@ def tune_reward(
     say(f"from {run.path}, {checkpoint.path.name}")
     begin = stage_1_state(checkpoint)
     outcome = run_tune(resolved, prompts, eval_prompts, begin, start, out, run_name, sys.argv, say, quiet)
-    console.show(result(outcome, resolved, json_output), json_output)
+    if not silent:
+        console.show(result(outcome, resolved, json_output), json_output)
     finish(outcome, quiet)
 
 

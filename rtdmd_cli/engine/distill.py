@@ -34,6 +34,7 @@ from rtdmd_cli.engine.algo.subinterval import (
 from rtdmd_cli.engine.backbones.base import Backbone, Conditioning, concatenate
 from rtdmd_cli.engine.roles import RoleSet
 from rtdmd_cli.engine.runtime import optim, rng
+from rtdmd_cli.engine.runtime.processes import ALONE, Processes
 from rtdmd_cli.engine.sample import guided
 
 ROLES = ("fake", "generator")
@@ -74,6 +75,7 @@ class Trainer:
     generator_optimizer: torch.optim.Optimizer
     ema: dict[str, Tensor]
     generator_updates: int = 0
+    processes: Processes = ALONE
     metrics: dict[str, float] = field(default_factory=dict)
 
 
@@ -114,6 +116,7 @@ def iterate(trainer: Trainer, iteration: int) -> None:
     update_fake_score(trainer, iteration, prompts)
     if (iteration + 1) % config.fake_per_generator == 0:
         update_generator(trainer, iteration, prompts)
+    trainer.metrics = trainer.processes.sum_figures(trainer.metrics)
 
 
 def chosen_prompts(trainer: Trainer, iteration: int) -> Tensor:
@@ -126,14 +129,15 @@ def update_fake_score(trainer: Trainer, iteration: int, prompts: Tensor) -> None
     """The fake score's turn: velocity matching on the generator's samples, and the regulariser."""
     check_weights(trainer, iteration)
     trainer.fake_optimizer.zero_grad(set_to_none=True)
-    for draws, cond, share in micro_batches(trainer, "fake", iteration, prompts):
-        with trainer.roles.role("generator"), torch.no_grad():
-            points = list(rollout(trainer, draws, cond))
-        with trainer.roles.role("fake", train=True):
-            for group in evaluated_together(trainer, points):
-                loss = fake_loss(trainer, draws, group, cond, share / len(points))
-                optim.check_finite("The fake-score loss", loss, iteration + 1)
-                loss.backward()
+    with trainer.processes.agreeing():
+        for draws, cond, share in micro_batches(trainer, "fake", iteration, prompts):
+            with trainer.roles.role("generator"), torch.no_grad():
+                points = list(rollout(trainer, draws, cond))
+            with trainer.roles.role("fake", train=True):
+                for group in evaluated_together(trainer, points):
+                    loss = fake_loss(trainer, draws, group, cond, share / len(points))
+                    optim.check_finite("The fake-score loss", loss, iteration + 1)
+                    loss.backward()
     config = trainer.config
     total = config.iterations if config.lr_decay == "both" else None
     rate = optim.learning_rate_at(iteration, config.fake_lr, config.lr_warmup, total)
@@ -216,13 +220,14 @@ def update_generator(trainer: Trainer, iteration: int, prompts: Tensor) -> None:
     """The generator's turn: distribution matching at every boundary in use, then the EMA."""
     check_weights(trainer, iteration)
     trainer.generator_optimizer.zero_grad(set_to_none=True)
-    for draws, cond, share in micro_batches(trainer, "generator", iteration, prompts):
-        with trainer.roles.role("generator", train=True):
-            used = len(boundaries_in_use(trainer, draws))
-            for group in evaluated_together(trainer, rollout(trainer, draws, cond)):
-                loss = matching_loss(trainer, draws, group, cond, share / used)
-                optim.check_finite("The generator loss", loss, iteration + 1)
-                loss.backward()
+    with trainer.processes.agreeing():
+        for draws, cond, share in micro_batches(trainer, "generator", iteration, prompts):
+            with trainer.roles.role("generator", train=True):
+                used = len(boundaries_in_use(trainer, draws))
+                for group in evaluated_together(trainer, rollout(trainer, draws, cond)):
+                    loss = matching_loss(trainer, draws, group, cond, share / used)
+                    optim.check_finite("The generator loss", loss, iteration + 1)
+                    loss.backward()
     config, done = trainer.config, trainer.generator_updates
     total = config.iterations // config.fake_per_generator if config.lr_decay != "none" else None
     rate = optim.learning_rate_at(done, config.generator_lr, config.lr_warmup, total)
@@ -300,12 +305,18 @@ def boundaries_in_use(trainer: Trainer, draws: Draws) -> list[int]:
 def micro_batches(
     trainer: Trainer, turn: str, iteration: int, prompts: Tensor
 ) -> Iterator[tuple[Draws, Conditioning, float]]:
-    """The batch in equal parts: random draws, encoded prompts on the device, the part's share of it."""
-    size = trainer.config.micro_batch or trainer.config.batch
-    for start in range(0, len(prompts), size):
-        cond = trainer.conditioning(prompts[start : start + size].tolist())
-        draws = Draws(trainer, turn, iteration, range(start, start + size))
-        yield draws, cond.to(trainer.backbone.device, trainer.backbone.dtype), size / len(prompts)
+    """This process's part of the batch, in parts: random draws, encoded prompts on the device, the share of the batch."""
+    own = trainer.processes.part(len(prompts))
+    for part in parts_of(own, trainer.config.micro_batch):
+        cond = trainer.conditioning(prompts[list(part)].tolist())
+        draws = Draws(trainer, turn, iteration, part)
+        yield draws, cond.to(trainer.backbone.device, trainer.backbone.dtype), len(part) / len(prompts)
+
+
+def parts_of(samples: range, size: int | None) -> list[range]:
+    """The samples in runs of `size`, the last one perhaps shorter; None for all at once."""
+    step = size or len(samples)
+    return [samples[start : start + step] for start in range(0, len(samples), step)]
 
 
 def move_role(
@@ -313,8 +324,11 @@ def move_role(
 ) -> None:
     """Check, clip and move one role at this learning rate; it stays if a gradient is not finite."""
     parameters = [(f"{role}/{name}", parameter) for name, parameter in trainer.roles.named_parameters(role)]
+    trainer.processes.sum_gradients([parameter for _, parameter in parameters])
     norm = optim.clip_and_check(parameters, trainer.config.grad_clip, iteration + 1)
-    trainer.metrics[f"{role}_grad_norm"] = norm
+    trainer.metrics[f"{role}_grad_norm"] = (
+        norm / trainer.processes.count
+    )  # figures are summed over the processes
     optim.set_learning_rate(optimizer, rate)
     optimizer.step()
 

@@ -21,10 +21,20 @@ from rtdmd_cli.engine.runtime.ahead import AheadEncoder
 from rtdmd_cli.engine.runtime.blocks import compile_blocks
 from rtdmd_cli.engine.runtime.device import resolve_device, resolve_dtype
 from rtdmd_cli.engine.runtime.embeddings import open_cache
-from rtdmd_cli.engine.runtime.run_folder import State, create_run
-from rtdmd_cli.engine.runtime.trackers import open_tracker
+from rtdmd_cli.engine.runtime.processes import join, require_parts
+from rtdmd_cli.engine.runtime.run_folder import RunFolder, State, create_run
 from rtdmd_cli.engine.sample import few_step_levels
-from rtdmd_cli.engine.training_run import Outcome, Schedule, Session, Stage, finish, restore, rewind, train
+from rtdmd_cli.engine.training_run import (
+    Outcome,
+    Schedule,
+    Session,
+    Stage,
+    failing,
+    finish,
+    opened,
+    restore,
+    train,
+)
 from rtdmd_cli.errors import UsageError
 
 STAGE = "distill"
@@ -56,18 +66,24 @@ def run_distill(
     hardware = resolved.preset.hardware
     if hardware.threads is not None:
         torch.set_num_threads(hardware.threads)
-    device = resolve_device(hardware.device)
+    processes, device = join(resolve_device(hardware.device))
+    require_parts(processes, "distill.batch", resolved.preset.distill.batch, equal=False)
     dtype = resolve_dtype(hardware.dtype, device)
     backbone = load_backbone(resolved.preset.model, device, dtype, hardware)
     say(model_line(resolved.preset, backbone))
-    conditioning, empty = encode_prompts(backbone, prompts.texts, say, hardware)
+    with processes.first_here():
+        conditioning, empty = encode_prompts(backbone, prompts.texts, say, hardware)
     trainer = build_trainer(backbone, resolved.preset, len(prompts), conditioning, empty)
+    trainer.processes = processes
     saved = start.checkpoint
     if saved:
         restore(trainer, saved, STAGE)
-    run = start.run or create_run(out, name, resolved, command, device)
-    with run.lock(), open_tracker(hardware.tracker, run.path) as tracker:
-        done = rewind(run, resolved, saved, resolved.preset.distill.iterations)
+
+    def make() -> RunFolder:
+        return create_run(out, name, resolved, command, device)
+
+    total = resolved.preset.distill.iterations
+    with opened(start, out / name, make, resolved, total, processes) as (run, tracker, done):
         shown = pictures.make_previews(
             backbone, trainer.roles, resolved.preset, prompts.texts, conditioning, empty
         )
@@ -76,11 +92,8 @@ def run_distill(
             run, resolved, trainer, stage(trainer, shown), tracker, done, seconds, {}, known_by(prompts)
         )
         session.last = saved.path if start.run and saved else None
-        try:
+        with failing(session):
             stop = train(session, quiet)
-        except BaseException as error:
-            run.set_status("failed", iteration=session.iteration, reason=str(error))
-            raise
         return finish(session, stop)
 
 
@@ -162,7 +175,8 @@ def encode_prompts(
 def prepare_prompts(trainer: Trainer, iteration: int, total: int, order: Callable[[int], Tensor]) -> None:
     """Encode ahead for an iteration, where that is needed. order: prompt indices of an iteration."""
     if isinstance(trainer.conditioning, AheadEncoder):
-        trainer.conditioning.prepare(iteration, total, lambda i: order(i).tolist())
+        with trainer.processes.first_here():
+            trainer.conditioning.prepare(iteration, total, lambda i: order(i).tolist())
 
 
 def build_trainer(

@@ -4,7 +4,8 @@ The recipes themselves, `distill.iterate` and `tune_reward.tune`, are explicit a
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from rtdmd_cli import __version__
 from rtdmd_cli.config.loader import Resolved, dump_resolved
 from rtdmd_cli.engine.distill import ROLES, Trainer
+from rtdmd_cli.engine.distill_start import Start
 from rtdmd_cli.engine.roles import RoleSet
 from rtdmd_cli.engine.runtime import files, optim
 from rtdmd_cli.engine.runtime.checkpoint import (
@@ -23,10 +25,11 @@ from rtdmd_cli.engine.runtime.checkpoint import (
     save_checkpoint,
     step_name,
 )
+from rtdmd_cli.engine.runtime.processes import Processes
 from rtdmd_cli.engine.runtime.progress import training_progress
 from rtdmd_cli.engine.runtime.run_folder import RunFolder, State
 from rtdmd_cli.engine.runtime.signals import StopRequest, stop_on_signals
-from rtdmd_cli.engine.runtime.trackers import Tracker
+from rtdmd_cli.engine.runtime.trackers import Tracker, open_tracker
 from rtdmd_cli.errors import DataError, UsageError
 
 STATE_KEYS = {"stage", "generator_updates", "optimizers", "seconds", "records"}
@@ -172,23 +175,35 @@ def optimizer_of(trainer: Trainer, role: str) -> torch.optim.Optimizer:
 
 def train(session: Session, quiet: bool) -> StopRequest:
     """Iterate to the end or to the first signal; every save, metric line and grid on the way."""
-    stage, total = session.stage, session.stage.schedule.total
-    with stop_on_signals() as stop, training_progress(total, session.iteration, quiet) as show:
-        while session.iteration < total and stop.received is None and not session.stopped:
+    stage, total, processes = session.stage, session.stage.schedule.total, session.trainer.processes
+    silent = quiet or not processes.main
+    with stop_on_signals() as stop, training_progress(total, session.iteration, silent) as show:
+        while session.iteration < total and not ended(session, stop):
             began = time.monotonic()
             stage.advance(session.iteration)
             session.iteration += 1
             took = time.monotonic() - began
             session.seconds += took
             show(session.iteration, session.trainer.metrics)
-            note(session, took, stage.after(session))
+            with processes.agreeing():
+                if processes.main:
+                    note(session, took, stage.after(session))
         save_unsaved(session)
     return stop
 
 
+def ended(session: Session, stop: StopRequest) -> bool:
+    """Whether the training ends before its time: in all processes alike, whichever a signal came to."""
+    processes = session.trainer.processes
+    number = processes.largest(stop.received or 0)
+    if number:
+        stop.received = number
+    return bool(number) or bool(processes.largest(int(session.stopped)))
+
+
 def save_unsaved(session: Session) -> None:
-    """A checkpoint of this iteration, if there is none."""
-    if not session.saved:
+    """A checkpoint of this iteration, if there is none; by the main process."""
+    if session.trainer.processes.main and not session.saved:
         save(session)
 
 
@@ -252,16 +267,52 @@ def sample_grid(session: Session) -> None:
 
 
 def finish(session: Session, stop: StopRequest) -> Outcome:
-    """Final grid, the stage's own panel and report, and the status."""
+    """Final grid, the stage's own panel and report, and the status, by the main process."""
     run = session.run
-    assert session.last is not None
-    sample_grid(session)
-    over = session.iteration >= session.stage.schedule.total or session.stopped
-    state: State = "finished" if over else "interrupted"
-    session.stage.finish(session, state)
-    best = {} if session.best is None else {"best": step_name(session.best)}
-    run.set_status(state, iteration=session.iteration, seconds=round(session.seconds, 3), **best)
-    run.log(f"{state} at iteration {session.iteration}")
-    return Outcome(
-        run.path, session.iteration, session.seconds, session.last, stop.exit_code, session.records
-    )
+    if session.trainer.processes.main:
+        sample_grid(session)
+        over = session.iteration >= session.stage.schedule.total or session.stopped
+        state: State = "finished" if over else "interrupted"
+        session.stage.finish(session, state)
+        best = {} if session.best is None else {"best": step_name(session.best)}
+        run.set_status(state, iteration=session.iteration, seconds=round(session.seconds, 3), **best)
+        run.log(f"{state} at iteration {session.iteration}")
+    last = run.checkpoints / step_name(session.iteration)
+    return Outcome(run.path, session.iteration, session.seconds, last, stop.exit_code, session.records)
+
+
+@contextmanager
+def opened(
+    start: Start,
+    place: Path,
+    make: Callable[[], RunFolder],
+    resolved: Resolved,
+    total: int,
+    processes: Processes,
+) -> Iterator[tuple[RunFolder, Tracker, int]]:
+    """The run folder, locked and as it was at the start's checkpoint, its tracker, and the iterations done.
+
+    place: of a new run; make: makes it. Only the main process touches the disk; the others go on when it is ready.
+    """
+    run, done = start.run or RunFolder(place), start.checkpoint.step if start.checkpoint else 0
+    with ExitStack() as stack:
+        name = resolved.preset.hardware.tracker if processes.main else "none"
+        with processes.agreeing():
+            if processes.main:
+                run = start.run or make()
+                stack.enter_context(run.lock())
+            tracker = stack.enter_context(open_tracker(name, run.path))
+            if processes.main:
+                done = rewind(run, resolved, start.checkpoint, total)
+        yield run, tracker, done
+
+
+@contextmanager
+def failing(session: Session) -> Iterator[None]:
+    """What is raised within becomes the status of the run."""
+    try:
+        yield
+    except BaseException as error:
+        if session.trainer.processes.main:
+            session.run.set_status("failed", iteration=session.iteration, reason=str(error))
+        raise

@@ -38,9 +38,12 @@ from rtdmd_cli.engine.distill import (
     fake_loss,
     matching_loss,
     move_role,
+    parts_of,
 )
-from rtdmd_cli.engine.rewards.scoring import Scores, require_judged
+from rtdmd_cli.engine.rewards.scoring import Scores, Unjudged, require_judged
 from rtdmd_cli.engine.runtime import optim, rng
+from rtdmd_cli.engine.runtime.processes import Processes
+from rtdmd_cli.errors import RewardFailure
 
 FAKE, GENERATOR, ROLLOUT = "tune/fake", "tune/generator", "tune/rollout"
 """Names of the random streams; stage 1's are others."""
@@ -98,10 +101,11 @@ class Tuner:
 
 @dataclass(frozen=True)
 class Rollouts:
-    """The images of an epoch, on the CPU.
+    """The images of an epoch, on the CPU; of several processes each has its own part of the N images.
 
-    x [N,T+1,C,H,W] float32: x[:, k] at `sigmas[k]`, the last the clean latent. logp [N,T-1] of the stochastic
-    steps. prompts [N]: prompt indices, group after group. steps: the chosen ones. parts: the micro-batches' rows.
+    x [n,T+1,C,H,W] float32: x[:, k] at `sigmas[k]`, the last the clean latent. logp [n,T-1] of the stochastic
+    steps. prompts [N]: prompt indices, group after group. steps: the chosen ones. parts: this process's micro-batches,
+    by the images' numbers; first: the number of its first image; count: images of all processes in any part.
     reward [N]: weighted sum of the differentiable rewards, where it is known.
     """
 
@@ -110,6 +114,8 @@ class Rollouts:
     prompts: Tensor
     steps: tuple[int, ...]
     parts: tuple[Sequence[int], ...] = field(repr=False)
+    first: int
+    count: int
     reward: Tensor | None = None
 
     def only(self, rows: Tensor) -> "Rollouts":
@@ -118,7 +124,11 @@ class Rollouts:
         if len(wanted) == len(self.prompts):
             return self
         parts = [[row for row in part if row in wanted] for part in self.parts]
-        return replace(self, parts=tuple(part for part in parts if part))
+        return replace(self, parts=tuple(part for part in parts if part), count=len(wanted))
+
+    def rows(self, part: Sequence[int]) -> list[int]:
+        """Where the images of a part stand in `x` and `logp`."""
+        return [image - self.first for image in part]
 
 
 def tune(tuner: Tuner, epoch: int) -> None:
@@ -129,9 +139,12 @@ def tune(tuner: Tuner, epoch: int) -> None:
     """
     core, config = tuner.core, tuner.config
     core.metrics = {}
-    rollouts = roll_out(tuner, epoch)
-    scores = score(tuner, rollouts)
+    with core.processes.agreeing():
+        rollouts = roll_out(tuner, epoch)
+        own = score(tuner, rollouts)
+    scores = gathered(core.processes, rollouts, own)
     rows = require_judged(scores, config.max_bad_share, f"epoch {epoch + 1}", tuner.tell)
+    require_work(core.processes, rows, len(rollouts.prompts))
     rewards = {name: values[rows] for name, values in scores.rewards.items()}
     advantages = advantages_of(tuner, rewards, rows, len(rollouts.prompts))
     rollouts = replace(rollouts.only(rows), reward=tuner.rewards.combined(scores.rewards))
@@ -139,6 +152,7 @@ def tune(tuner: Tuner, epoch: int) -> None:
         update_fake_score(tuner, epoch, rollouts)
     with tuner.rewards.hold_differentiable() if tuner.backprop_weight else nullcontext():
         update_generator(tuner, epoch, rollouts, advantages)
+    core.metrics = core.processes.sum_figures(core.metrics)
     core.metrics |= {f"reward/{name}": float(values.mean()) for name, values in rewards.items()}
     if left_out := len(rollouts.prompts) - len(rows):
         core.metrics["left_out"] = float(left_out)
@@ -162,8 +176,8 @@ def chosen_prompts(tuner: Tuner, epoch: int) -> Tensor:
 def roll_out(tuner: Tuner, epoch: int) -> Rollouts:
     """Roll the generator out with the epoch's noise; see `Rollouts`."""
     core, steps, prompts = tuner.core, chosen_steps(tuner, epoch), chosen_prompts(tuner, epoch)
-    size = tuner.config.micro_batch or len(prompts)
-    parts = tuple(range(start, start + size) for start in range(0, len(prompts), size))
+    own = core.processes.part(len(prompts))
+    parts = tuple(parts_of(own, tuner.config.micro_batch))
     latents, logps = [], []
     for part in parts:
         draws, cond = Draws(core, ROLLOUT, epoch, part), conditioning(core, prompts[list(part)])
@@ -171,7 +185,7 @@ def roll_out(tuner: Tuner, epoch: int) -> Rollouts:
             x, logp = roll_out_part(tuner, draws, cond, steps)
         latents.append(x.cpu())
         logps.append(logp.cpu())
-    return Rollouts(torch.cat(latents), torch.cat(logps), prompts, steps, parts)
+    return Rollouts(torch.cat(latents), torch.cat(logps), prompts, steps, parts, own.start, len(prompts))
 
 
 def roll_out_part(
@@ -211,12 +225,39 @@ def last_step(core: Trainer, x: Tensor, cond: Conditioning) -> Tensor:
 
 @torch.no_grad()
 def score(tuner: Tuner, rollouts: Rollouts) -> Scores:
-    """Every reward of the decoded images."""
+    """Every reward of this process's decoded images."""
     backbone = tuner.core.backbone
     images = [
-        backbone.decode(rollouts.x[list(part), -1].to(backbone.device)).cpu() for part in rollouts.parts
+        backbone.decode(rollouts.x[rollouts.rows(part), -1].to(backbone.device)).cpu()
+        for part in rollouts.parts
     ]
-    return tuner.rewards.score(torch.cat(images), rollouts.prompts.tolist())
+    own = [image for part in rollouts.parts for image in part]
+    return tuner.rewards.score(torch.cat(images), rollouts.prompts[own].tolist())
+
+
+def gathered(processes: Processes, rollouts: Rollouts, own: Scores) -> Scores:
+    """The scores of all processes' images; why another's could not be judged is known there alone."""
+    if processes.count == 1:
+        return own
+    rewards = {name: processes.gather(values) for name, values in own.rewards.items()}
+    mine = processes.part(len(rollouts.prompts))
+    others = tuple(
+        Unjudged(name, row, int(rollouts.prompts[row]) + 1, "", "gave no number in another process")
+        for name, values in rewards.items()
+        for row in (~values.isfinite()).nonzero().flatten().tolist()
+        if row not in mine
+    )
+    return Scores(rewards, own.unjudged + others)
+
+
+def require_work(processes: Processes, rows: Tensor, count: int) -> None:
+    """RewardFailure, in all processes alike, if one of them has none of the images `rows` of `count`."""
+    wanted = set(rows.tolist())
+    for index in range(processes.count):
+        if wanted.isdisjoint(replace(processes, index=index).part(count)):
+            raise RewardFailure(
+                f"No picture of process {index} got a reward.", "Go on with --resume and fewer processes."
+            )
 
 
 def advantages_of(tuner: Tuner, rewards: dict[str, Tensor], rows: Tensor, count: int) -> Tensor:
@@ -235,13 +276,14 @@ def update_fake_score(tuner: Tuner, epoch: int, rollouts: Rollouts) -> None:
     core, last = tuner.core, tuner.stochastic
     check_weights(core, epoch)
     core.fake_optimizer.zero_grad(set_to_none=True)
-    for part, cond, share in micro_batches(core, rollouts):
-        x0 = rollouts.x[list(part), -1].to(core.backbone.device)
-        with core.roles.role("fake", train=True):
-            draws, point = Draws(core, FAKE, epoch, part), (last, Boundary(0.0, x0, x0))
-            loss = fake_loss(core, draws, [point], cond, share)
-            optim.check_finite("The fake-score loss", loss, epoch + 1)
-            loss.backward()
+    with core.processes.agreeing():
+        for part, cond, share in micro_batches(core, rollouts):
+            x0 = rollouts.x[rollouts.rows(part), -1].to(core.backbone.device)
+            with core.roles.role("fake", train=True):
+                draws, point = Draws(core, FAKE, epoch, part), (last, Boundary(0.0, x0, x0))
+                loss = fake_loss(core, draws, [point], cond, share)
+                optim.check_finite("The fake-score loss", loss, epoch + 1)
+                loss.backward()
     config = tuner.config
     total = config.epochs if config.lr_decay == "both" else None
     rate = optim.learning_rate_at(epoch, config.fake_lr, config.lr_warmup, total)
@@ -253,19 +295,20 @@ def update_generator(tuner: Tuner, epoch: int, rollouts: Rollouts, advantages: T
     core, config = tuner.core, tuner.config
     check_weights(core, epoch)
     core.generator_optimizer.zero_grad(set_to_none=True)
-    for part, cond, share in micro_batches(core, rollouts):
-        share_of_term = share / (len(rollouts.steps) + 1)
-        with core.roles.role("generator", train=True):
-            if config.policy_weight or config.kl_weight:
-                for k in rollouts.steps:
-                    loss = policy_loss(tuner, rollouts, part, k, cond, advantages, share)
-                    optim.check_finite("The policy loss", loss, epoch + 1)
+    with core.processes.agreeing():
+        for part, cond, share in micro_batches(core, rollouts):
+            share_of_term = share / (len(rollouts.steps) + 1)
+            with core.roles.role("generator", train=True):
+                if config.policy_weight or config.kl_weight:
+                    for k in rollouts.steps:
+                        loss = policy_loss(tuner, rollouts, part, k, cond, advantages, share)
+                        optim.check_finite("The policy loss", loss, epoch + 1)
+                        (share_of_term * loss).backward()
+                if config.dmd_weight or tuner.backprop_weight:
+                    draws = Draws(core, GENERATOR, epoch, part)
+                    loss = last_step_loss(tuner, rollouts, draws, cond, share)
+                    optim.check_finite("The loss of the last step", loss, epoch + 1)
                     (share_of_term * loss).backward()
-            if config.dmd_weight or tuner.backprop_weight:
-                draws = Draws(core, GENERATOR, epoch, part)
-                loss = last_step_loss(tuner, rollouts, draws, cond, share)
-                optim.check_finite("The loss of the last step", loss, epoch + 1)
-                (share_of_term * loss).backward()
     total = config.epochs if config.lr_decay != "none" else None
     rate = optim.learning_rate_at(epoch, config.generator_lr, config.lr_warmup, total)
     move_role(core, "generator", core.generator_optimizer, rate, epoch)
@@ -287,11 +330,13 @@ def policy_loss(
 
     On-policy: the old log-probability is this one, detached. The recorded one shows the drift.
     """
-    core, config, rows = tuner.core, tuner.config, list(part)
+    core, config, rows = tuner.core, tuner.config, rollouts.rows(part)
     x, x_next = (rollouts.x[rows, step].to(core.backbone.device) for step in (k, k + 1))
     mean, std = transition(core, x, k, cond)
     logp = cps_logprob(x_next, mean, std, config.logprob)
-    output = clipped_policy_loss(logp, logp.detach(), advantages[rows].to(logp.device), config.policy_clip)
+    output = clipped_policy_loss(
+        logp, logp.detach(), advantages[list(part)].to(logp.device), config.policy_clip
+    )
     drift = (logp.detach() - rollouts.logp[rows, k].to(logp.device)).abs().mean()
     add(core, {"drift": drift / len(rollouts.steps)}, share)
     loss = config.policy_weight * output.loss
@@ -350,7 +395,7 @@ def clean_latent(
 
     A stochastic step on the way keeps its recorded value: the noise is a constant, the gradient is the mean's.
     """
-    core, rows, passed = tuner.core, list(part), []
+    core, rows, passed = tuner.core, rollouts.rows(part), []
     first = tuner.stochastic + 1 - steps
     x = rollouts.x[rows, first].to(core.backbone.device)
     for k in range(first, tuner.stochastic):
@@ -386,10 +431,9 @@ def bound_gradients(x0: Tensor, earlier: Sequence[Tensor]) -> None:
 
 
 def micro_batches(core: Trainer, rollouts: Rollouts) -> Iterator[tuple[Sequence[int], Conditioning, float]]:
-    """The images in parts: their indices, encoded prompts on the device, the part's share of the epoch."""
-    count = sum(len(part) for part in rollouts.parts)
+    """This process's images in parts: their numbers, encoded prompts on the device, the part's share of the epoch."""
     for part in rollouts.parts:
-        yield part, conditioning(core, rollouts.prompts[list(part)]), len(part) / count
+        yield part, conditioning(core, rollouts.prompts[list(part)]), len(part) / rollouts.count
 
 
 def conditioning(core: Trainer, prompts: Tensor) -> Conditioning:

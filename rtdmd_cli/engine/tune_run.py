@@ -27,18 +27,19 @@ from rtdmd_cli.engine.roles import FAKE, GENERATOR, Roles, RoleSet
 from rtdmd_cli.engine.runtime import optim
 from rtdmd_cli.engine.runtime.checkpoint import Checkpoint
 from rtdmd_cli.engine.runtime.device import resolve_device, resolve_dtype
-from rtdmd_cli.engine.runtime.run_folder import State, create_run
+from rtdmd_cli.engine.runtime.processes import join, require_parts
+from rtdmd_cli.engine.runtime.run_folder import RunFolder, State, create_run
 from rtdmd_cli.engine.runtime.signals import StopRequest
-from rtdmd_cli.engine.runtime.trackers import open_tracker
 from rtdmd_cli.engine.training_run import (
     Outcome,
     Schedule,
     Session,
     Stage,
+    failing,
     finish,
+    opened,
     require_base,
     restore,
-    rewind,
     save_unsaved,
     train,
 )
@@ -95,7 +96,8 @@ def run_tune(
     preset, config = resolved.preset, resolved.preset.tune_reward
     if preset.hardware.threads is not None:
         torch.set_num_threads(preset.hardware.threads)
-    device = resolve_device(preset.hardware.device)
+    processes, device = join(resolve_device(preset.hardware.device))
+    require_parts(processes, "tune_reward.images_per_epoch", config.images_per_epoch, equal=True)
     mixture = open_rewards(config, prompts, eval_prompts, device, say)
     dtype = resolve_dtype(preset.hardware.dtype, device)
     backbone = load_backbone(preset.model, device, dtype, preset.hardware)
@@ -103,8 +105,10 @@ def run_tune(
     measured = evenly_chosen(eval_prompts, config.eval_images)
     wide = evenly_chosen(eval_prompts, config.watch.prompt_count if config.watch.features else 0)
     every = [*prompts.texts, *measured.texts, *wide.texts]
-    conditioning, empty = encode_prompts(backbone, every, say, preset.hardware)
+    with processes.first_here():
+        conditioning, empty = encode_prompts(backbone, every, say, preset.hardware)
     tuner = build_tuner(backbone, preset, mixture, len(prompts), conditioning, empty)
+    tuner.core.processes = processes
     load_stage_1(tuner.core, begin)
     untrained, saved = tuner.core.roles.state(GENERATOR), start.checkpoint
     if saved:
@@ -112,8 +116,11 @@ def run_tune(
     here, there = len(prompts), len(prompts) + len(measured)
     cond = conditioning(range(here, there)) if measured.texts else empty
     wide_cond = conditioning(range(there, len(every))) if wide.texts else None
-    run = start.run or create_run(out, name, resolved, command, device, STAGE)
-    with run.lock(), open_tracker(preset.hardware.tracker, run.path) as tracker:
+
+    def make() -> RunFolder:
+        return create_run(out, name, resolved, command, device, STAGE)
+
+    with opened(start, out / name, make, resolved, config.epochs, processes) as (run, tracker, done):
         with tuner.core.roles.swapped(GENERATOR, untrained):
             shown = pictures.make_previews(
                 backbone,
@@ -125,8 +132,8 @@ def run_tune(
                 "generator",
                 "stage 1",
             )
-        done = rewind(run, resolved, saved, config.epochs)
-        tuner.tell = run.log
+        if processes.main:
+            tuner.tell = run.log
         teacher = teacher_features(tuner.core, preset, wide_cond)
         measurement = Measurement(measured, cond, preset, wide_cond, teacher)
 
@@ -145,11 +152,8 @@ def run_tune(
             run, resolved, tuner.core, stage, tracker, done, seconds, records, known_by(prompts, eval_prompts)
         )
         session.last = saved.path if start.run and saved else None
-        try:
+        with failing(session):
             return finish(session, train_watched(session, measurement, mixture, quiet))
-        except BaseException as error:
-            run.set_status("failed", iteration=session.iteration, reason=str(error))
-            raise
 
 
 def train_watched(
@@ -157,9 +161,11 @@ def train_watched(
 ) -> StopRequest:
     """Measure the start if it wasn't, and train. What rewards failed to judge is saved before the run ends by it."""
     try:
-        if BEFORE not in session.records:
-            found = measure(session.trainer, measurement, mixture, "the first measurement", session.run.log)
-            begin_watch(session.records, found)
+        with session.trainer.processes.agreeing():
+            if session.trainer.processes.main and BEFORE not in session.records:
+                where = "the first measurement"
+                found = measure(session.trainer, measurement, mixture, where, session.run.log)
+                begin_watch(session.records, found)
         return train(session, quiet)
     except RewardFailure:
         save_unsaved(session)

@@ -110,7 +110,7 @@ def test_the_gradient_is_that_of_the_others_alone() -> None:
     rollouts, rows = roll_out(tuner, 1), torch.arange(5)
     advantages = advantages_of(tuner, {"one": torch.rand(5), "two": torch.rand(5)}, rows, 6)
     others = Rollouts(
-        rollouts.x[:5], rollouts.logp[:5], rollouts.prompts[:5], rollouts.steps, (list(range(5)),)
+        rollouts.x[:5], rollouts.logp[:5], rollouts.prompts[:5], rollouts.steps, (list(range(5)),), 0, 5
     )
     cond = tuner.core.conditioning(others.prompts.tolist())
     expected = expected_gradient(tuner, others, cond, advantages[:5], 1)

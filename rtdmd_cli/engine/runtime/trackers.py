@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
+from rtdmd_cli.engine.runtime.processes import launched
 from rtdmd_cli.errors import EnvironmentFailure
 
 _MODULES = {"tensorboard": "tensorboard", "wandb": "wandb"}
@@ -48,7 +49,7 @@ def open_tracker(name: str, run: Path) -> Iterator[Tracker]:
         )
     from accelerate import Accelerator  # seconds to import, and needed with a tracker alone
 
-    accelerator = Accelerator(cpu=True, log_with=name, project_dir=str(run))
+    accelerator = Accelerator(cpu=launched() == 1, log_with=name, project_dir=str(run))
     accelerator.init_trackers(project_name="rtdmd", init_kwargs={"wandb": {"name": run.name}})
     try:
         yield _Accelerate(accelerator)

@@ -1,0 +1,34 @@
+"""`--processes N`: the same command N times, by accelerate's launcher."""
+
+from collections.abc import Sequence
+
+OPTION = "--processes"
+
+
+def launch(count: int, arguments: Sequence[str]) -> int:
+    """Run `rtdmd ARGUMENTS` in `count` processes of this machine; the exit code of the first that failed, else 0."""
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    settings = ["--multi_gpu", "--num_processes", str(count), "--num_machines", "1", "--gpu_ids", "all"]
+    settings += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command = ["-m", "rtdmd_cli", *without_option(arguments)]
+    try:
+        launch_command(launch_command_parser().parse_args([*settings, *command]))
+    except ChildFailedError as error:
+        return max(1, error.get_first_failure()[1].exitcode)
+    except SignalException as error:
+        return 128 + int(error.sigval)
+    return 0
+
+
+def without_option(arguments: Sequence[str]) -> list[str]:
+    """The arguments without `--processes N` and `--processes=N`."""
+    kept, skip = [], False
+    for argument in arguments:
+        if skip or argument == OPTION or argument.startswith(f"{OPTION}="):
+            skip = argument == OPTION
+        else:
+            kept.append(argument)
+    return kept

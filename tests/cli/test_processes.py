@@ -1,0 +1,187 @@
+"""Both stages in two CPU processes (gloo), through the real commands: as one process with the same batch.
+
+The runs of `world` are made once; the tests look at what they left behind.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from rtdmd_cli.cli.launching import without_option
+from rtdmd_cli.engine.runtime.checkpoint import load_checkpoint
+from rtdmd_cli.engine.runtime.run_folder import RunFolder
+from tests.cli.test_distill import write_preset
+
+ROOT = Path(__file__).parents[2]
+LIMIT = 900  # s, of one command
+TWO = ("--processes", "2")
+TUNING = {
+    "prompts": "tiny.txt",
+    "images_per_epoch": 8,
+    "images_per_prompt": 4,
+    "lora.rank": 2,
+    "lora.alpha": 2,
+    "generator_lr": 0.01,
+    "fake_lr": 0.01,
+    "epochs": 2,
+    "sample_every": 0,
+    "eval_images": 2,
+}
+
+
+@dataclass(frozen=True)
+class Done:
+    """A command that has ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+@dataclass(frozen=True)
+class World:
+    """The folder in which the commands work, and how they ended by name."""
+
+    folder: Path
+    done: dict[str, Done]
+
+    def run(self, name: str) -> RunFolder:
+        return RunFolder(self.folder / "runs" / name)
+
+
+def environment(folder: Path) -> dict[str, str]:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("RTDMD_", "ACCELERATE_"))}
+    extra = {
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    return clean | extra | {"RTDMD_CACHE": str(folder / "cache"), "HF_HOME": str(folder / "hf")}
+
+
+def start(folder: Path, *command: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", *command],
+        cwd=folder,
+        env=environment(folder),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait(process: subprocess.Popen[str]) -> Done:
+    try:
+        out, err = process.communicate(timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        raise
+    return Done(process.returncode, out, err)
+
+
+def distill(folder: Path, name: str, iterations: int, *arguments: str) -> subprocess.Popen[str]:
+    given = ["--preset", "tiny.yaml", "--name", name, "--set", f"distill.iterations={iterations}"]
+    return start(folder, "rtdmd_cli", "distill", *given, *arguments)
+
+
+def tune(folder: Path, name: str, *arguments: str) -> subprocess.Popen[str]:
+    given = [part for key, value in TUNING.items() for part in ("--set", f"tune_reward.{key}={value}")]
+    given += ["--set", "distill.eps=0.001", "--reward", "shapes-clip", "--from", "runs/one", "--name", name]
+    return start(folder, "rtdmd_cli", "tune-reward", *given, *arguments)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """ "one": 4 iterations in one process; "two": 2 in two, then 2 more in two; both stages' second; a broken run."""
+    folder = tmp_path_factory.mktemp("processes")
+    write_preset(folder)
+    done = {"one": wait(distill(folder, "one", 4, "--json"))}
+    done["two"] = wait(distill(folder, "two", 2, *TWO, "--json"))
+    done["two resumed"] = wait(distill(folder, "two", 4, *TWO, "--json", "--resume", "auto"))
+    done["tuned one"] = wait(tune(folder, "tuned-one", "--json"))
+    done["tuned two"] = wait(tune(folder, "tuned-two", *TWO, "--json"))
+    broken, run = distill(folder, "broken", 1_000_000, *TWO), RunFolder(folder / "runs/broken")
+    limit = time.monotonic() + LIMIT
+    while broken.poll() is None and not run.metrics.read() and time.monotonic() < limit:
+        time.sleep(0.02)
+    broken.send_signal(signal.SIGTERM)
+    done["broken"] = wait(broken)
+    return World(folder, done)
+
+
+def same_weights(one: Path, other: Path) -> None:
+    left, right = load_checkpoint(one), load_checkpoint(other)
+    assert left.tensors.keys() == right.tensors.keys()
+    for group, tensors in left.tensors.items():
+        for name, tensor in tensors.items():
+            torch.testing.assert_close(right.tensors[group][name], tensor, rtol=2e-3, atol=2e-5)
+
+
+def test_stage_1_in_two_processes_and_resumed_is_that_of_one(world: World) -> None:
+    for name in ("one", "two", "two resumed"):
+        assert world.done[name].code == 0, world.done[name].err
+    result = json.loads(world.done["two resumed"].out)
+    assert result["iterations"] == 4 and result["finished"]
+    step = "checkpoints/step-000004"
+    same_weights(world.run("one").path / step, world.run("two").path / step)
+    rows, others = (world.run(name).metrics.read() for name in ("one", "two"))
+    assert [row["iteration"] for row in others] == [1, 2, 3, 4]
+    for row, other in zip(rows, others, strict=True):
+        assert row.keys() == other.keys()
+        for figure in ("fake_loss", "consistency_loss", "fake_grad_norm"):
+            assert other[figure] == pytest.approx(row[figure], rel=1e-3, abs=1e-5)
+    assert world.run("two").status()["state"] == "finished" and world.run("two").report.is_file()
+
+
+def test_one_process_speaks_for_both(world: World) -> None:
+    assert world.done["two"].err.count("4 prompts, ") == 1
+    assert world.done["two"].err.count("model ") == world.done["one"].err.count("model ")
+
+
+def test_stage_2_in_two_processes_is_that_of_one(world: World) -> None:
+    for name in ("tuned one", "tuned two"):
+        assert world.done[name].code == 0, world.done[name].err
+    step = "checkpoints/step-000002"
+    same_weights(world.run("tuned-one").path / step, world.run("tuned-two").path / step)
+    before, after = (json.loads(world.done[f"tuned {name}"].out)["rewards"] for name in ("one", "two"))
+    assert after["shapes-clip"]["after"] == pytest.approx(before["shapes-clip"]["after"], abs=1e-3)
+    rows, others = (world.run(f"tuned-{name}").metrics.read() for name in ("one", "two"))
+    for row, other in zip(rows, others, strict=True):
+        assert other["reward/shapes-clip"] == pytest.approx(row["reward/shapes-clip"], abs=1e-4)
+
+
+def test_a_signal_stops_both_after_saving(world: World) -> None:
+    run, done = world.run("broken"), world.done["broken"]
+    assert done.code == 143, done.err
+    status = run.status()
+    assert status["state"] == "interrupted"
+    assert (run.checkpoints / f"step-{status['iteration']:06d}").is_dir()
+
+
+def test_the_launcher_passes_the_command_on_without_its_own_option() -> None:
+    given = ["distill", "--processes", "2", "--set", "a=b", "--processes=3", "--json"]
+    assert without_option(given) == ["distill", "--set", "a=b", "--json"]
+
+
+def test_what_happens_in_one_process_is_known_to_all(tmp_path: Path) -> None:
+    """A script of two processes: sums, rows in order, and a failure of one that stops the other."""
+    launch = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"]
+    quiet = ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    script = str(ROOT / "tests/engine/runtime/two_processes.py")
+    done = wait(start(tmp_path, "accelerate.commands.launch", *launch, *quiet, script))
+    lines = sorted(line for line in done.out.splitlines() if line.startswith("process "))
+    assert lines == ["process 0: all right, other stopped with 5", "process 1: all right, stopped with 5"], (
+        done.err
+    )
