@@ -1,5 +1,7 @@
 """Run by two processes of `tests/cli/test_processes.py`: each prints one line if all is right."""
 
+import sys
+
 import torch
 from torch.nn import Parameter
 
@@ -40,7 +42,8 @@ def main() -> None:
         text = f"stopped with {error.exit_code}"
     except RtdmdError as error:
         text = f"other stopped with {error.exit_code}"
-    print(f"process {number}: all right, {text}", flush=True)
+    sys.stdout.write(f"process {number}: all right, {text}\n")  # in one piece: both write to the same pipe
+    sys.stdout.flush()
 
 
 main()
