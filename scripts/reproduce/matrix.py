@@ -129,14 +129,23 @@ def _stage_1_ablations(preset: Preset) -> list[Row]:
 
 
 def _stage_2_ablations(preset: Preset) -> list[Row]:
-    every = len(preset.sampler.raw_steps) - 1
+    every, own, found = len(preset.sampler.raw_steps) - 1, preset.tune_reward.model_dump(), list[Row]()
+    policy = {"policy_weight": own["policy_weight"] or 1.0}
+    matched = own["dmd_weight"] > 0
     table: list[tuple[str, str, dict[str, float]]] = [
-        ("grpo-only", "the reward by policy gradient (GRPO) only", {"backprop_weight": 0.0}),
+        ("grpo-only", "the reward by policy gradient (GRPO) only", {"backprop_weight": 0.0} | policy),
         ("backprop-only", "the reward by back-propagation only", {"policy_weight": 0.0}),
-        ("all-steps", f"all {every} stochastic steps, not a subset", {"subset_steps": every}),
-        ("no-matching", "no distribution matching", {"dmd_weight": 0.0}),
+        (
+            "all-steps",
+            f"policy gradient on all {every} stochastic steps, not a subset",
+            {"subset_steps": every} | policy,
+        ),
+        (
+            "matching",
+            f"{'no' if matched else 'with'} distribution matching",
+            {"dmd_weight": 0.0 if matched else 1.0},
+        ),
     ]
-    own, found = preset.tune_reward.model_dump(), []
     for name, label, values in table:
         same = all(own[key] == value for key, value in values.items())
         overrides = tuple(f"tune_reward.{key}={value}" for key, value in values.items())

@@ -8,7 +8,8 @@ import signal
 import threading
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ ROWS = [
     "stage2-grpo-only",
     "stage2-backprop-only",
     "stage2-all-steps",
-    "stage2-no-matching",
+    "stage2-matching",
 ]
 PROMPTS = [
     {"prompt": "a red circle", "tag": "colors", "include": [{"class": "circle", "count": 1, "color": "red"}]},
@@ -121,6 +122,16 @@ def stop_when(there: Callable[[], bool]) -> threading.Thread:
     return thread
 
 
+@contextmanager
+def no_default_action() -> Iterator[None]:
+    """A SIGTERM that nobody waits for is lost, and does not end the tests."""
+    before = signal.signal(signal.SIGTERM, lambda number, frame: None)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_real_commands_stopped_in_the_middle_go_on(tmp_path: Path) -> None:
     """Stage 1 is broken off; the same command finishes it, starts stage 2 from it and fills the table."""
     prompts, cache = tmp_path / "prompts.jsonl", tmp_path / "cache"
@@ -137,16 +148,22 @@ def test_real_commands_stopped_in_the_middle_go_on(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("RTDMD_CACHE", str(cache))
-        thread = stop_when(lambda: (folder / "metrics.jsonl").exists())
-        stopped = call(*options)
-        thread.join()
+        with no_default_action():
+            thread = stop_when(lambda: (folder / "metrics.jsonl").exists())
+            stopped = call(*options)
+            thread.join()
         assert stopped.exit_code == 143 and RunFolder(folder).status()["state"] == "interrupted"
         reached = RunFolder(folder).status()["iteration"]
         assert 0 < reached < 24 and not list((tmp_path / "out").glob("cells/*.json"))
         result = call(*options)
     assert result.exit_code == 0, result.stderr
     table = json.loads(result.stdout)
-    assert [row["row"] for row in table["rows"] if row["done"]] == ["stage1", "stage2"]
+    done = [row["row"] for row in table["rows"] if row["done"]]
+    assert done == [
+        "stage1",
+        "stage2",
+        "stage2-backprop-only",
+    ]  # the last is what the preset has: the same cell
     iterations = [line["iteration"] for line in RunFolder(folder).metrics.read()]
     assert iterations == list(range(1, 25))
     assert f"at iteration {reached}" in (folder / "log.txt").read_text()
@@ -181,7 +198,7 @@ def test_a_table_from_end_to_end_and_again(tmp_path: Path, pretended: list[Prete
         "3 of 3",
     ]
     assert lines["stage 1, full interval"][0] == "0.500" and lines["stage 1, full interval"][7] == "1 of 1"
-    assert kinds(pretended[0]).count("distill") == 3 + 2 and kinds(pretended[0]).count("tune-reward") == 3 + 4
+    assert kinds(pretended[0]).count("distill") == 3 + 2 and kinds(pretended[0]).count("tune-reward") == 3 + 3
     again = call(*options)
     assert again.stdout == first.stdout and pretended[1].ran == []
     score = json.loads(call(*options, "--json").stdout)["rows"][2]["score"]
@@ -302,7 +319,8 @@ def test_full_runs_every_row_with_every_seed() -> None:
         *((name, 0) for name in ROWS),
         *((name, seed) for seed in (1, 2) for name in ROWS[:4]),
     ]
-    assert len({cell.key for cell in full}) == len(full) == 3 * len(ROWS)
+    shared = 3  # back-propagation alone is what the preset has: one cell a seed for two rows
+    assert len({cell.key for cell in full}) == len(full) - shared and len(full) == 3 * len(ROWS)
     assert json.loads(call("--full", "--list", "--json").stdout)["rows"][9]["seeds"] == 3
 
 
@@ -311,8 +329,15 @@ def test_rows_follow_the_preset() -> None:
     assert list(own) == ROWS
     assert own["stage1-consistency"].overrides == ("distill.consistency_weight=0.01",)
     assert own["stage1-interval"].overrides == ("distill.interval=full",)
-    assert own["stage2-all-steps"].overrides == ("tune_reward.subset_steps=3",)
-    turned = rows_of("distill.consistency_weight=0.1", "distill.interval=full", "tune_reward.subset_steps=3")
+    policy = "tune_reward.policy_weight=1.0"
+    assert own["stage2-all-steps"].overrides == ("tune_reward.subset_steps=3", policy)
+    assert own["stage2-grpo-only"].overrides == ("tune_reward.backprop_weight=0.0", policy)
+    assert own["stage2-backprop-only"].label.endswith("(as the preset)")
+    assert own["stage2-matching"].label == "stage 2, with distribution matching"
+    other = ("tune_reward.subset_steps=3", "tune_reward.policy_weight=2.0", "tune_reward.dmd_weight=0.1")
+    turned = rows_of("distill.consistency_weight=0.1", "distill.interval=full", *other)
+    assert turned["stage2-matching"].overrides == ("tune_reward.dmd_weight=0.0",)
+    assert turned["stage2-grpo-only"].overrides[1] == "tune_reward.policy_weight=2.0"
     assert turned["stage1-consistency"].label == "stage 1, without the consistency term"
     assert turned["stage1-consistency"].overrides == ("distill.consistency_weight=0",)
     assert turned["stage1-interval"].overrides == ("distill.interval=sub",)
