@@ -27,6 +27,7 @@ from torch import Tensor
 from rtdmd_cli.config.tune_reward import TuneRewardConfig
 from rtdmd_cli.engine.algo.advantages import group_advantages
 from rtdmd_cli.engine.algo.flow import cps_logprob, cps_mean_std, to_x0
+from rtdmd_cli.engine.algo.gradients import bound_gradients
 from rtdmd_cli.engine.algo.losses import clipped_policy_loss, gaussian_kl, reward_hinge_loss
 from rtdmd_cli.engine.backbones.base import Conditioning
 from rtdmd_cli.engine.distill import (
@@ -40,10 +41,9 @@ from rtdmd_cli.engine.distill import (
     move_role,
     parts_of,
 )
-from rtdmd_cli.engine.rewards.scoring import Scores, Unjudged, require_judged
+from rtdmd_cli.engine.rewards.scoring import Scores, require_judged
+from rtdmd_cli.engine.rewards.sharing import gathered, require_work
 from rtdmd_cli.engine.runtime import optim, rng
-from rtdmd_cli.engine.runtime.processes import Processes
-from rtdmd_cli.errors import RewardFailure
 
 FAKE, GENERATOR, ROLLOUT = "tune/fake", "tune/generator", "tune/rollout"
 """Names of the random streams; stage 1's are others."""
@@ -142,7 +142,7 @@ def tune(tuner: Tuner, epoch: int) -> None:
     with core.processes.agreeing():
         rollouts = roll_out(tuner, epoch)
         own = score(tuner, rollouts)
-    scores = gathered(core.processes, rollouts, own)
+    scores = gathered(core.processes, rollouts.prompts, own)
     rows = require_judged(scores, config.max_bad_share, f"epoch {epoch + 1}", tuner.tell)
     require_work(core.processes, rows, len(rollouts.prompts))
     rewards = {name: values[rows] for name, values in scores.rewards.items()}
@@ -233,31 +233,6 @@ def score(tuner: Tuner, rollouts: Rollouts) -> Scores:
     ]
     own = [image for part in rollouts.parts for image in part]
     return tuner.rewards.score(torch.cat(images), rollouts.prompts[own].tolist())
-
-
-def gathered(processes: Processes, rollouts: Rollouts, own: Scores) -> Scores:
-    """The scores of all processes' images; why another's could not be judged is known there alone."""
-    if processes.count == 1:
-        return own
-    rewards = {name: processes.gather(values) for name, values in own.rewards.items()}
-    mine = processes.part(len(rollouts.prompts))
-    others = tuple(
-        Unjudged(name, row, int(rollouts.prompts[row]) + 1, "", "gave no number in another process")
-        for name, values in rewards.items()
-        for row in (~values.isfinite()).nonzero().flatten().tolist()
-        if row not in mine
-    )
-    return Scores(rewards, own.unjudged + others)
-
-
-def require_work(processes: Processes, rows: Tensor, count: int) -> None:
-    """RewardFailure, in all processes alike, if one of them has none of the images `rows` of `count`."""
-    wanted = set(rows.tolist())
-    for index in range(processes.count):
-        if wanted.isdisjoint(replace(processes, index=index).part(count)):
-            raise RewardFailure(
-                f"No picture of process {index} got a reward.", "Go on with --resume and fewer processes."
-            )
 
 
 def advantages_of(tuner: Tuner, rewards: dict[str, Tensor], rows: Tensor, count: int) -> Tensor:
@@ -406,28 +381,6 @@ def clean_latent(
     if torch.is_grad_enabled():
         bound_gradients(x0, passed)
     return x0
-
-
-def bound_gradients(x0: Tensor, earlier: Sequence[Tensor]) -> None:
-    """Let no sample's gradient grow on the way back: in each earlier latent at most the norm that it has in x0.
-
-    Where two pictures are equally near, a latent at high noise decides between them, and the gradient there is
-    thousands of times that of the other samples (measured on the built-in world: median 0.01, largest 4): one sample in
-    sixty-four would decide the step. Directions are kept. All [b,C,H,W]; acts in the next backward pass.
-    """
-    sizes: list[Tensor] = []
-
-    def norm(gradient: Tensor) -> Tensor:
-        size: Tensor = gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-        return size
-
-    def limit(gradient: Tensor) -> Tensor:
-        own = norm(gradient)
-        return gradient * torch.where(own > sizes[0], sizes[0] / own, 1.0)
-
-    x0.register_hook(lambda gradient: sizes.append(norm(gradient)))
-    for x in earlier:
-        x.register_hook(limit)
 
 
 def micro_batches(core: Trainer, rollouts: Rollouts) -> Iterator[tuple[Sequence[int], Conditioning, float]]:

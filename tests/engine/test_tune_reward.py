@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from rtdmd_cli.engine import tune_reward
+from rtdmd_cli.engine.algo.gradients import bound_gradients
 from rtdmd_cli.engine.backbones.base import Conditioning
 from rtdmd_cli.engine.distill import Draws
 from rtdmd_cli.engine.tune_reward import (
     Rollouts,
     Tuner,
-    bound_gradients,
     chosen_prompts,
     chosen_steps,
     roll_out,
