@@ -29,7 +29,7 @@ def write_preset(path: Path, resolution: int = RESOLUTION) -> Path:
 
 def generator_weights(seed: int, rank: int = RANK) -> dict[str, Tensor]:
     """Random weights of the generator's adapter, large enough to change every picture."""
-    preset = load_preset("shapes-4step", [f"distill.lora.rank={rank}"], {}).preset
+    preset = load_preset("shapes-4step", [f"distill.lora.rank={rank}", "distill.train=lora"], {}).preset
     roles = Roles(build_transformer(), preset.distill.lora, seed)
     random = torch.Generator().manual_seed(seed)
     return {

@@ -181,6 +181,12 @@ class DistillConfig(Section):
         default=False,
         description="evaluate fake score and teacher on all boundaries of a rollout at once: quicker, more memory",
     )
+    backprop_steps: int = Field(
+        default=1,
+        ge=1,
+        le=1000,
+        description="last steps of a rollout that generator gradients flow back through; 1: each boundary's own alone",
+    )
     interval: Literal["sub", "full"] = Field(
         default="sub",
         description="noising of a boundary: from x_s inside (s, 1], or from its clean prediction over the whole interval",
@@ -233,6 +239,11 @@ class DistillConfig(Section):
         if self.micro_batch is not None and self.batch % self.micro_batch:
             raise ValueError(
                 f"`distill.micro_batch` ({self.micro_batch}) must divide `distill.batch` ({self.batch})"
+            )
+        if self.backprop_steps > 1 and self.boundaries == "every" and not self.boundaries_batched:
+            raise ValueError(
+                f"`distill.backprop_steps` ({self.backprop_steps}) needs `distill.boundaries_batched: true`: "
+                "one backward pass for all boundaries"
             )
         if self.t_min >= self.t_max:
             raise ValueError(f"`distill.t_min` ({self.t_min}) must be below `distill.t_max` ({self.t_max})")
@@ -312,6 +323,15 @@ class Preset(Section):
     tune_reward: TuneRewardConfig = TuneRewardConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     hardware: HardwareConfig = HardwareConfig()
+
+    @model_validator(mode="after")
+    def _enough_steps(self) -> Self:
+        steps = len(self.sampler.raw_steps)
+        if self.distill.backprop_steps > steps:
+            raise ValueError(
+                f"`distill.backprop_steps` is {self.distill.backprop_steps}; the sampler has {steps} steps"
+            )
+        return self
 
     @property
     def matching_guidance(self) -> tuple[float, float]:

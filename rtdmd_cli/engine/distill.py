@@ -23,6 +23,7 @@ from torch import Tensor
 
 from rtdmd_cli.config.schema import DistillConfig
 from rtdmd_cli.engine.algo.flow import cps_step, to_x0
+from rtdmd_cli.engine.algo.gradients import bound_gradients
 from rtdmd_cli.engine.algo.losses import consistency_loss, dmd_loss, fake_score_loss
 from rtdmd_cli.engine.algo.subinterval import (
     clean_parts,
@@ -276,21 +277,31 @@ def evaluated_together(trainer: Trainer, points: Iterable[Point]) -> Iterator[li
 def rollout(trainer: Trainer, draws: Draws, cond: Conditioning) -> Iterator[Point]:
     """CPS from pure noise with the active role, and the boundaries in use.
 
-    Each transition starts from a detached latent: its gradient flows through its own evaluation alone.
-    Transitions to a boundary that is not in use run without gradient.
+    Each transition starts from a detached latent: its gradient flows through its own evaluation alone. The last
+    `distill.backprop_steps` transitions are joined, where that is more than 1: gradients flow on through all of them,
+    bounded per sample. Transitions to a boundary that is not in use, and not among those, run without gradient.
     """
-    used, sigmas = boundaries_in_use(trainer, draws), trainer.sigmas
-    x = draws.normal("initial")
-    for number in range(max(used)):
-        sigma, s = sigmas[number], sigmas[number + 1]
-        with torch.set_grad_enabled(torch.is_grad_enabled() and number + 1 in used):
+    used, sigmas, training = boundaries_in_use(trainer, draws), trainer.sigmas, torch.is_grad_enabled()
+    last, x = max(used), draws.normal("initial")
+    passed: list[Tensor] = []
+    first_joined = last - trainer.config.backprop_steps  # the first transition that hands its gradient on
+    for number in range(last):
+        sigma, s, joined = sigmas[number], sigmas[number + 1], training and number >= first_joined
+        with torch.set_grad_enabled(joined or (training and number + 1 in used)):
             v = trainer.backbone.velocity(x, x.new_full(x.shape[:1], sigma), cond)
             x0 = to_x0(x, sigma, v)
             x_s = cps_step(x, v, sigma, s, trainer.eta, draws.normal(f"{number}/step")) if s > 0 else x0
         if number + 1 in used:
             clean = trainer.config.interval == "full"
-            yield number, Boundary(0.0, x0, x0.detach()) if clean else Boundary(s, x_s, x0.detach())
-        x = x_s.detach()
+            boundary = Boundary(0.0, x0, x0.detach()) if clean else Boundary(s, x_s, x0.detach())
+            if passed and number + 1 == last:
+                bound_gradients(boundary.x_s, passed)
+            yield number, boundary
+        x = (
+            x_s.clone() if joined else x_s.detach()
+        )  # a clone: the hook sees what comes from later steps alone
+        if joined and number + 1 < last:
+            passed.append(x)
 
 
 def boundaries_in_use(trainer: Trainer, draws: Draws) -> list[int]:

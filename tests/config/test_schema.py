@@ -184,3 +184,14 @@ def test_quantised_weights_are_not_trained(base: str) -> None:
     with pytest.raises(ValidationError, match=rf"`distill.train: full` needs .*weights in {base} can't"):
         preset(distill={"train": "full"}, hardware={"base": base})
     assert preset(hardware={"base": base}).distill.train == "lora"
+
+
+def test_gradients_through_several_steps_need_one_backward_pass() -> None:
+    with pytest.raises(
+        ValidationError, match=r"`distill.backprop_steps` .2. needs .*boundaries_batched: true"
+    ):
+        preset(distill={"backprop_steps": 2, "boundaries": "every"})
+    assert preset(distill={"backprop_steps": 2}).distill.boundaries == "one"
+    with pytest.raises(ValidationError, match=r"`distill.backprop_steps` is 5; the sampler has 4 steps"):
+        preset(distill={"backprop_steps": 5})
+    assert preset().distill.backprop_steps == 1

@@ -51,13 +51,13 @@ def make(**values: Any) -> Trainer:
     return build_trainer(backbone, preset, len(PROMPTS), cond.select, backbone.encode([""]))
 
 
-def stir(trainer: Trainer) -> Trainer:
+def stir(trainer: Trainer, std: float = 0.2) -> Trainer:
     """Move both adapters away from the teacher: with B = 0 all three roles are the same."""
     source = torch.Generator().manual_seed(9)
     for role in ROLES:
         state = trainer.roles.state(role)
         trainer.roles.load(
-            role, {k: v + 0.2 * torch.randn(v.shape, generator=source) for k, v in state.items()}
+            role, {k: v + std * torch.randn(v.shape, generator=source) for k, v in state.items()}
         )
     return trainer
 
@@ -169,6 +169,20 @@ def test_the_fake_score_losses_are_those_of_the_method(weight: str, interval: st
     )
 
 
+@torch.no_grad()
+def matching_direction(
+    trainer: Trainer, draws: Draws, number: int, x_s: Tensor, s: float, cond: Conditioning
+) -> Tensor:
+    """g of the generator loss, at a boundary."""
+    t, x_t, _, _ = diffuse(draws, number, x_s, s)
+    base = evaluate(trainer, "teacher", x_t, t, trainer.empty.select([0, 0]))
+    v_teacher = base + 4.0 * (evaluate(trainer, "teacher", x_t, t, cond) - base)
+    noise = draws.normal(f"{number}/carry back").double()
+    y_teacher = carry(x_t, v_teacher, t, s, noise)
+    y_fake = carry(x_t, evaluate(trainer, "fake", x_t, t, cond), t, s, noise)
+    return (y_fake - y_teacher) / (x_s - y_teacher).abs().mean(dim=(1, 2, 3), keepdim=True)
+
+
 @pytest.mark.parametrize(("interval", "batched"), [("sub", False), ("sub", True), ("full", False)])
 def test_the_generator_gradient_is_that_of_the_method_through_the_last_step_alone(
     interval: str, batched: bool
@@ -178,18 +192,10 @@ def test_the_generator_gradient_is_that_of_the_method_through_the_last_step_alon
     draws = Draws(trainer, "generator", 1, range(2))
     names, parameters = zip(*trainer.roles.named_parameters("generator"), strict=True)
     total, loss = [torch.zeros_like(p) for p in parameters], 0.0
-    empty = trainer.empty.select([0, 0])
     for number, (before, x_s) in enumerate(walk(trainer, draws, cond)):
         sigma, s = SIGMAS[number], SIGMAS[number + 1] if interval == "sub" else 0.0
         x_s = landing(trainer, number, before, x_s, cond)
-        with torch.no_grad():
-            t, x_t, _, _ = diffuse(draws, number, x_s, s)
-            base = evaluate(trainer, "teacher", x_t, t, empty)
-            v_teacher = base + 4.0 * (evaluate(trainer, "teacher", x_t, t, cond) - base)
-            noise = draws.normal(f"{number}/carry back").double()
-            y_teacher = carry(x_t, v_teacher, t, s, noise)
-            y_fake = carry(x_t, evaluate(trainer, "fake", x_t, t, cond), t, s, noise)
-            g = (y_fake - y_teacher) / (x_s - y_teacher).abs().mean(dim=(1, 2, 3), keepdim=True)
+        g = matching_direction(trainer, draws, number, x_s, s, cond)
         loss += float((g**2).mean()) / 2 / 4
         with trainer.roles.role("generator", train=True):
             v = trainer.backbone.velocity(before.float(), torch.full((2,), sigma), cond).double()
@@ -203,6 +209,63 @@ def test_the_generator_gradient_is_that_of_the_method_through_the_last_step_alon
         torch.testing.assert_close(found[name], gradient, rtol=2e-3, atol=2e-5 * float(gradient.abs().max()))
     without = {name.rpartition(".lora")[0] for name, g in zip(names, total, strict=True) if not g.any()}
     assert without == {"transformer_blocks.2.attn.add_q_proj"}  # the last block's text is used no more
+
+
+@pytest.mark.parametrize("steps", [2, 4])
+def test_the_generator_gradient_through_several_steps(steps: int) -> None:
+    """Step by step backwards, what comes from later steps being held to its size at the last boundary."""
+    trainer = stir(
+        make(boundaries="every", grad_clip=1e6, boundaries_batched=True, backprop_steps=steps), std=1.0
+    )
+    prompts, cond = conditioning(trainer, 1)
+    draws = Draws(trainer, "generator", 1, range(2))
+    names, parameters = zip(*trainer.roles.named_parameters("generator"), strict=True)
+    total, held = [torch.zeros_like(p) for p in parameters], False
+    landed = list(walk(trainer, draws, cond))
+    size = later = torch.zeros(())
+    for number in reversed(range(4)):
+        (before, x_s), sigma, s = landed[number], SIGMAS[number], SIGMAS[number + 1]
+        own = matching_direction(trainer, draws, number, x_s, s, cond) / x_s.numel() / 4
+        if number == 3:
+            size = own.flatten(1).norm(dim=1)
+        arriving = own + later
+        with trainer.roles.role("generator", train=True):
+            x = before.float().requires_grad_()
+            v = trainer.backbone.velocity(x, torch.full((2,), sigma), cond).double()
+            pull = (carry(x.double(), v, sigma, s, torch.zeros_like(arriving)) * arriving).sum()
+            parts = torch.autograd.grad(pull, (x, *parameters))
+        total = [a + b for a, b in zip(total, parts[1:], strict=True)]
+        later = torch.zeros(())
+        if number > 4 - steps:
+            grown = parts[0].double().flatten(1).norm(dim=1) / size
+            held = held or bool((grown > 1).any())
+            later = parts[0].double() / grown.clamp(min=1).view(-1, 1, 1, 1)
+    assert held  # or the bound is not tested
+    distill.update_generator(trainer, 1, prompts)
+    found = gradients(trainer, "generator")
+    for name, gradient in zip(names, total, strict=True):
+        torch.testing.assert_close(found[name], gradient, rtol=2e-3, atol=2e-5 * float(gradient.abs().max()))
+
+
+def test_one_boundary_with_gradient_through_earlier_steps() -> None:
+    """Only the latents of the last steps carry a gradient, though none of them is a boundary in use."""
+    trainer = stir(make(boundaries="one", backprop_steps=2))
+    original, seen = trainer.backbone.velocity, []
+
+    def spy(x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+        seen.append(x.requires_grad)
+        return original(x, sigma, cond)
+
+    trainer.backbone.velocity = spy  # type: ignore[method-assign]
+    counts = set()
+    for iteration in range(8):
+        seen.clear()
+        draws = Draws(trainer, "generator", iteration, range(2))
+        with trainer.roles.role("generator", train=True):
+            list(rollout(trainer, draws, conditioning(trainer, iteration)[1]))
+        counts.add(len(seen))
+        assert seen == [False] * (len(seen) - 1) + [len(seen) > 1]
+    assert len(counts) > 1
 
 
 @pytest.mark.parametrize("boundaries", ["one", "every"])

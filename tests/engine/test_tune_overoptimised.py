@@ -71,7 +71,7 @@ RECIPE: dict[str, Any] = {
 
 def stage_1(out: Path) -> RunFolder:
     """A distill run of the shapes model whose adapters do nothing yet: its base model in 4 steps."""
-    resolved = load_preset("shapes-4step", ["distill.lora.rank=2"], {})
+    resolved = load_preset("shapes-4step", ["distill.lora.rank=2", "distill.train=lora"], {})
     backbone = load_backbone(resolved.preset.model, CPU, torch.float32)
     roles = Roles(backbone.transformer, resolved.preset.distill.lora, 0)
     state = {role: roles.state(role) for role in ("generator", "fake")}
