@@ -24,7 +24,7 @@ from rtdmd_cli.config import (
 from rtdmd_cli.config.section import ATTENTION
 from rtdmd_cli.errors import EnvironmentFailure, UsageError
 
-SHAPES = ["shapes-4step", "shapes-4step-full"]
+SHAPES = ["shapes-4step", "shapes-4step-full", "shapes-4step-lora"]
 
 
 def write(folder: Path, text: str, name: str = "mine.yaml") -> str:
