@@ -31,13 +31,14 @@ def export(
         ),
     ] = None,
     format_: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--format",
             metavar="diffusers|comfyui|merged|all",
-            help="diffusers: a LoRA file. comfyui: a LoRA file and workflows. merged: a whole pipeline.",
+            help="diffusers: a LoRA file. comfyui: a LoRA file and workflows. merged: a whole pipeline. "
+            "Default: diffusers; merged where every weight was trained.",
         ),
-    ] = FORMATS[0],
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder to make. Default: exports/NAME OF THE RUN.")
     ] = None,
@@ -63,12 +64,12 @@ def export(
 
     Each export is loaded into the stock pipeline and has to make the run's pictures before the folder gets its name.
     """
-    formats = _formats(format_)
+    asked = None if format_ is None else _formats(format_)
     if public and push_to_hub is None:
         raise UsageError("--public is about the repository of --push-to-hub.", "Add --push-to-hub USER/NAME.")
     console.quiet_libraries(quiet)
     from rtdmd_cli.engine.export.card import local_name
-    from rtdmd_cli.engine.export.export_run import Request, run_export
+    from rtdmd_cli.engine.export.export_run import Request, default_formats, run_export
     from rtdmd_cli.engine.runtime.device import resolve_device, resolve_dtype
 
     source = _source(run, quiet)
@@ -79,7 +80,7 @@ def export(
     folder = folder if folder.name not in ("", "..") else folder.resolve()
     request = Request(
         source=source,
-        formats=formats,
+        formats=asked or default_formats(source.preset, rank),
         out=folder,
         where=push_to_hub or local_name(str(folder)),
         rank=rank,

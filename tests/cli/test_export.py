@@ -339,8 +339,11 @@ def test_a_generator_trained_in_full_is_a_pipeline(world: World) -> None:
         preset = write_preset(Path("full.yaml"))
         preset.write_text(preset.read_text().replace("distill: {", "distill: {train: full, "))
         make_run(preset, Path("runs"), "full")
-    refused = world.run("export", "full")
-    assert refused.code == 2 and "no adapter" in refused.err
+    for adapter in (("--format", "diffusers"), ("--rank", "4")):
+        refused = world.run("export", "full", *adapter)
+        assert refused.code == 2 and "no adapter" in refused.err
+    plain = world.run("export", "full", "--out", "exports/plain", "--no-check", "--json")
+    assert plain.code == 0 and plain.json["formats"] == ["merged"]
     result = world.run("export", "full", "--format", "all", "--json")
     assert result.code == 0, result.err
     found = result.json

@@ -119,6 +119,11 @@ def run_export(request: Request, say: Callable[[str], None]) -> dict[str, Any]:
     return described
 
 
+def default_formats(preset: Preset, rank: int | None) -> tuple[str, ...]:
+    """The adapter; the pipeline where there is none, unless an adapter's rank was asked for, which `prepared` refuses."""
+    return ("merged",) if is_full(preset) and rank is None else ("diffusers",)
+
+
 def prepared(request: Request, say: Callable[[str], None]) -> Request:
     """The request as it can be met: whole weights as a pipeline alone, and the base model unquantised.
 
