@@ -302,7 +302,7 @@ def test_the_process_environment_is_the_default(monkeypatch: pytest.MonkeyPatch)
         ("distill.grad_clip=2", "distill.grad_clip", 2.0),
         (" distill.batch = 8 ", "distill.batch", 8),
         ("distill.betas=[5e-1, 0.9]", "distill.betas", [0.5, 0.9]),
-        ("sampler.raw_steps=[1000,500]", "sampler.raw_steps", [1000, 500]),
+        ("sampler.raw_steps=[1000,900,600,300]", "sampler.raw_steps", [1000, 900, 600, 300]),
         ("distill.micro_batch=null", "distill.micro_batch", None),
         ("distill.ema_warmup=true", "distill.ema_warmup", True),
         ("model.revision=1234567", "model.revision", "1234567"),
