@@ -284,10 +284,9 @@ def rollout(trainer: Trainer, draws: Draws, cond: Conditioning) -> Iterator[Poin
     used, sigmas, training = boundaries_in_use(trainer, draws), trainer.sigmas, torch.is_grad_enabled()
     last, x = max(used), draws.normal("initial")
     passed: list[Tensor] = []
-    first_joined = last - trainer.config.backprop_steps  # the first transition that hands its gradient on
     for number in range(last):
-        sigma, s, joined = sigmas[number], sigmas[number + 1], training and number >= first_joined
-        with torch.set_grad_enabled(joined or (training and number + 1 in used)):
+        sigma, s, joined = sigmas[number], sigmas[number + 1], number >= last - trainer.config.backprop_steps
+        with torch.set_grad_enabled(training and (joined or number + 1 in used)):
             v = trainer.backbone.velocity(x, x.new_full(x.shape[:1], sigma), cond)
             x0 = to_x0(x, sigma, v)
             x_s = cps_step(x, v, sigma, s, trainer.eta, draws.normal(f"{number}/step")) if s > 0 else x0
@@ -297,10 +296,9 @@ def rollout(trainer: Trainer, draws: Draws, cond: Conditioning) -> Iterator[Poin
             if passed and number + 1 == last:
                 bound_gradients(boundary.x_s, passed)
             yield number, boundary
-        x = (
-            x_s.clone() if joined else x_s.detach()
-        )  # a clone: the hook sees what comes from later steps alone
-        if joined and number + 1 < last:
+        x = x_s.detach()
+        if training and joined and number + 1 < last:
+            x = x_s.clone()  # of its own, so that the bound holds for what comes from later steps alone
             passed.append(x)
 
 

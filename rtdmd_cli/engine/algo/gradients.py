@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 
-def bound_gradients(x0: Tensor, earlier: Sequence[Tensor]) -> None:
-    """Let no sample's gradient grow on the way back: in each earlier latent at most the norm that it has in x0.
+def bound_gradients(last: Tensor, earlier: Sequence[Tensor]) -> None:
+    """Let no sample's gradient grow on the way back: in each earlier latent at most the norm that it has in the last.
 
     Where two pictures are equally near, a latent at high noise decides between them, and the gradient there is
     thousands of times that of the other samples (measured on the built-in world: median 0.01, largest 4): one sample in
@@ -23,6 +23,6 @@ def bound_gradients(x0: Tensor, earlier: Sequence[Tensor]) -> None:
         own = norm(gradient)
         return gradient * torch.where(own > sizes[0], sizes[0] / own, 1.0)
 
-    x0.register_hook(lambda gradient: sizes.append(norm(gradient)))
+    last.register_hook(lambda gradient: sizes.append(norm(gradient)))
     for x in earlier:
         x.register_hook(limit)
