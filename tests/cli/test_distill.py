@@ -6,15 +6,12 @@ The runs of `world` are made once, two processes at a time; every test looks at 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,39 +24,12 @@ from rtdmd_cli.config.loader import Resolved, load_preset
 from rtdmd_cli.engine.runtime.checkpoint import load_checkpoint, save_checkpoint
 from rtdmd_cli.engine.runtime.run_folder import RunFolder
 from rtdmd_cli.errors import DataError, UsageError
+from tests.commands import ENDLESS, LIMIT, Done, World, launch, newest, steps, timeless, wait
 from tests.tiny_models import PROMPTS, TEXT_LENGTH, sd3_folder
 from tests.tiny_runs import generator_weights, make_run
 
-ROOT = Path(__file__).parents[2]
-COMMAND = [sys.executable, "-m", "rtdmd_cli", "distill"]
 LONG = 40  # iterations of the run that is broken off again and again
 SHORT = 10  # of the others
-ENDLESS = 1_000_000
-LIMIT = 300  # s, of one process
-TIMES = ("seconds", "iterations_per_second")
-
-
-@dataclass(frozen=True)
-class Done:
-    """A process that has ended."""
-
-    code: int
-    out: str
-    err: str
-
-
-@dataclass(frozen=True)
-class World:
-    """The folder in which the processes work, and how they ended by name."""
-
-    folder: Path
-    done: dict[str, Done]
-
-    def run(self, name: str) -> RunFolder:
-        return RunFolder(self.folder / "runs" / name)
-
-    def checkpoint(self, name: str, step: int) -> Path:
-        return self.run(name).checkpoints / f"step-{step:06d}"
 
 
 def write_preset(folder: Path) -> None:
@@ -77,26 +47,7 @@ def write_preset(folder: Path) -> None:
 
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("RTDMD_")}
-    extra = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen(
-        [*COMMAND, "--preset", "tiny.yaml", *arguments],
-        cwd=folder,
-        env=clean | extra | {"RTDMD_CACHE": str(folder / "cache")},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def wait(process: subprocess.Popen[str]) -> Done:
-    try:
-        out, err = process.communicate(timeout=LIMIT)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        raise
-    return Done(process.returncode, out, err)
+    return launch(folder, "rtdmd_cli", "distill", "--preset", "tiny.yaml", *arguments)
 
 
 def train(folder: Path, name: str, iterations: int, *arguments: str) -> Done:
@@ -118,32 +69,22 @@ def break_off(
     return wait(process)
 
 
-def iteration(run: RunFolder) -> int:
-    """Of the newest line of metrics.jsonl."""
-    rows = run.metrics.read()
-    return int(rows[-1]["iteration"]) if rows else 0
-
-
-def steps(run: RunFolder) -> list[int]:
-    return sorted(int(path.name.removeprefix("step-")) for path in run.checkpoints.glob("step-*"))
-
-
 def broken_run(folder: Path) -> dict[str, Done]:
     """The run "broken": ended by SIGTERM, SIGINT, and kill -9 soon after a checkpoint; then finished."""
     run, done = RunFolder(folder / "runs" / "broken"), {}
-    done["SIGTERM"] = break_off(folder, "broken", signal.SIGTERM, lambda r: iteration(r) >= 2)
-    first = iteration(run)
+    done["SIGTERM"] = break_off(folder, "broken", signal.SIGTERM, lambda r: newest(r) >= 2)
+    first = newest(run)
     resume = ("--resume", "auto")
-    done["SIGINT"] = break_off(folder, "broken", signal.SIGINT, lambda r: iteration(r) >= first + 2, *resume)
+    done["SIGINT"] = break_off(folder, "broken", signal.SIGINT, lambda r: newest(r) >= first + 2, *resume)
     saved = steps(run)
     done["SIGKILL"] = break_off(
         folder,
         "broken",
         signal.SIGKILL,
-        lambda r: len(steps(r)) > len(saved) and iteration(r) >= steps(r)[-1] + 2,
+        lambda r: len(steps(r)) > len(saved) and newest(r) >= steps(r)[-1] + 2,
         *resume,
     )
-    done["before the kill"] = Done(iteration(run), "", "")
+    done["before the kill"] = Done(newest(run), "", "")
     done["broken"] = train(folder, "broken", LONG, *resume)
     return done
 
@@ -191,12 +132,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
 def contents(folder: Path, pattern: str = "*") -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.glob(pattern))}
-
-
-def timeless(run: RunFolder, last: int = ENDLESS) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl without their times."""
-    rows = [row for row in run.metrics.read() if row["iteration"] <= last]
-    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
 
 
 def state(path: Path) -> dict[str, Any]:

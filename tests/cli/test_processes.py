@@ -6,12 +6,9 @@ The runs of `world` are made once; the tests look at what they left behind.
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -21,8 +18,8 @@ from rtdmd_cli.cli.launching import without_option
 from rtdmd_cli.engine.runtime.checkpoint import load_checkpoint
 from rtdmd_cli.engine.runtime.run_folder import RunFolder
 from tests.cli.test_distill import write_preset
+from tests.commands import ROOT, World, launch, wait
 
-ROOT = Path(__file__).parents[2]
 LIMIT = 900  # s, of one command
 TWO = ("--processes", "2")
 TUNING = {
@@ -39,67 +36,15 @@ TUNING = {
 }
 
 
-@dataclass(frozen=True)
-class Done:
-    """A command that has ended."""
-
-    code: int
-    out: str
-    err: str
-
-
-@dataclass(frozen=True)
-class World:
-    """The folder in which the commands work, and how they ended by name."""
-
-    folder: Path
-    done: dict[str, Done]
-
-    def run(self, name: str) -> RunFolder:
-        return RunFolder(self.folder / "runs" / name)
-
-
-def environment(folder: Path) -> dict[str, str]:
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("RTDMD_", "ACCELERATE_"))}
-    extra = {
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "GLOO_SOCKET_IFNAME": "lo",
-    }
-    return clean | extra | {"RTDMD_CACHE": str(folder / "cache"), "HF_HOME": str(folder / "hf")}
-
-
-def start(folder: Path, *command: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", *command],
-        cwd=folder,
-        env=environment(folder),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def wait(process: subprocess.Popen[str]) -> Done:
-    try:
-        out, err = process.communicate(timeout=LIMIT)
-    except subprocess.TimeoutExpired:
-        process.terminate()
-        raise
-    return Done(process.returncode, out, err)
-
-
 def distill(folder: Path, name: str, iterations: int, *arguments: str) -> subprocess.Popen[str]:
     given = ["--preset", "tiny.yaml", "--name", name, "--set", f"distill.iterations={iterations}"]
-    return start(folder, "rtdmd_cli", "distill", *given, *arguments)
+    return launch(folder, "rtdmd_cli", "distill", *given, *arguments)
 
 
 def tune(folder: Path, name: str, *arguments: str) -> subprocess.Popen[str]:
     given = [part for key, value in TUNING.items() for part in ("--set", f"tune_reward.{key}={value}")]
     given += ["--set", "distill.eps=0.001", "--reward", "shapes-clip", "--from", "runs/one", "--name", name]
-    return start(folder, "rtdmd_cli", "tune-reward", *given, *arguments)
+    return launch(folder, "rtdmd_cli", "tune-reward", *given, *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -107,17 +52,17 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     """ "one": 4 iterations in one process; "two": 2 in two, then 2 more in two; both stages' second; a broken run."""
     folder = tmp_path_factory.mktemp("processes")
     write_preset(folder)
-    done = {"one": wait(distill(folder, "one", 4, "--json"))}
-    done["two"] = wait(distill(folder, "two", 2, *TWO, "--json"))
-    done["two resumed"] = wait(distill(folder, "two", 4, *TWO, "--json", "--resume", "auto"))
-    done["tuned one"] = wait(tune(folder, "tuned-one", "--json"))
-    done["tuned two"] = wait(tune(folder, "tuned-two", *TWO, "--json"))
+    done = {"one": wait(distill(folder, "one", 4, "--json"), LIMIT)}
+    done["two"] = wait(distill(folder, "two", 2, *TWO, "--json"), LIMIT)
+    done["two resumed"] = wait(distill(folder, "two", 4, *TWO, "--json", "--resume", "auto"), LIMIT)
+    done["tuned one"] = wait(tune(folder, "tuned-one", "--json"), LIMIT)
+    done["tuned two"] = wait(tune(folder, "tuned-two", *TWO, "--json"), LIMIT)
     broken, run = distill(folder, "broken", 1_000_000, *TWO), RunFolder(folder / "runs/broken")
     limit = time.monotonic() + LIMIT
     while broken.poll() is None and not run.metrics.read() and time.monotonic() < limit:
         time.sleep(0.02)
     broken.send_signal(signal.SIGTERM)
-    done["broken"] = wait(broken)
+    done["broken"] = wait(broken, LIMIT)
     return World(folder, done)
 
 
@@ -177,10 +122,10 @@ def test_the_launcher_passes_the_command_on_without_its_own_option() -> None:
 
 def test_what_happens_in_one_process_is_known_to_all(tmp_path: Path) -> None:
     """A script of two processes: sums, rows in order, and a failure of one that stops the other."""
-    launch = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"]
+    options = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"]
     quiet = ["--mixed_precision", "no", "--dynamo_backend", "no"]
     script = str(ROOT / "tests/engine/runtime/two_processes.py")
-    done = wait(start(tmp_path, "accelerate.commands.launch", *launch, *quiet, script))
+    done = wait(launch(tmp_path, "accelerate.commands.launch", *options, *quiet, script), LIMIT)
     lines = sorted(line for line in done.out.splitlines() if line.startswith("process "))
     assert lines == ["process 0: all right, other stopped with 5", "process 1: all right, stopped with 5"], (
         done.err

@@ -6,17 +6,13 @@ The processes of `world` are made once, two at a time; mistakes are tried in thi
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -30,17 +26,14 @@ from rtdmd_cli.engine.rewards import registry
 from rtdmd_cli.engine.runtime.checkpoint import load_checkpoint, save_checkpoint
 from rtdmd_cli.engine.runtime.run_folder import RunFolder
 from rtdmd_cli.engine.training_run import Outcome
+from tests.commands import ENDLESS, LIMIT, Done, World, launch, newest, steps, timeless, wait
 from tests.tiny_models import PROMPTS
 from tests.tiny_runs import add_checkpoint, generator_weights, make_run
 from tests.tiny_tuning import find
 
-ROOT = Path(__file__).parents[2]
 TRAINED, JUDGE = "shapes-clip", "shapes-clip-heldout"
 LONG = 14  # epochs of the run that is broken off
 SHORT = 4
-ENDLESS = 1_000_000
-LIMIT = 300  # s, of one process
-TIMES = ("seconds", "iterations_per_second")
 RECIPE = {
     "prompts": "tiny.txt",
     "images_per_epoch": 8,
@@ -59,51 +52,9 @@ SETTINGS = [part for key, value in RECIPE.items() for part in ("--set", f"tune_r
 SETTINGS += ["--set", "distill.eps=0.001", "--set", "hardware.threads=1", "--reward", TRAINED]
 
 
-@dataclass(frozen=True)
-class Done:
-    """A command that has ended."""
-
-    code: int
-    out: str
-    err: str
-
-
-@dataclass(frozen=True)
-class World:
-    """The folder in which the processes work, and how they ended by name."""
-
-    folder: Path
-    done: dict[str, Done]
-
-    def run(self, name: str) -> RunFolder:
-        return RunFolder(self.folder / "runs" / name)
-
-    def checkpoint(self, name: str, step: int) -> Path:
-        return self.run(name).checkpoints / f"step-{step:06d}"
-
-
 def start(folder: Path, name: str, epochs: int, *arguments: str) -> subprocess.Popen[str]:
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("RTDMD_")}
-    extra = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     given = ["--name", name, "--set", f"tune_reward.epochs={epochs}", *SETTINGS, *arguments]
-    return subprocess.Popen(
-        [sys.executable, "-m", "rtdmd_cli", "tune-reward", *given],
-        cwd=folder,
-        env=clean | extra | {"RTDMD_CACHE": str(folder / "cache")},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def wait(process: subprocess.Popen[str]) -> Done:
-    try:
-        out, err = process.communicate(timeout=LIMIT)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        raise
-    return Done(process.returncode, out, err)
+    return launch(folder, "rtdmd_cli", "tune-reward", *given)
 
 
 def break_off(
@@ -119,28 +70,18 @@ def break_off(
     return wait(process)
 
 
-def epoch(run: RunFolder) -> int:
-    """Of the newest line of metrics.jsonl."""
-    rows = run.metrics.read()
-    return int(rows[-1]["iteration"]) if rows else 0
-
-
-def steps(run: RunFolder) -> list[int]:
-    return sorted(int(path.name.removeprefix("step-")) for path in run.checkpoints.glob("step-*"))
-
-
 def broken_run(folder: Path) -> dict[str, Done]:
     """The run "broken": ended by SIGTERM, then by kill -9 between two checkpoints; then finished."""
     run, done = RunFolder(folder / "runs" / "broken"), {}
-    done["SIGTERM"] = break_off(folder, signal.SIGTERM, lambda r: epoch(r) >= 2)
+    done["SIGTERM"] = break_off(folder, signal.SIGTERM, lambda r: newest(r) >= 2)
     saved = steps(run)
     done["SIGKILL"] = break_off(
         folder,
         signal.SIGKILL,
-        lambda r: len(steps(r)) > len(saved) and epoch(r) >= steps(r)[-1] + 1,
+        lambda r: len(steps(r)) > len(saved) and newest(r) >= steps(r)[-1] + 1,
         *("--resume", "auto"),
     )
-    done["before the kill"] = Done(epoch(run), "", "")
+    done["before the kill"] = Done(newest(run), "", "")
     done["broken"] = wait(start(folder, "broken", LONG, "--resume", "auto"))
     return done
 
@@ -165,12 +106,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
 def contents(folder: Path, pattern: str = "*") -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.glob(pattern))}
-
-
-def timeless(run: RunFolder, last: int = ENDLESS) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl without their times."""
-    rows = [row for row in run.metrics.read() if row["iteration"] <= last]
-    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
 
 
 def test_a_run_from_start_to_end(world: World) -> None:

@@ -1,0 +1,83 @@
+"""The program as a person runs it: processes in a folder, how they ended, and what their runs hold."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rtdmd_cli.engine.runtime.run_folder import RunFolder
+
+ROOT = Path(__file__).parents[1]
+ENDLESS = 1_000_000
+LIMIT = 300  # s, of one process
+TIMES = ("seconds", "iterations_per_second")
+
+
+@dataclass(frozen=True)
+class Done:
+    """A process that has ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+@dataclass(frozen=True)
+class World:
+    """The folder in which the processes work, and how they ended by name."""
+
+    folder: Path
+    done: dict[str, Done]
+
+    def run(self, name: str) -> RunFolder:
+        return RunFolder(self.folder / "runs" / name)
+
+    def checkpoint(self, name: str, step: int) -> Path:
+        return self.run(name).checkpoints / f"step-{step:06d}"
+
+
+def launch(folder: Path, *module: str) -> subprocess.Popen[str]:
+    """`python -m MODULE ARGUMENTS ...` in `folder`: one thread, no network, caches of its own."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("RTDMD_", "ACCELERATE_"))}
+    own = {"RTDMD_CACHE": str(folder / "cache"), "HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1"}
+    own |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    return subprocess.Popen(
+        [sys.executable, "-m", *module],
+        cwd=folder,
+        env=clean | own,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait(process: subprocess.Popen[str], limit: float = LIMIT) -> Done:
+    """Its end, within `limit` seconds; after that it is ended, and TimeoutExpired is raised."""
+    try:
+        out, err = process.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # not killed: a launcher has to end its own processes
+        raise
+    return Done(process.returncode, out, err)
+
+
+def newest(run: RunFolder) -> int:
+    """Iteration, or epoch, of the newest line of metrics.jsonl."""
+    rows = run.metrics.read()
+    return int(rows[-1]["iteration"]) if rows else 0
+
+
+def steps(run: RunFolder) -> list[int]:
+    """Of its checkpoints."""
+    return sorted(int(path.name.removeprefix("step-")) for path in run.checkpoints.glob("step-*"))
+
+
+def timeless(run: RunFolder, last: int = ENDLESS) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl without their times."""
+    rows = [row for row in run.metrics.read() if row["iteration"] <= last]
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
