@@ -5,9 +5,9 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from difflib import SequenceMatcher
+from difflib import SequenceMatcher, get_close_matches
 
 from typer._click.exceptions import NoArgsIsHelpError, NoSuchOption, UsageError  # see typer in pyproject.toml
 from typer.core import TyperGroup
@@ -90,6 +90,11 @@ def nearest(text: str, known: Iterable[str]) -> str:
     return max(known, key=lambda name: SequenceMatcher(None, text, name).ratio())
 
 
+def _nearest_of(close: Sequence[str]) -> str:
+    """Half a sentence, or nothing where no name is similar: a setting of the preset, say, given as an option."""
+    return f"; the nearest is `{close[0]}`" if close else ""
+
+
 def _usage(error: UsageError) -> Failure:
     """A wrong command line; names the nearest command or option."""
     message, context = f"{error.format_message().rstrip('.')}.", error.ctx
@@ -101,8 +106,8 @@ def _usage(error: UsageError) -> Failure:
         options = [
             name for param in command.get_params(context) for name in (*param.opts, *param.secondary_opts)
         ]
-        close = nearest(error.option_name, [name for name in options if name.startswith("-")])
-        message = f"`{path}` has no option `{error.option_name}`; the nearest is `{close}`."
+        close = get_close_matches(error.option_name, [name for name in options if name.startswith("-")], 1)
+        message = f"`{path}` has no option `{error.option_name}`{_nearest_of(close)}."
     elif unknown and isinstance(command, TyperGroup):
         close = nearest(unknown[2], command.list_commands(context))
         message = f"`{path}` has no command `{unknown[2]}`; the nearest is `{close}`."

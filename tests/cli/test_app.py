@@ -244,6 +244,7 @@ def test_an_unexpected_error_is_one_line_without_a_traceback(
             "`rtdmd distill` has no option `--pre`; the nearest is `--preset`.",
             "rtdmd distill --help",
         ),
+        ("distill --itrations 3", "`rtdmd distill` has no option `--itrations`.", "rtdmd distill --help"),
         ("distill --seet=a=b", "has no option `--seet`; the nearest is `--set`.", "rtdmd distill --help"),
         ("presets list extra", "Got unexpected extra argument(s) (extra).", "rtdmd presets list --help"),
         ("presets show", "Missing argument 'NAME|FILE'.", "rtdmd presets show --help"),
