@@ -90,9 +90,9 @@ def nearest(text: str, known: Iterable[str]) -> str:
     return max(known, key=lambda name: SequenceMatcher(None, text, name).ratio())
 
 
-def _nearest_of(close: Sequence[str]) -> str:
+def _nearest_of(similar: Sequence[str]) -> str:
     """Half a sentence, or nothing where no name is similar: a setting of the preset, say, given as an option."""
-    return f"; the nearest is `{close[0]}`" if close else ""
+    return f"; the nearest is `{similar[0]}`" if similar else ""
 
 
 def _usage(error: UsageError) -> Failure:
@@ -106,8 +106,8 @@ def _usage(error: UsageError) -> Failure:
         options = [
             name for param in command.get_params(context) for name in (*param.opts, *param.secondary_opts)
         ]
-        close = get_close_matches(error.option_name, [name for name in options if name.startswith("-")], 1)
-        message = f"`{path}` has no option `{error.option_name}`{_nearest_of(close)}."
+        similar = get_close_matches(error.option_name, [name for name in options if name.startswith("-")], 1)
+        message = f"`{path}` has no option `{error.option_name}`{_nearest_of(similar)}."
     elif unknown and isinstance(command, TyperGroup):
         close = nearest(unknown[2], command.list_commands(context))
         message = f"`{path}` has no command `{unknown[2]}`; the nearest is `{close}`."
