@@ -112,7 +112,17 @@ class TuneRewardConfig(Section):
         default=1e-3,
         ge=0,
         le=1e6,
-        description="weight of distribution matching on the last step; 0 turns it off, and the fake score's turn with it",
+        description="weight of distribution matching; 0 turns it off, and the fake score's turn with it",
+    )
+    matching: Literal["last", "distill"] = Field(
+        default="last",
+        description="last: of the epoch's images through the last step (published); distill: of fresh rollouts, as in stage 1",
+    )
+    matching_images: int | None = Field(
+        default=None,
+        ge=1,
+        le=1_000_000,
+        description="fresh rollouts an epoch of `matching: distill`, on prompts of that epoch; null for images_per_epoch",
     )
     backprop_weight: float = Field(
         default=1e-4, ge=0, le=1e6, description="weight of reward back-propagation; 0 turns it off"
@@ -197,6 +207,10 @@ class TuneRewardConfig(Section):
                     f"`tune_reward.{name}` ({part}) must divide `tune_reward.images_per_epoch` "
                     f"({self.images_per_epoch})"
                 )
+        if self.matching_images is not None and self.matching != "distill":
+            raise ValueError(
+                f"`tune_reward.matching_images` ({self.matching_images}) needs `tune_reward.matching: distill`"
+            )
         both = sorted(set(self.held_out) & split_weights(self.rewards).keys())
         if both:
             raise ValueError(f"`tune_reward.held_out` names {both[0]}, which `tune_reward.rewards` trains on")

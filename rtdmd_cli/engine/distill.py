@@ -130,8 +130,17 @@ def update_fake_score(trainer: Trainer, iteration: int, prompts: Tensor) -> None
     """The fake score's turn: velocity matching on the generator's samples, and the regulariser."""
     check_weights(trainer, iteration)
     trainer.fake_optimizer.zero_grad(set_to_none=True)
+    add_fake_gradients(trainer, "fake", iteration, prompts)
+    config = trainer.config
+    total = config.iterations if config.lr_decay == "both" else None
+    rate = optim.learning_rate_at(iteration, config.fake_lr, config.lr_warmup, total)
+    move_role(trainer, "fake", trainer.fake_optimizer, rate, iteration)
+
+
+def add_fake_gradients(trainer: Trainer, turn: str, iteration: int, prompts: Tensor) -> None:
+    """Accumulate the gradients of the fake score's loss on fresh rollouts, one for each of `prompts` [B]."""
     with trainer.processes.agreeing():
-        for draws, cond, share in micro_batches(trainer, "fake", iteration, prompts):
+        for draws, cond, share in micro_batches(trainer, turn, iteration, prompts):
             with trainer.roles.role("generator"), torch.no_grad():
                 points = list(rollout(trainer, draws, cond))
             with trainer.roles.role("fake", train=True):
@@ -139,10 +148,6 @@ def update_fake_score(trainer: Trainer, iteration: int, prompts: Tensor) -> None
                     loss = fake_loss(trainer, draws, group, cond, share / len(points))
                     optim.check_finite("The fake-score loss", loss, iteration + 1)
                     loss.backward()
-    config = trainer.config
-    total = config.iterations if config.lr_decay == "both" else None
-    rate = optim.learning_rate_at(iteration, config.fake_lr, config.lr_warmup, total)
-    move_role(trainer, "fake", trainer.fake_optimizer, rate, iteration)
 
 
 def fake_loss(
@@ -221,14 +226,7 @@ def update_generator(trainer: Trainer, iteration: int, prompts: Tensor) -> None:
     """The generator's turn: distribution matching at every boundary in use, then the EMA."""
     check_weights(trainer, iteration)
     trainer.generator_optimizer.zero_grad(set_to_none=True)
-    with trainer.processes.agreeing():
-        for draws, cond, share in micro_batches(trainer, "generator", iteration, prompts):
-            with trainer.roles.role("generator", train=True):
-                used = len(boundaries_in_use(trainer, draws))
-                for group in evaluated_together(trainer, rollout(trainer, draws, cond)):
-                    loss = matching_loss(trainer, draws, group, cond, share / used)
-                    optim.check_finite("The generator loss", loss, iteration + 1)
-                    loss.backward()
+    add_matching_gradients(trainer, "generator", iteration, prompts)
     config, done = trainer.config, trainer.generator_updates
     total = config.iterations // config.fake_per_generator if config.lr_decay != "none" else None
     rate = optim.learning_rate_at(done, config.generator_lr, config.lr_warmup, total)
@@ -236,6 +234,20 @@ def update_generator(trainer: Trainer, iteration: int, prompts: Tensor) -> None:
     decay = optim.ema_decay_at(done, config.ema_decay, config.ema_warmup)
     optim.ema_update(trainer.ema, trainer.roles.named_parameters("generator"), decay)
     trainer.generator_updates += 1
+
+
+def add_matching_gradients(
+    trainer: Trainer, turn: str, iteration: int, prompts: Tensor, weight: float = 1.0
+) -> None:
+    """Accumulate `weight` times the gradients of distribution matching on fresh rollouts, one for each of `prompts` [B]."""
+    with trainer.processes.agreeing():
+        for draws, cond, share in micro_batches(trainer, turn, iteration, prompts):
+            with trainer.roles.role("generator", train=True):
+                used = len(boundaries_in_use(trainer, draws))
+                for group in evaluated_together(trainer, rollout(trainer, draws, cond)):
+                    loss = matching_loss(trainer, draws, group, cond, share / used)
+                    optim.check_finite("The generator loss", loss, iteration + 1)
+                    (weight * loss).backward()
 
 
 def matching_loss(

@@ -155,11 +155,14 @@ def held_out_first(names: Iterable[str], held_out: Sequence[str]) -> list[str]:
     return sorted(names, key=lambda name: name not in held_out)
 
 
+MATCHED = {"last": "", "distill": " as in distill"}
+
+
 def terms(config: TuneRewardConfig) -> str:
     """The terms of the generator's loss that are on."""
     weights = {
         f"policy on {config.subset_steps} steps": config.policy_weight,
-        "distribution matching": config.dmd_weight,
+        f"distribution matching{MATCHED[config.matching]}": config.dmd_weight,
         f"reward back-propagation through {config.backprop_steps} steps": config.backprop_weight,
         "KL": config.kl_weight,
     }

@@ -12,123 +12,50 @@ One epoch, one optimiser step of each role:
     generator's turn   clipped surrogate on the chosen steps; on the last step distribution matching and the
                        reward's own gradient
 
+With `matching: distill` the fake's turn and the matching are stage 1's own, on fresh rollouts of the epoch's prompts.
+Matched through the last step alone, the others are free to follow the reward.
+
 The generator is stage 1's, frozen, with a fresh adapter on top (`roles.py`). Random numbers are keyed by (seed,
 stream, epoch, image), so that micro-batches and resumed runs see the same ones.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
-from typing import Protocol
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from rtdmd_cli.config.tune_reward import TuneRewardConfig
 from rtdmd_cli.engine.algo.advantages import group_advantages
-from rtdmd_cli.engine.algo.flow import cps_logprob, cps_mean_std, to_x0
+from rtdmd_cli.engine.algo.flow import cps_logprob
 from rtdmd_cli.engine.algo.gradients import bound_gradients
 from rtdmd_cli.engine.algo.losses import clipped_policy_loss, gaussian_kl, reward_hinge_loss
 from rtdmd_cli.engine.backbones.base import Conditioning
 from rtdmd_cli.engine.distill import (
     Boundary,
     Draws,
-    Trainer,
     add,
+    add_fake_gradients,
+    add_matching_gradients,
     check_weights,
     fake_loss,
     matching_loss,
     move_role,
-    parts_of,
 )
 from rtdmd_cli.engine.rewards.scoring import Scores, require_judged
 from rtdmd_cli.engine.rewards.sharing import gathered, require_work
-from rtdmd_cli.engine.runtime import optim, rng
+from rtdmd_cli.engine.runtime import optim
+from rtdmd_cli.engine.tune_rollouts import (
+    Rollouts,
+    Tuner,
+    last_step,
+    micro_batches,
+    roll_out,
+    transition,
+)
 
-FAKE, GENERATOR, ROLLOUT = "tune/fake", "tune/generator", "tune/rollout"
-"""Names of the random streams; stage 1's are others."""
-
-
-class Rewards(Protocol):
-    """What the recipe needs of the rewards; `rewards.mixture.RewardMixture` is the real one."""
-
-    weights: dict[str, float]
-
-    @property
-    def differentiable(self) -> tuple[str, ...]:
-        """Names of those with a gradient."""
-        ...
-
-    def hold_differentiable(self) -> AbstractContextManager[None]:
-        """Within the block the differentiable rewards stay loaded."""
-        ...
-
-    def score(self, images: Tensor, prompts: Sequence[int]) -> Scores:
-        """Each reward of images [N,3,H,W] on the CPU and their prompts' indices, and what could not be judged."""
-        ...
-
-    def combined(self, rewards: Mapping[str, Tensor]) -> Tensor | None:
-        """What `differentiable_sum` gives, [N], from rewards that are known; None where none is differentiable."""
-        ...
-
-    def differentiable_sum(self, images: Tensor, prompts: Sequence[int]) -> Tensor:
-        """Weighted sum [B] of the differentiable rewards, each over its divisor, with gradient to the images."""
-        ...
-
-
-@dataclass
-class Tuner:
-    """What the recipe works on. `core` holds roles, optimisers and EMA; its settings are section 3's.
-
-    tell: is given a line for each image that is left out.
-    """
-
-    core: Trainer
-    config: TuneRewardConfig
-    rewards: Rewards
-    tell: Callable[[str], None] = lambda line: None
-
-    @property
-    def stochastic(self) -> int:
-        """Number of stochastic steps: all but the last."""
-        return len(self.core.sigmas) - 2
-
-    @property
-    def backprop_weight(self) -> float:
-        """Weight of reward back-propagation: 0 where no reward has a gradient."""
-        return self.config.backprop_weight if self.rewards.differentiable else 0.0
-
-
-@dataclass(frozen=True)
-class Rollouts:
-    """The images of an epoch, on the CPU; of several processes each has its own part of the N images.
-
-    x [n,T+1,C,H,W] float32: x[:, k] at `sigmas[k]`, the last the clean latent. logp [n,T-1] of the stochastic
-    steps. prompts [N]: prompt indices, group after group. steps: the chosen ones. parts: this process's micro-batches,
-    by the images' numbers; first: the number of its first image; count: images of all processes in any part.
-    reward [N]: weighted sum of the differentiable rewards, where it is known.
-    """
-
-    x: Tensor
-    logp: Tensor
-    prompts: Tensor
-    steps: tuple[int, ...]
-    parts: tuple[Sequence[int], ...] = field(repr=False)
-    first: int
-    count: int
-    reward: Tensor | None = None
-
-    def only(self, rows: Tensor) -> "Rollouts":
-        """Without the other rows in any part: nothing is trained on them. All else is as it was, noise included."""
-        wanted = set(rows.tolist())
-        if len(wanted) == len(self.prompts):
-            return self
-        parts = [[row for row in part if row in wanted] for part in self.parts]
-        return replace(self, parts=tuple(part for part in parts if part), count=len(wanted))
-
-    def rows(self, part: Sequence[int]) -> list[int]:
-        """Where the images of a part stand in `x` and `logp`."""
-        return [image - self.first for image in part]
+FAKE, GENERATOR = "tune/fake", "tune/generator"
+"""Names of the random streams of the two turns; stage 1's are others."""
 
 
 def tune(tuner: Tuner, epoch: int) -> None:
@@ -158,71 +85,6 @@ def tune(tuner: Tuner, epoch: int) -> None:
         core.metrics["left_out"] = float(left_out)
 
 
-def chosen_steps(tuner: Tuner, epoch: int) -> tuple[int, ...]:
-    """SubGRPO: M of the stochastic steps, one subset for the whole epoch, in order."""
-    order = rng.permutation(tuner.stochastic, tuner.config.seed, "tune/steps", epoch)
-    return tuple(sorted(order[: tuner.config.subset_steps].tolist()))
-
-
-def chosen_prompts(tuner: Tuner, epoch: int) -> Tensor:
-    """Prompt index of each image [N]: distinct prompts, each `images_per_prompt` times in a row."""
-    config = tuner.config
-    order = rng.permutation(tuner.core.prompts, config.seed, "tune/prompts", epoch)
-    return order[: config.images_per_epoch // config.images_per_prompt].repeat_interleave(
-        config.images_per_prompt
-    )
-
-
-def roll_out(tuner: Tuner, epoch: int) -> Rollouts:
-    """Roll the generator out with the epoch's noise; see `Rollouts`."""
-    core, steps, prompts = tuner.core, chosen_steps(tuner, epoch), chosen_prompts(tuner, epoch)
-    own = core.processes.part(len(prompts))
-    parts = tuple(parts_of(own, tuner.config.micro_batch))
-    latents, logps = [], []
-    for part in parts:
-        draws, cond = Draws(core, ROLLOUT, epoch, part), conditioning(core, prompts[list(part)])
-        with core.roles.role("generator"), torch.no_grad():
-            x, logp = roll_out_part(tuner, draws, cond, steps)
-        latents.append(x.cpu())
-        logps.append(logp.cpu())
-    return Rollouts(torch.cat(latents), torch.cat(logps), prompts, steps, parts, own.start, len(prompts))
-
-
-def roll_out_part(
-    tuner: Tuner, draws: Draws, cond: Conditioning, steps: tuple[int, ...]
-) -> tuple[Tensor, Tensor]:
-    """Every latent [b,T+1,C,H,W] and the log-probability of every stochastic step [b,T-1]."""
-    core, x = tuner.core, draws.normal("initial")
-    latents, logps = [x], []
-    for k in range(tuner.stochastic):
-        mean, std = transition(core, x, k, cond)
-        x = mean + std * (draws.normal(f"{k}/step") if k in steps else shared_noise(tuner, draws, k))
-        logps.append(cps_logprob(x, mean, std, tuner.config.logprob))
-        latents.append(x)
-    logp = torch.stack(logps, dim=1) if logps else x.new_zeros(len(x), 0)
-    return torch.stack([*latents, last_step(core, x, cond)], dim=1), logp
-
-
-def shared_noise(tuner: Tuner, draws: Draws, k: int) -> Tensor:
-    """Noise of a step that was not chosen: the same for all images of a prompt, [b,C,H,W]."""
-    groups = [index // tuner.config.images_per_prompt for index in draws.indices]
-    noise = rng.normal(tuner.core.shape, tuner.config.seed, f"{ROLLOUT}/{k}/shared", draws.iteration, groups)
-    return noise.to(tuner.core.backbone.device)
-
-
-def transition(core: Trainer, x: Tensor, k: int, cond: Conditioning) -> tuple[Tensor, Tensor]:
-    """Mean and std of the active role's stochastic step `k` from x [b,C,H,W]."""
-    sigma, sigma_next = core.sigmas[k], core.sigmas[k + 1]
-    v = core.backbone.velocity(x, x.new_full(x.shape[:1], sigma), cond)
-    return cps_mean_std(x, v, sigma, sigma_next, core.eta)
-
-
-def last_step(core: Trainer, x: Tensor, cond: Conditioning) -> Tensor:
-    """The active role's clean latent, from x [b,C,H,W] at the last level above 0."""
-    sigma = core.sigmas[-2]
-    return to_x0(x, sigma, core.backbone.velocity(x, x.new_full(x.shape[:1], sigma), cond))
-
-
 @torch.no_grad()
 def score(tuner: Tuner, rollouts: Rollouts) -> Scores:
     """Every reward of this process's decoded images."""
@@ -247,10 +109,29 @@ def advantages_of(tuner: Tuner, rewards: dict[str, Tensor], rows: Tensor, count:
 
 
 def update_fake_score(tuner: Tuner, epoch: int, rollouts: Rollouts) -> None:
-    """The fake score's turn: one optimiser step of section 3's loss on the epoch's images, s = 0."""
-    core, last = tuner.core, tuner.stochastic
+    """The fake score's turn: one optimiser step of section 3's loss."""
+    core, config = tuner.core, tuner.config
     check_weights(core, epoch)
     core.fake_optimizer.zero_grad(set_to_none=True)
+    if config.matching == "distill":
+        add_fake_gradients(core, FAKE, epoch, matched_prompts(tuner, rollouts))
+    else:
+        add_last_fake_gradients(tuner, epoch, rollouts)
+    total = config.epochs if config.lr_decay == "both" else None
+    rate = optim.learning_rate_at(epoch, config.fake_lr, config.lr_warmup, total)
+    move_role(core, "fake", core.fake_optimizer, rate, epoch)
+
+
+def matched_prompts(tuner: Tuner, rollouts: Rollouts) -> Tensor:
+    """Prompt index of each fresh rollout of `tune_reward.matching: distill` [m], evenly spread over the epoch's."""
+    count = len(rollouts.prompts)
+    wanted = tuner.config.matching_images or count
+    return rollouts.prompts[torch.arange(wanted) * count // wanted]
+
+
+def add_last_fake_gradients(tuner: Tuner, epoch: int, rollouts: Rollouts) -> None:
+    """Accumulate the gradients of section 3's loss on the epoch's images, s = 0."""
+    core, last = tuner.core, tuner.stochastic
     with core.processes.agreeing():
         for part, cond, share in micro_batches(core, rollouts):
             x0 = rollouts.x[rollouts.rows(part), -1].to(core.backbone.device)
@@ -259,10 +140,6 @@ def update_fake_score(tuner: Tuner, epoch: int, rollouts: Rollouts) -> None:
                 loss = fake_loss(core, draws, [point], cond, share)
                 optim.check_finite("The fake-score loss", loss, epoch + 1)
                 loss.backward()
-    config = tuner.config
-    total = config.epochs if config.lr_decay == "both" else None
-    rate = optim.learning_rate_at(epoch, config.fake_lr, config.lr_warmup, total)
-    move_role(core, "fake", core.fake_optimizer, rate, epoch)
 
 
 def update_generator(tuner: Tuner, epoch: int, rollouts: Rollouts, advantages: Tensor) -> None:
@@ -279,11 +156,14 @@ def update_generator(tuner: Tuner, epoch: int, rollouts: Rollouts, advantages: T
                         loss = policy_loss(tuner, rollouts, part, k, cond, advantages, share)
                         optim.check_finite("The policy loss", loss, epoch + 1)
                         (share_of_term * loss).backward()
-                if config.dmd_weight or tuner.backprop_weight:
+                if tuner.last_step_matching or tuner.backprop_weight:
                     draws = Draws(core, GENERATOR, epoch, part)
                     loss = last_step_loss(tuner, rollouts, draws, cond, share)
                     optim.check_finite("The loss of the last step", loss, epoch + 1)
                     (share_of_term * loss).backward()
+    if config.dmd_weight and config.matching == "distill":
+        weight = config.dmd_weight / (len(rollouts.steps) + 1)
+        add_matching_gradients(core, GENERATOR, epoch, matched_prompts(tuner, rollouts), weight)
     total = config.epochs if config.lr_decay != "none" else None
     rate = optim.learning_rate_at(epoch, config.generator_lr, config.lr_warmup, total)
     move_role(core, "generator", core.generator_optimizer, rate, epoch)
@@ -333,7 +213,7 @@ def last_step_loss(
     """
     core, config, x0 = tuner.core, tuner.config, None
     loss = torch.zeros((), device=core.backbone.device)
-    if config.dmd_weight:
+    if tuner.last_step_matching:
         x0 = clean_latent(tuner, rollouts, draws.indices, cond, 1)
         point = (tuner.stochastic, Boundary(0.0, x0, x0.detach()))
         matching = matching_loss(core, draws, [point], cond, share) / share
@@ -381,14 +261,3 @@ def clean_latent(
     if torch.is_grad_enabled():
         bound_gradients(x0, passed)
     return x0
-
-
-def micro_batches(core: Trainer, rollouts: Rollouts) -> Iterator[tuple[Sequence[int], Conditioning, float]]:
-    """This process's images in parts: their numbers, encoded prompts on the device, the part's share of the epoch."""
-    for part in rollouts.parts:
-        yield part, conditioning(core, rollouts.prompts[list(part)]), len(part) / rollouts.count
-
-
-def conditioning(core: Trainer, prompts: Tensor) -> Conditioning:
-    """Encoded prompts of prompt indices [b], on the model's device."""
-    return core.conditioning(prompts.tolist()).to(core.backbone.device, core.backbone.dtype)

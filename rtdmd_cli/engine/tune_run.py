@@ -52,7 +52,8 @@ from rtdmd_cli.engine.tune_measure import (
     teacher_features,
 )
 from rtdmd_cli.engine.tune_report import write_tune_report
-from rtdmd_cli.engine.tune_reward import Tuner, chosen_prompts, tune
+from rtdmd_cli.engine.tune_reward import tune
+from rtdmd_cli.engine.tune_rollouts import Tuner, chosen_prompts
 from rtdmd_cli.engine.tune_watch import (
     AFTER,
     BEFORE,
@@ -98,6 +99,8 @@ def run_tune(
         torch.set_num_threads(preset.hardware.threads)
     processes, device = join(resolve_device(preset.hardware.device))
     require_parts(processes, "tune_reward.images_per_epoch", config.images_per_epoch, equal=True)
+    if config.matching_images is not None:
+        require_parts(processes, "tune_reward.matching_images", config.matching_images, equal=False)
     mixture = open_rewards(config, prompts, eval_prompts, device, say)
     dtype = resolve_dtype(preset.hardware.dtype, device)
     backbone = load_backbone(preset.model, device, dtype, preset.hardware)

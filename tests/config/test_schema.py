@@ -115,6 +115,7 @@ def test_stage_2_defaults_are_the_published_values() -> None:
     )
     assert (t.policy_weight, t.policy_clip, t.logprob, t.advantage_clip) == (1.0, 1e-5, "reduced", 5.0)
     assert (t.dmd_weight, t.backprop_weight, t.backprop_margin, t.backprop_steps) == (1e-3, 1e-4, 3.0, 1)
+    assert (t.matching, t.matching_images) == ("last", None)
     assert (t.kl_weight, t.consistency_weight, t.ema_decay, t.grad_clip, t.seed) == (0.0, 0.01, 0.9, 1.0, 42)
     assert (t.lora.rank, t.lora.alpha, len(t.lora.targets)) == (32, 64, 8)
 
@@ -145,6 +146,8 @@ def test_stage_2_defaults_are_the_published_values() -> None:
         ({"images_per_epoch": 8, "images_per_prompt": 4, "micro_batch": 3}, "micro_batch` .3. must divide"),
         ({"images_per_prompt": 1}, "greater than or equal to 2"),
         ({"policy_weight": 0, "dmd_weight": 0, "backprop_weight": 0}, "are all 0"),
+        ({"matching": "first"}, "'last' or 'distill'"),
+        ({"matching_images": 8}, "matching_images` .8. needs `tune_reward.matching: distill`"),
         ({"policy_clip": 0.0}, "greater than 0"),
         ({"backprop_steps": 0}, "greater than or equal to 1"),
         ({"rewards_in_memory": "some"}, "'all' or 'one'"),

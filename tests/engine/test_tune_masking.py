@@ -19,7 +19,8 @@ from rtdmd_cli.engine.rewards import registry
 from rtdmd_cli.engine.rewards.base import Metadata, Reward, RewardEntry
 from rtdmd_cli.engine.runtime.checkpoint import Checkpoint, checkpoint_steps, load_checkpoint
 from rtdmd_cli.engine.runtime.run_folder import RunFolder
-from rtdmd_cli.engine.tune_reward import Rollouts, Tuner, advantages_of, roll_out, tune, update_generator
+from rtdmd_cli.engine.tune_reward import advantages_of, tune, update_generator
+from rtdmd_cli.engine.tune_rollouts import Rollouts, Tuner, roll_out
 from rtdmd_cli.errors import RewardFailure
 from tests.engine.test_tune_reward import assert_close, expected_gradient, gradients, weights
 from tests.engine.test_tune_run import run, same

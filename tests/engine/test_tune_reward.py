@@ -13,17 +13,9 @@ from torch import Tensor
 from rtdmd_cli.engine import tune_reward
 from rtdmd_cli.engine.algo.gradients import bound_gradients
 from rtdmd_cli.engine.backbones.base import Conditioning
-from rtdmd_cli.engine.distill import Draws
-from rtdmd_cli.engine.tune_reward import (
-    Rollouts,
-    Tuner,
-    chosen_prompts,
-    chosen_steps,
-    roll_out,
-    tune,
-    update_fake_score,
-    update_generator,
-)
+from rtdmd_cli.engine.distill import Draws, add_fake_gradients, add_matching_gradients
+from rtdmd_cli.engine.tune_reward import tune, update_fake_score, update_generator
+from rtdmd_cli.engine.tune_rollouts import Rollouts, Tuner, chosen_prompts, chosen_steps, roll_out
 from rtdmd_cli.errors import NumericalError, RewardFailure
 from tests.engine.test_distill import carry, evaluate
 from tests.tiny_tuning import CPU, FROZEN, PROMPT_SET, REWARDS, loads, make_tuner, stir
@@ -305,6 +297,45 @@ def test_a_gradient_does_not_grow_on_its_way_back() -> None:
     torch.testing.assert_close(x.grad, torch.cat([pull[:1], 0.5 * pull[1:2], torch.zeros(1, 1, 2, 2)]))
 
 
+@pytest.mark.parametrize(("images", "backprop"), [(None, 0.7), (2, 0.7), (None, 0.0)])
+def test_matching_as_in_distill(images: int | None, backprop: float) -> None:
+    """Stage 1's generator turn on fresh rollouts of the epoch's prompts, beside the reward's own term."""
+    values: dict[str, Any] = {"policy_weight": 0.0, "grad_clip": 1e6, "matching": "distill"}
+    other, weight = stir(make_tuner(**values | {"dmd_weight": 0.0, "backprop_weight": 0.7})), 0.5
+    rollouts, _, advantages = epoch_of(other)
+    if backprop:
+        update_generator(other, 1, rollouts, advantages)
+    expected = gradients(other)
+    other = stir(make_tuner(**values | {"dmd_weight": weight}))
+    other.core.generator_optimizer.zero_grad()
+    prompts = rollouts.prompts if images is None else rollouts.prompts[[0, 2]]
+    add_matching_gradients(other.core, tune_reward.GENERATOR, 1, prompts)
+    for name, part in gradients(other).items():
+        expected[name] = expected[name] + weight * part / (len(rollouts.steps) + 1)
+
+    values |= {"dmd_weight": weight, "backprop_weight": backprop, "matching_images": images}
+    tuner = stir(make_tuner(**values))
+    tuner.core.metrics = {}
+    update_generator(tuner, 1, rollouts, advantages)
+    assert_close(gradients(tuner), expected)
+    assert tuner.core.metrics["dmd_loss"] == pytest.approx(other.core.metrics["dmd_loss"], rel=1e-4)
+
+
+def test_the_fake_score_of_matching_as_in_distill() -> None:
+    """Stage 1's fake-score turn on fresh rollouts, at the rate of stage 2."""
+    values: dict[str, Any] = {"matching": "distill", "matching_images": 2, "grad_clip": 1e6}
+    other, tuner = (stir(make_tuner(**values)) for _ in range(2))
+    rollouts = roll_out(tuner, 1)
+    other.core.fake_optimizer.zero_grad()
+    add_fake_gradients(other.core, tune_reward.FAKE, 1, rollouts.prompts[[0, 2]])
+    tuner.core.metrics, before = {}, tuner.core.roles.state("fake")
+    update_fake_score(tuner, 1, rollouts)
+    assert_close(gradients(tuner, "fake"), gradients(other, "fake"))
+    assert tuner.core.metrics["consistency_loss"] == pytest.approx(other.core.metrics["consistency_loss"])
+    moved = [(v - before[name]).abs().max() for name, v in tuner.core.roles.state("fake").items()]
+    assert 0 < max(moved) < 0.011  # AdamW's first step is no longer than the rate of 0.01
+
+
 def test_an_inactive_hinge_has_no_gradient() -> None:
     tuner = stir(make_tuner(backprop_margin=-1e4, **(OFF | {"backprop_weight": 1.0, "backprop_steps": 3})))
     rollouts, _, advantages = epoch_of(tuner)
@@ -452,10 +483,12 @@ def test_advantages_and_figures_of_an_epoch(monkeypatch: pytest.MonkeyPatch) -> 
     torch.testing.assert_close(seen[0], expected, rtol=1e-3, atol=1e-3)
 
 
-def test_one_times_eight_is_eight_times_one() -> None:
+@pytest.mark.parametrize("matching", ["last", "distill"])
+def test_one_times_eight_is_eight_times_one(matching: str) -> None:
     results = []
     for size in (8, 1):
         values = {"dmd_weight": 0.5, "backprop_weight": 0.5, "kl_weight": 1.0, "grad_clip": 1e6}
+        values |= {"matching": matching}
         tuner = stir(make_tuner(images_per_epoch=8, images_per_prompt=4, micro_batch=size, **values))
         tune(tuner, 0)
         results.append((tuner.core.metrics, gradients(tuner), gradients(tuner, "fake"), weights(tuner)))
