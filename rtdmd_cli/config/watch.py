@@ -21,7 +21,7 @@ class WatchConfig(Section):
         description="prompts of diversity and distance to the teacher, evenly spread over those of the measurement",
     )
     images_per_prompt: int = Field(
-        default=2, ge=2, le=10_000, description="pictures of each of these prompts; the teacher draws one"
+        default=4, ge=2, le=10_000, description="pictures of each of these prompts; the teacher draws one"
     )
     max_held_out_fall: float = Field(
         default=0.2,
@@ -30,7 +30,10 @@ class WatchConfig(Section):
         description="fall of the held-out rewards from their best, in the start's standard deviations, that is too much",
     )
     min_diversity: float = Field(
-        default=0.9, ge=0, le=1, description="share of the start's diversity below which it is too little"
+        default=0.9,
+        ge=0,
+        le=1,
+        description="least share of the start's diversity; below it by twice the standard error is too little",
     )
     stop: bool = Field(
         default=False, description="end the run where a limit is passed while the trained rewards rise"

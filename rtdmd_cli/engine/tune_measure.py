@@ -12,7 +12,7 @@ from rtdmd_cli.engine.distill import Trainer
 from rtdmd_cli.engine.evaluation.features import (
     ClipScorer,
     frechet_distance,
-    mean_pairwise_cosine_distance,
+    pairwise_cosine_distances,
 )
 from rtdmd_cli.engine.prompts import PromptSet
 from rtdmd_cli.engine.rewards import shapes_clip
@@ -45,12 +45,14 @@ class Measured:
     """Mean and (population) standard deviation of each reward, held-out ones first, over the pictures.
 
     features: "diversity" and "frechet", or nothing. prompts: how many these are of, the teacher's pictures likewise.
+    diversities: of each of these prompts, whose mean "diversity" is.
     """
 
     means: dict[str, float]
     stds: dict[str, float]
     features: dict[str, float]
     prompts: int = 0
+    diversities: tuple[float, ...] = ()
 
 
 def evenly_chosen(prompts: PromptSet, count: int) -> PromptSet:
@@ -74,7 +76,8 @@ def measure(
         for name, values in scores.rewards.items():
             means[name] = float(values[rows].mean())
             stds[name] = float(values[rows].std(correction=0))
-    return Measured(means, stds, feature_figures(core, measurement), len(measurement.teacher))
+    features, diversities = feature_figures(core, measurement)
+    return Measured(means, stds, features, len(measurement.teacher), diversities)
 
 
 def measured_images(core: Trainer, measurement: Measurement) -> Tensor:
@@ -116,19 +119,21 @@ def teacher_features(core: Trainer, preset: Preset, wide: Conditioning | None) -
     return features_of(core, preset, images)
 
 
-def feature_figures(core: Trainer, measurement: Measurement) -> dict[str, float]:
-    """diversity: mean cosine distance between the pictures of a prompt. frechet: squared Frechet distance of all of
-    them to the teacher's, which depends on the numbers of pictures."""
+def feature_figures(core: Trainer, measurement: Measurement) -> tuple[dict[str, float], tuple[float, ...]]:
+    """`Measured.features` and `Measured.diversities`.
+
+    diversity: mean cosine distance between the pictures of a prompt. frechet: squared Frechet distance of all of
+    them to the teacher's, which depends on the numbers of pictures.
+    """
     if measurement.wide is None:
-        return {}
+        return {}, ()
     count = measurement.preset.tune_reward.watch.images_per_prompt
     keys = [(i, j) for i in range(len(measurement.wide)) for j in range(count)]
     images = pictures(core, measurement.preset, "generator", measurement.wide, keys)
     features = features_of(core, measurement.preset, images)
-    return {
-        "diversity": mean_pairwise_cosine_distance(features, [prompt for prompt, _ in keys]),
-        "frechet": frechet_distance(features, measurement.teacher),
-    }
+    each = pairwise_cosine_distances(features, [prompt for prompt, _ in keys])
+    distance = frechet_distance(features, measurement.teacher)
+    return {"diversity": float(each.mean()), "frechet": distance}, tuple(each.tolist())
 
 
 @torch.no_grad()

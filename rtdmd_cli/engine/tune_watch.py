@@ -2,10 +2,13 @@
 
 A gain is the mean over some rewards of (now - start) / std, std that of the reward over the start's pictures, so that
 rewards of unlike scales can be compared. The best measurement is that with the greatest gain of the held-out rewards.
+The diversity, of few pictures, is uncertain: it is below a limit where it is so by twice its standard error.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from statistics import fmean, stdev
 from typing import Any
 
 from rtdmd_cli.config.watch import WatchConfig
@@ -28,12 +31,14 @@ STD_FLOOR = 1e-4
 @dataclass(frozen=True)
 class Standing:
     """A measurement against the start's. held_out, trained: gains; diversity: a share of the start's; None where
-    it was not measured. The start itself is `Standing(0, 0.0, 0.0, 1.0)`."""
+    it was not measured. diversity_error: the share's standard error. The start itself is `Standing(0, 0.0, 0.0, 1.0)`.
+    """
 
     step: int
     held_out: float | None
     trained: float | None
     diversity: float | None
+    diversity_error: float = 0.0
 
 
 START = Standing(0, 0.0, 0.0, 1.0)
@@ -42,7 +47,12 @@ START = Standing(0, 0.0, 0.0, 1.0)
 def begin_watch(records: dict[str, Any], start: Measured) -> None:
     """Remember the measurement of the start."""
     records[BEFORE] = start.means
-    records[WATCH] = {"stds": start.stds, "features": start.features, "prompts": start.prompts}
+    records[WATCH] = {
+        "stds": start.stds,
+        "features": start.features,
+        "prompts": start.prompts,
+        "diversities": list(start.diversities),
+    }
 
 
 def standing(step: int, now: Measured, records: Mapping[str, Any], weights: Mapping[str, float]) -> Standing:
@@ -53,13 +63,23 @@ def standing(step: int, now: Measured, records: Mapping[str, Any], weights: Mapp
     }
     held_out = {name: 1.0 for name in gains if name not in weights}
     trained = {name: weight for name, weight in weights.items() if name in gains}
-    diversity = watch["features"].get("diversity")
-    return Standing(
-        step,
-        _mean(gains, held_out),
-        _mean(gains, trained),
-        now.features["diversity"] / max(diversity, STD_FLOOR) if diversity is not None else None,
-    )
+    share, error = share_of_diversity(now.diversities, watch.get("diversities", ()))
+    return Standing(step, _mean(gains, held_out), _mean(gains, trained), share, error)
+
+
+def share_of_diversity(now: Sequence[float], start: Sequence[float]) -> tuple[float | None, float]:
+    """The ratio of the means, of the same prompts one by one, and its standard error.
+
+    None where the start has none: no picture features, or a run that was begun by a version without them.
+
+    The error is the usual one of a ratio of paired samples (Cochran, Sampling Techniques, 2.11), 0 for one prompt.
+    """
+    if not start:
+        return None, 0.0
+    mean = max(fmean(start), STD_FLOOR)
+    share = fmean(now) / mean
+    rest = [after - share * before for after, before in zip(now, start, strict=True)]
+    return share, (stdev(rest) / math.sqrt(len(rest)) / mean if len(rest) > 1 else 0.0)
 
 
 def _mean(gains: Mapping[str, float], weights: Mapping[str, float]) -> float | None:
@@ -84,9 +104,11 @@ def passed_limits(now: Standing, best: Standing, config: WatchConfig) -> list[st
                 f"the held-out ones fell by {fall:.2g} standard deviations since {since} "
                 f"(limit {config.max_held_out_fall:g})"
             )
-    if now.diversity is not None and now.diversity < config.min_diversity and now.trained > 0:
+    low = now.diversity is not None and now.diversity + 2 * now.diversity_error < config.min_diversity
+    if low and now.trained > 0:
         found.append(
-            f"the diversity fell to {now.diversity:.0%} of the start's (limit {config.min_diversity:.0%})"
+            f"the diversity fell to {now.diversity:.0%} of the start's, give or take {2 * now.diversity_error:.0%} "
+            f"(limit {config.min_diversity:.0%})"
         )
     return found
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 
 from rtdmd_cli.config.watch import WatchConfig
@@ -16,6 +17,7 @@ from rtdmd_cli.engine.tune_watch import (
     alarm,
     begin_watch,
     passed_limits,
+    share_of_diversity,
     standing,
     watch,
 )
@@ -28,7 +30,8 @@ def measured(
     judge: float, mine: float, other: float = 1.0, diversity: float = 0.2, std: float = 0.5
 ) -> Measured:
     means = {"judge": judge, "mine": mine, "other": other}
-    return Measured(means, dict.fromkeys(means, std), {"diversity": diversity, "frechet": 1.0}, prompts=8)
+    features, each = {"diversity": diversity, "frechet": 1.0}, (0.5 * diversity, 1.5 * diversity)
+    return Measured(means, dict.fromkeys(means, std), features, prompts=2, diversities=each)
 
 
 def begun(**start: Any) -> dict[str, Any]:
@@ -72,6 +75,8 @@ def test_what_was_not_measured_has_no_standing() -> None:
         (Standing(5, None, 2.0, 0.7), ["diversity"]),
         (Standing(5, -0.6, 2.0, None), ["held-out"]),
         (Standing(5, -0.6, None, 0.7), []),
+        (Standing(5, 0.6, 2.0, 0.7, 0.04), ["diversity"]),
+        (Standing(5, 0.6, 2.0, 0.7, 0.06), []),  # too few pictures to tell
     ],
 )
 def test_limits(now: Standing, expected: list[str]) -> None:
@@ -81,7 +86,24 @@ def test_limits(now: Standing, expected: list[str]) -> None:
     if "held-out" in expected:
         assert "0.6 standard deviations since the start (limit 0.5)" in found[0]
     if "diversity" in expected:
-        assert "fell to 70% of the start's (limit 80%)" in found[-1]
+        error = 2 * now.diversity_error
+        assert f"fell to 70% of the start's, give or take {error:.0%} (limit 80%)" in found[-1]
+
+
+def test_the_share_of_diversity_and_its_standard_error() -> None:
+    """Against the spread of the share over many draws of the prompts."""
+    random = np.random.default_rng(0)
+    start = random.gamma(4.0, 0.05, 4000)
+    now = 0.5 * random.gamma(4.0, 0.04, 4000) + 0.4 * start
+    share, _ = share_of_diversity(now.tolist(), start.tolist())
+    assert share == pytest.approx(now.mean() / start.mean())
+    found = [
+        share_of_diversity(now[i : i + 40].tolist(), start[i : i + 40].tolist()) for i in range(0, 4000, 40)
+    ]
+    errors, shares = [error for _, error in found], [share for share, _ in found if share is not None]
+    assert np.mean(errors) == pytest.approx(np.std(shares, ddof=1), rel=0.2)
+    assert share_of_diversity([0.2], [0.4]) == (0.5, 0.0)
+    assert share_of_diversity([], []) == (None, 0.0)
 
 
 def test_the_held_out_rewards_are_compared_with_their_best() -> None:

@@ -168,9 +168,14 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 
 
 def mean_pairwise_cosine_distance(features: Tensor, groups: Sequence[Hashable]) -> float:
-    """Diversity in 0..2: 1 - cosine, averaged over the pairs within a group and then over the groups.
+    """Diversity in 0..2: the mean of `pairwise_cosine_distances`. Arguments and errors as there."""
+    return float(pairwise_cosine_distances(features, groups).mean())
 
-    features [N,D]; groups: N labels, such as the prompt index. Groups with one row have no pair and do not count.
+
+def pairwise_cosine_distances(features: Tensor, groups: Sequence[Hashable]) -> Tensor:
+    """1 - cosine, averaged over the pairs within each group: [G] float64 in 0..2, in the order of first appearance.
+
+    features [N,D]; groups: N labels, such as the prompt index. Groups with one row have no pair and are left out.
     Raises ValueError for another number of labels than rows, or if no group has two rows.
     """
     if len(features) != len(groups):
@@ -185,7 +190,7 @@ def mean_pairwise_cosine_distance(features: Tensor, groups: Sequence[Hashable]) 
         distances.append(1 - (cosines.sum() - cosines.trace()) / (n * (n - 1)))
     if not distances:
         raise ValueError("no group has two pictures to compare")
-    return float(torch.stack(distances).mean())
+    return torch.stack(distances)
 
 
 def _covariance(x: Tensor) -> Tensor:

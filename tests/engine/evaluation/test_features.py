@@ -18,6 +18,7 @@ from rtdmd_cli.engine.evaluation.features import (
     Preprocess,
     frechet_distance,
     mean_pairwise_cosine_distance,
+    pairwise_cosine_distances,
 )
 from rtdmd_cli.errors import DataError, EnvironmentFailure
 from tests.tiny_clip import PROMPTS, SIZE, as_pil, pictures, processor, save_clip
@@ -271,6 +272,7 @@ def test_diversity_averages_pairs_then_groups() -> None:
     # a: the three pairs of (east, east, north): 0, 1, 1; b: (east, west): 2; c: a single picture.
     groups = ["a", "a", "a", "b", "b", "c"]
     assert mean_pairwise_cosine_distance(features, groups) == pytest.approx((2 / 3 + 2) / 2)
+    assert pairwise_cosine_distances(features, groups).tolist() == pytest.approx([2 / 3, 2])
 
 
 def test_diversity_agrees_with_a_double_loop() -> None:
