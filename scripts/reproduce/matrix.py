@@ -107,32 +107,78 @@ def table_rows(preset: Preset) -> list[Row]:
 
 
 def _stage_1_ablations(preset: Preset) -> list[Row]:
-    on, full = preset.distill.consistency_weight > 0, preset.distill.interval == "full"
-    weight, word = (0, "without") if on else (PUBLISHED_CONSISTENCY, "with")
-    interval, where = ("sub", "noised inside the sub-interval") if full else ("full", "full interval")
-    return [
-        Row(
-            "stage1-consistency",
-            f"stage 1, {word} the consistency term",
-            "distill",
-            (f"distill.consistency_weight={weight}",),
-            ablation=True,
+    """Each with one setting of `distill` turned round."""
+    own = preset.distill
+    table: list[tuple[str, str, bool, dict[bool, tuple[str, str | float]]]] = [
+        (
+            "consistency",
+            "consistency_weight",
+            own.consistency_weight > 0,
+            {
+                True: ("without the consistency term", 0),
+                False: ("with the consistency term", PUBLISHED_CONSISTENCY),
+            },
         ),
-        Row(
-            "stage1-interval",
-            f"stage 1, {where}",
-            "distill",
-            (f"distill.interval={interval}",),
-            ablation=True,
+        (
+            "interval",
+            "interval",
+            own.interval == "full",
+            {True: ("noised inside the sub-interval", "sub"), False: ("full interval", "full")},
+        ),
+        (
+            "boundaries",
+            "boundaries",
+            own.boundaries == "every",
+            {
+                True: ("one boundary of a rollout, drawn (published)", "one"),
+                False: ("every boundary", "every"),
+            },
+        ),
+        (
+            "batched",
+            "boundaries_batched",
+            own.boundaries_batched,
+            {True: ("boundaries one after another", "false"), False: ("all boundaries in one batch", "true")},
+        ),
+        (
+            "normaliser",
+            "normaliser",
+            own.normaliser == "noise-free",
+            {
+                True: ("published normaliser", "published"),
+                False: ("normaliser without the noise", "noise-free"),
+            },
         ),
     ]
+    found = []
+    for name, key, built_in, turned in table:
+        label, value = turned[built_in]
+        found.append(
+            Row(f"stage1-{name}", f"stage 1, {label}", "distill", (f"distill.{key}={value}",), ablation=True)
+        )
+    return found
 
 
 def _stage_2_ablations(preset: Preset) -> list[Row]:
-    every, own, found = len(preset.sampler.raw_steps) - 1, preset.tune_reward.model_dump(), list[Row]()
+    own, found = preset.tune_reward.model_dump(), list[Row]()
+    for name, label, values in _stage_2_changes(preset):
+        same = all(own[key] == value for key, value in values.items())
+        overrides = tuple(
+            f"tune_reward.{key}={'null' if value is None else value}" for key, value in values.items()
+        )
+        note = " (as the preset)" if same else ""
+        found.append(
+            Row(f"stage2-{name}", f"stage 2, {label}{note}", "tune-reward", overrides, ablation=True)
+        )
+    return found
+
+
+def _stage_2_changes(preset: Preset) -> list[tuple[str, str, dict[str, float | str | None]]]:
+    """(name, label, values of `tune_reward`) of each ablation."""
+    every, own = len(preset.sampler.raw_steps) - 1, preset.tune_reward.model_dump()
     policy = {"policy_weight": own["policy_weight"] or 1.0}
     matched = own["dmd_weight"] > 0
-    table: list[tuple[str, str, dict[str, float]]] = [
+    table: list[tuple[str, str, dict[str, float | str | None]]] = [
         ("grpo-only", "the reward by policy gradient (GRPO) only", {"backprop_weight": 0.0} | policy),
         ("backprop-only", "the reward by back-propagation only", {"policy_weight": 0.0}),
         (
@@ -146,14 +192,13 @@ def _stage_2_ablations(preset: Preset) -> list[Row]:
             {"dmd_weight": 0.0 if matched else 1.0},
         ),
     ]
-    for name, label, values in table:
-        same = all(own[key] == value for key, value in values.items())
-        overrides = tuple(f"tune_reward.{key}={value}" for key, value in values.items())
-        note = " (as the preset)" if same else ""
-        found.append(
-            Row(f"stage2-{name}", f"stage 2, {label}{note}", "tune-reward", overrides, ablation=True)
-        )
-    return found
+    if matched:
+        label = "no reward, distribution matching alone"
+        table.append(("no-reward", label, {"backprop_weight": 0.0, "policy_weight": 0.0}))
+    if matched and own["matching"] == "distill":
+        label = "distribution matching through the last step (published)"
+        table.append(("matching-last", label, {"matching": "last", "matching_images": None}))
+    return table
 
 
 def chosen_rows(rows: Sequence[Row], names: Sequence[str]) -> set[str]:
