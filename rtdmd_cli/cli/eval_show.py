@@ -126,12 +126,12 @@ def _comparison(summary: Mapping[str, Any]) -> list[str]:
 def _cost(summary: Mapping[str, Any]) -> list[str]:
     lines = [_making(summary)]
     if summary["departures"]:
-        lines.append(f"not the whole protocol: {'; '.join(summary['departures'])}")
-    if "limit" in summary:
-        lines.append(f"limited to {summary['limit']} prompts: not comparable with the whole benchmark")
+        lines.append(f"departs from the benchmark, so not comparable: {'; '.join(summary['departures'])}")
     if "clip" in summary:
         lines += _clip(summary["clip"])
-    lines += [f"failed: {each['reason']} ({each['pictures']} pictures)" for each in summary["failures"][:3]]
+    for each in summary["failures"][:3]:
+        pictures = "1 picture" if each["pictures"] == 1 else f"{each['pictures']} pictures"
+        lines.append(f"failed: {each['reason']} ({pictures})")
     return lines
 
 

@@ -106,57 +106,68 @@ def table_rows(preset: Preset) -> list[Row]:
     return main + _stage_1_ablations(preset) + _stage_2_ablations(preset)
 
 
+_Change = tuple[str, dict[str, str]]
+
+
 def _stage_1_ablations(preset: Preset) -> list[Row]:
-    """Each with one setting of `distill` turned round."""
-    own = preset.distill
-    table: list[tuple[str, str, bool, dict[bool, tuple[str, str | float]]]] = [
+    return [
+        Row(
+            f"stage1-{name}",
+            f"stage 1, {label}",
+            "distill",
+            tuple(f"distill.{key}={value}" for key, value in values.items()),
+            ablation=True,
+        )
+        for name, label, values in _stage_1_changes(preset)
+    ]
+
+
+def _stage_1_changes(preset: Preset) -> list[tuple[str, str, dict[str, str]]]:
+    """(name, label, values of `distill`) of each ablation: what the preset has built in is left out, and the reverse."""
+    own, steps = preset.distill, str(len(preset.sampler.raw_steps))
+    alone = {"backprop_steps": "1"}
+    table: list[tuple[str, bool, _Change, _Change]] = [
         (
             "consistency",
-            "consistency_weight",
             own.consistency_weight > 0,
-            {
-                True: ("without the consistency term", 0),
-                False: ("with the consistency term", PUBLISHED_CONSISTENCY),
-            },
+            ("without the consistency term", {"consistency_weight": "0"}),
+            ("with the consistency term", {"consistency_weight": str(PUBLISHED_CONSISTENCY)}),
         ),
         (
-            "interval",
             "interval",
             own.interval == "full",
-            {True: ("noised inside the sub-interval", "sub"), False: ("full interval", "full")},
+            ("noised inside the sub-interval", {"interval": "sub"}),
+            ("full interval", {"interval": "full"}),
         ),
         (
             "boundaries",
-            "boundaries",
             own.boundaries == "every",
-            {
-                True: ("one boundary of a rollout, drawn (published)", "one"),
-                False: ("every boundary", "every"),
-            },
+            ("one boundary of a rollout, drawn", {"boundaries": "one"}),
+            ("every boundary of a rollout", {"boundaries": "every"}),
+        ),
+        (
+            "normaliser",
+            own.normaliser == "noise-free",
+            ("normaliser as published", {"normaliser": "published"}),
+            ("normaliser without the noise", {"normaliser": "noise-free"}),
+        ),
+        (
+            "backprop",
+            own.backprop_steps > 1,
+            ("no gradient through earlier steps", alone),
+            ("gradient through all steps", {"backprop_steps": steps, "boundaries_batched": "true"}),
         ),
         (
             "batched",
-            "boundaries_batched",
             own.boundaries_batched,
-            {True: ("boundaries one after another", "false"), False: ("all boundaries in one batch", "true")},
-        ),
-        (
-            "normaliser",
-            "normaliser",
-            own.normaliser == "noise-free",
-            {
-                True: ("published normaliser", "published"),
-                False: ("normaliser without the noise", "noise-free"),
-            },
+            (
+                "no gradient through earlier steps, boundaries one after another",
+                alone | {"boundaries_batched": "false"},
+            ),
+            ("boundaries in one batch", {"boundaries_batched": "true"}),
         ),
     ]
-    found = []
-    for name, key, built_in, turned in table:
-        label, value = turned[built_in]
-        found.append(
-            Row(f"stage1-{name}", f"stage 1, {label}", "distill", (f"distill.{key}={value}",), ablation=True)
-        )
-    return found
+    return [(name, *(without if built_in else added)) for name, built_in, without, added in table]
 
 
 def _stage_2_ablations(preset: Preset) -> list[Row]:

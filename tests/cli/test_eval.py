@@ -58,7 +58,7 @@ def test_json_on_stdout_the_table_on_stderr_and_files_in_the_folder() -> None:
     assert (found["benchmark"], found["steps"], found["evaluations"]) == ("shapes", 2, 2)
     for key in ("overall", "interval", "guidance", "seconds", "seconds_per_picture", "model", "model_hash"):
         assert key in found
-    assert "color_attr" in result.stderr and "limited to 7 prompts" in result.stderr
+    assert "color_attr" in result.stderr and "not comparable: 7 of 553 prompts" in result.stderr
     saved = json.loads(Path("found/results.json").read_text())
     assert {key: saved[key] for key in found} == found | {"prompts": saved["prompts"]}
     assert len(saved["pictures"]) == 7

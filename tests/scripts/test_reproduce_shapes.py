@@ -33,10 +33,16 @@ ROWS = [
     "stage2",
     "stage1-consistency",
     "stage1-interval",
+    "stage1-boundaries",
+    "stage1-normaliser",
+    "stage1-backprop",
+    "stage1-batched",
     "stage2-grpo-only",
     "stage2-backprop-only",
     "stage2-all-steps",
     "stage2-matching",
+    "stage2-no-reward",
+    "stage2-matching-last",
 ]
 PROMPTS = [
     {"prompt": "a red circle", "tag": "colors", "include": [{"class": "circle", "count": 1, "color": "red"}]},
@@ -198,7 +204,7 @@ def test_a_table_from_end_to_end_and_again(tmp_path: Path, pretended: list[Prete
         "3 of 3",
     ]
     assert lines["stage 1, full interval"][0] == "0.500" and lines["stage 1, full interval"][7] == "1 of 1"
-    assert kinds(pretended[0]).count("distill") == 3 + 2 and kinds(pretended[0]).count("tune-reward") == 3 + 3
+    assert kinds(pretended[0]).count("distill") == 3 + 6 and kinds(pretended[0]).count("tune-reward") == 3 + 5
     again = call(*options)
     assert again.stdout == first.stdout and pretended[1].ran == []
     score = json.loads(call(*options, "--json").stdout)["rows"][2]["score"]
@@ -333,9 +339,22 @@ def test_rows_follow_the_preset() -> None:
     assert own["stage2-all-steps"].overrides == ("tune_reward.subset_steps=3", policy)
     assert own["stage2-grpo-only"].overrides == ("tune_reward.backprop_weight=0.0", policy)
     assert own["stage2-backprop-only"].label.endswith("(as the preset)")
-    assert own["stage2-matching"].label == "stage 2, with distribution matching"
+    assert own["stage2-matching"].label == "stage 2, no distribution matching"
+    last = ("tune_reward.matching=last", "tune_reward.matching_images=null")
+    assert own["stage2-matching-last"].overrides == last
+    assert own["stage1-normaliser"].overrides == ("distill.normaliser=published",)
+    assert own["stage1-batched"].overrides == ("distill.backprop_steps=1", "distill.boundaries_batched=false")
+    assert own["stage1-boundaries"].label.startswith("stage 1, one boundary")
+    unmatched = rows_of("tune_reward.dmd_weight=0.0")
+    assert unmatched["stage2-matching"].label == "stage 2, with distribution matching"
+    assert not {"stage2-no-reward", "stage2-matching-last"} & unmatched.keys()
     other = ("tune_reward.subset_steps=3", "tune_reward.policy_weight=2.0", "tune_reward.dmd_weight=0.1")
-    turned = rows_of("distill.consistency_weight=0.1", "distill.interval=full", *other)
+    plain = ("distill.boundaries=one", "distill.backprop_steps=1", "distill.boundaries_batched=false")
+    turned = rows_of("distill.consistency_weight=0.1", "distill.interval=full", *other, *plain)
+    through = ("distill.backprop_steps=4", "distill.boundaries_batched=true")
+    assert turned["stage1-backprop"].overrides == through
+    assert turned["stage1-boundaries"].overrides == ("distill.boundaries=every",)
+    assert turned["stage1-batched"].overrides == ("distill.boundaries_batched=true",)
     assert turned["stage2-matching"].overrides == ("tune_reward.dmd_weight=0.0",)
     assert turned["stage2-grpo-only"].overrides[1] == "tune_reward.policy_weight=2.0"
     assert turned["stage1-consistency"].label == "stage 1, without the consistency term"
