@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,7 +28,7 @@ from rtdmd_cli.engine.roles import FAKE, GENERATOR, Roles, RoleSet
 from rtdmd_cli.engine.runtime import optim
 from rtdmd_cli.engine.runtime.checkpoint import Checkpoint
 from rtdmd_cli.engine.runtime.device import resolve_device, resolve_dtype
-from rtdmd_cli.engine.runtime.processes import join, require_parts
+from rtdmd_cli.engine.runtime.processes import Processes, join, require_parts
 from rtdmd_cli.engine.runtime.run_folder import RunFolder, State, create_run
 from rtdmd_cli.engine.runtime.signals import StopRequest
 from rtdmd_cli.engine.training_run import (
@@ -98,9 +99,7 @@ def run_tune(
     if preset.hardware.threads is not None:
         torch.set_num_threads(preset.hardware.threads)
     processes, device = join(resolve_device(preset.hardware.device))
-    require_parts(processes, "tune_reward.images_per_epoch", config.images_per_epoch, equal=True)
-    if config.matching_images is not None:
-        require_parts(processes, "tune_reward.matching_images", config.matching_images, equal=False)
+    require_shares(processes, config)
     mixture = open_rewards(config, prompts, eval_prompts, device, say)
     dtype = resolve_dtype(preset.hardware.dtype, device)
     backbone = load_backbone(preset.model, device, dtype, preset.hardware)
@@ -116,9 +115,6 @@ def run_tune(
     untrained, saved = tuner.core.roles.state(GENERATOR), start.checkpoint
     if saved:
         restore(tuner.core, saved, STAGE, tuner.core.roles.frozen)
-    here, there = len(prompts), len(prompts) + len(measured)
-    cond = conditioning(range(here, there)) if measured.texts else empty
-    wide_cond = conditioning(range(there, len(every))) if wide.texts else None
 
     def make() -> RunFolder:
         return create_run(out, name, resolved, command, device, STAGE)
@@ -137,26 +133,50 @@ def run_tune(
             )
         if processes.main:
             tuner.tell = run.log
-        teacher = teacher_features(tuner.core, preset, wide_cond)
-        measurement = Measurement(measured, cond, preset, wide_cond, teacher)
+        measurement = begin_measurement(tuner.core, preset, measured, len(prompts), len(every))
 
         def warn(text: str) -> None:
             run.log(text)
             say(text)
 
         stage = tune_stage(tuner, shown, measurement, mixture, warn)
-        seconds = float(saved.state["seconds"]) if saved else 0.0
-        records = dict(saved.state["records"]) if saved else {}
-        if not config.watch.stop:
-            records.pop(STOPPED, None)
-        if start.run is None:
-            records.pop(BEST, None)  # the best checkpoint of another run is not in this one's folder
+        seconds, records = float(saved.state["seconds"]) if saved else 0.0, records_of(start, config)
         session = Session(
             run, resolved, tuner.core, stage, tracker, done, seconds, records, known_by(prompts, eval_prompts)
         )
         session.last = saved.path if start.run and saved else None
         with failing(session):
             return finish(session, train_watched(session, measurement, mixture, quiet))
+
+
+def require_shares(processes: Processes, config: TuneRewardConfig) -> None:
+    """UsageError where there are more processes than pictures for them."""
+    require_parts(processes, "tune_reward.images_per_epoch", config.images_per_epoch, equal=True)
+    if config.matching_images is not None:
+        require_parts(processes, "tune_reward.matching_images", config.matching_images, equal=False)
+
+
+def begin_measurement(
+    core: Trainer, preset: Preset, measured: PromptSet, first: int, end: int
+) -> Measurement:
+    """What is measured: encoded prompts `first` and on are those of `measured`, then, up to `end`, those of the watch.
+
+    The teacher's pictures of the latter are drawn here.
+    """
+    there = first + len(measured)
+    cond = core.conditioning(range(first, there)) if measured.texts else core.empty
+    wide = core.conditioning(range(there, end)) if there < end else None
+    return Measurement(measured, cond, preset, wide, teacher_features(core, preset, wide))
+
+
+def records_of(start: Start, config: TuneRewardConfig) -> dict[str, Any]:
+    """What a run goes on with of the records of `start`."""
+    records = dict(start.checkpoint.state["records"]) if start.checkpoint else {}
+    if not config.watch.stop:
+        records.pop(STOPPED, None)
+    if start.run is None:
+        records.pop(BEST, None)  # the best checkpoint of another run is not in this one's folder
+    return records
 
 
 def train_watched(
