@@ -187,15 +187,15 @@ def _stage_2_ablations(preset: Preset) -> list[Row]:
 def _stage_2_changes(preset: Preset) -> list[tuple[str, str, dict[str, float | str | None]]]:
     """(name, label, values of `tune_reward`) of each ablation."""
     every, own = len(preset.sampler.raw_steps) - 1, preset.tune_reward.model_dump()
-    policy = {"policy_weight": own["policy_weight"] or 1.0}
+    policy: dict[str, float | str | None] = {"policy_weight": own["policy_weight"] or 1.0}
     matched = own["dmd_weight"] > 0
     table: list[tuple[str, str, dict[str, float | str | None]]] = [
-        ("grpo-only", "the reward by policy gradient (GRPO) only", {"backprop_weight": 0.0} | policy),
+        ("grpo-only", "the reward by policy gradient (GRPO) only", {"backprop_weight": 0.0, **policy}),
         ("backprop-only", "the reward by back-propagation only", {"policy_weight": 0.0}),
         (
             "all-steps",
             f"policy gradient on all {every} stochastic steps, not a subset",
-            {"subset_steps": every} | policy,
+            {"subset_steps": every, **policy},
         ),
         (
             "matching",

@@ -150,7 +150,8 @@ def token_ids(texts: list[str]) -> Tensor:
     tokens = clip_tokenizer()(
         texts, padding="max_length", max_length=CLIP_LENGTH, truncation=True, return_tensors="pt"
     )
-    return tokens.input_ids
+    ids: Tensor = tokens.input_ids
+    return ids
 
 
 def make_pairs(count: int, seed: int) -> Pairs:
@@ -242,7 +243,7 @@ def train(
 ) -> CLIPModel:
     """Train on `pairs` pairs of captions, `batch` of them a step; prints the figures of `accuracies` at every save."""
     torch.manual_seed(seed)
-    model = build().to(device)
+    model: CLIPModel = build().to(device)  # type: ignore[arg-type]
     data = make_pairs(pairs, seed)
     optimizers = muon_and_adamw(model, lr)
 
@@ -260,7 +261,7 @@ def train(
             loss, right = contrastive_loss(model, pixels, data.ids[texts].to(device), texts.to(device))
         for optimizer in optimizers:
             optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
@@ -273,7 +274,8 @@ def train(
         print(f"{folder.name} at {step}: {figures}", flush=True)
 
     run(folder, model, optimizers, update, steps, save_every=save_every, report=report)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def load(folder: Path) -> tuple[CLIPModel, int]:
@@ -320,7 +322,7 @@ def _text_features(model: CLIPModel, texts: list[str]) -> Tensor:
 
 def save(model: CLIPModel, folder: Path) -> None:
     """Write the model in transformers' layout, weights in float16, with its tokenizer and preprocessing."""
-    model.to(torch.float16).save_pretrained(folder)
+    model.to(torch.float16).save_pretrained(folder)  # type: ignore[arg-type]
     clip_tokenizer().save_pretrained(folder)
     processor = CLIPImageProcessorPil(
         size={"shortest_edge": PICTURE},

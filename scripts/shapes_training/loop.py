@@ -24,7 +24,8 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
 
 def muon_and_adamw(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
     """Muon for the hidden matrices of transformer blocks and encoders, AdamW for all else."""
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         hidden = parameter.ndim == 2 and (
             "transformer_blocks" in name or "layers." in name or "block." in name

@@ -82,7 +82,8 @@ class Teacher(nn.Module):
     def forward(self, x: Tensor, sigma: Tensor, clip_ids: Tensor, t5_ids: Tensor) -> Tensor:
         """Velocity [B,8,8,8] at latents x and noise levels sigma [B]."""
         embeds, pooled = self.conditioning(clip_ids, t5_ids)
-        return self.transformer(x, embeds, pooled, sigma * 1000, return_dict=False)[0]
+        velocity: Tensor = self.transformer(x, embeds, pooled, sigma * 1000, return_dict=False)[0]
+        return velocity
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ def train(
         loss = _flow_matching_loss(
             model, data, device, torch.Generator().manual_seed(seed * 1_000_003 + step), batch
         )
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         _average_gradients(model)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
@@ -203,7 +204,8 @@ def _flow_matching_loss(
     )
     with torch.autocast(device.type, torch.bfloat16), sdpa_kernel(backends):
         velocity = model((1 - level) * x0 + level * noise, sigma, clip_ids, t5_ids)
-    return (velocity.float() - (noise - x0)).square().mean()
+    loss: Tensor = (velocity.float() - (noise - x0)).square().mean()
+    return loss
 
 
 def _average_gradients(model: Teacher) -> None:

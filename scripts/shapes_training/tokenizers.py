@@ -2,7 +2,7 @@
 
 from functools import cache
 
-from transformers import CLIPTokenizer, T5TokenizerFast
+from transformers import CLIPTokenizer, T5TokenizerFast  # type: ignore[attr-defined] # a lazy name
 
 from rtdmd_cli.shapes.grammar import NUMBERS, RELATIONS, TASKS, all_captions
 from rtdmd_cli.shapes.render import COLOURS
@@ -45,7 +45,7 @@ def clip_tokenizer() -> CLIPTokenizer:
                 tokens.append("".join(pair))
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     vocabulary = {token: number for number, token in enumerate(dict.fromkeys(tokens))}
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=CLIP_LENGTH)
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=CLIP_LENGTH)  # type: ignore[arg-type]
 
 
 @cache

@@ -55,7 +55,7 @@ def train(
         noise = torch.randn((batch, 8, 8, 8), generator=generator).to(device)
         loss, l1 = _loss(vae, x.contiguous(memory_format=torch.channels_last), weight, noise)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         return {"loss": loss.item(), "l1": l1.item()}
