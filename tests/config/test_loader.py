@@ -238,7 +238,7 @@ def test_a_preset_without_model(tmp_path: Path) -> None:
         ("distill:\n  batch: 2.0\n", ["not 2.0"]),
         ("distill:\n  batch: {a: 1}\n", ["not a section"]),
         ("distill:\n  micro_batch: x\n", ["whole number from 1 to 65536, or null"]),
-        ("distill:\n  micro_batch: 7\n", ["`distill.micro_batch` (7) must divide `distill.batch` (32)"]),
+        ("distill:\n  micro_batch: 7\n", ["`distill.micro_batch` (7) must divide `distill.batch` (24)"]),
         ("distill:\n  ema_warmup: 1\n", ["true or false"]),
         ("distill:\n  boundaries: all\n", ["one of one, every"]),
         ("distill:\n  betas: [0.9]\n", ["a list of 2 numbers"]),

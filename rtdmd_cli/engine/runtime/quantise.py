@@ -11,11 +11,14 @@ too. Activations are never quantised, and a gradient passes to the input.
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any, Literal, TypeAlias
 
 import torch
+from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from rtdmd_cli.engine.runtime.blocks import repeated_blocks
 from rtdmd_cli.errors import EnvironmentFailure
@@ -66,7 +69,7 @@ def swap_linears(parent: nn.Module, base: Base, device: torch.device) -> None:
 
 
 def _nf4(linear: nn.Linear, device: torch.device) -> nn.Module:
-    layer = Linear4bit(
+    layer = Nf4Linear(
         linear.in_features,
         linear.out_features,
         bias=linear.bias is not None,
@@ -82,6 +85,26 @@ def _nf4(linear: nn.Linear, device: torch.device) -> nn.Module:
     # On some processors the first call without gradient would repack the weights for calls without gradient only.
     layer.support_avx512bf16_for_cpu = False
     return layer.to(device)
+
+
+class Nf4Linear(Linear4bit):
+    """bitsandbytes' 4-bit layer: x [..., in] -> [..., out] in x's dtype.
+
+    With AVX-512 its CPU kernel begins a block of scales anew with each row, where the blocks run through: rows that
+    end inside a block come out wrong. The weights of such a layer are dequantised as one row, and kept until the
+    backward pass; rows of large models are whole blocks.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        state: Any = self.weight.quant_state  # type: ignore[attr-defined] # bitsandbytes puts it there
+        if x.device.type != "cpu" or self.in_features % state.blocksize == 0:
+            output: Tensor = super().forward(x)
+            return output
+        one_row = copy(state)
+        one_row.shape = torch.Size((1, state.shape.numel()))
+        weight = dequantize_4bit(self.weight.data, one_row).reshape(state.shape)
+        bias = None if self.bias is None else self.bias.to(weight.dtype)
+        return F.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
 
 
 def _int8(linear: nn.Linear, device: torch.device) -> nn.Module:
