@@ -133,6 +133,8 @@ def run_tune(
             )
         if processes.main:
             tuner.tell = run.log
+        if wide.texts:
+            say(f"drawing {len(wide)} pictures of the teacher to compare with")
         measurement = begin_measurement(tuner.core, preset, measured, len(prompts), len(every))
 
         def warn(text: str) -> None:
@@ -146,7 +148,7 @@ def run_tune(
         )
         session.last = saved.path if start.run and saved else None
         with failing(session):
-            return finish(session, train_watched(session, measurement, mixture, quiet))
+            return finish(session, train_watched(session, measurement, mixture, say, quiet))
 
 
 def require_shares(processes: Processes, config: TuneRewardConfig) -> None:
@@ -180,12 +182,17 @@ def records_of(start: Start, config: TuneRewardConfig) -> dict[str, Any]:
 
 
 def train_watched(
-    session: Session, measurement: Measurement, mixture: RewardMixture, quiet: bool
+    session: Session,
+    measurement: Measurement,
+    mixture: RewardMixture,
+    say: Callable[[str], None],
+    quiet: bool,
 ) -> StopRequest:
     """Measure the start if it wasn't, and train. What rewards failed to judge is saved before the run ends by it."""
     try:
         with session.trainer.processes.agreeing():
             if session.trainer.processes.main and BEFORE not in session.records:
+                say("measuring the generator of stage 1")
                 where = "the first measurement"
                 found = measure(session.trainer, measurement, mixture, where, session.run.log)
                 begin_watch(session.records, found)
