@@ -122,7 +122,13 @@ class TuneRewardConfig(Section):
         default=None,
         ge=1,
         le=1_000_000,
-        description="fresh rollouts an epoch of `matching: distill`, on prompts of that epoch; null for images_per_epoch",
+        description="rollouts an epoch of `matching: distill`, on prompts of that epoch; null for images_per_epoch",
+    )
+    tilt: float = Field(
+        default=0.0,
+        ge=0,
+        le=100,
+        description="how far distribution matching leans to the rewards, 1/advantage; 0 for the teacher's own distribution",
     )
     backprop_weight: float = Field(
         default=1e-4, ge=0, le=1e6, description="weight of reward back-propagation; 0 turns it off"
@@ -210,6 +216,10 @@ class TuneRewardConfig(Section):
         if self.matching_images is not None and self.matching != "distill":
             raise ValueError(
                 f"`tune_reward.matching_images` ({self.matching_images}) needs `tune_reward.matching: distill`"
+            )
+        if self.tilt and not self.dmd_weight:
+            raise ValueError(
+                f"`tune_reward.tilt` ({self.tilt:g}) needs `tune_reward.dmd_weight` above 0: it tilts distribution matching"
             )
         both = sorted(set(self.held_out) & split_weights(self.rewards).keys())
         if both:

@@ -165,5 +165,6 @@ def terms(config: TuneRewardConfig) -> str:
         f"distribution matching{MATCHED[config.matching]}": config.dmd_weight,
         f"reward back-propagation through {config.backprop_steps} steps": config.backprop_weight,
         "KL": config.kl_weight,
+        "tilt of matching": config.tilt,
     }
     return ", ".join(f"{name} {weight:g}" for name, weight in weights.items() if weight)

@@ -13,7 +13,9 @@ One epoch, one optimiser step of each role:
                        reward's own gradient
 
 With `matching: distill` the fake's turn and the matching are stage 1's own, on fresh rollouts of the epoch's prompts.
-Matched through the last step alone, the others are free to follow the reward.
+Matched through the last step alone, the others are free to follow the reward. With `tilt` the fake score is fitted to
+images of the epoch that are drawn in favour of the poor ones, and matching then tilts the generator towards reward:
+the way for a reward without a gradient (`algo/tilt.py`).
 
 The generator is stage 1's, frozen, with a fresh adapter on top (`roles.py`). Random numbers are keyed by (seed,
 stream, epoch, image), so that micro-batches and resumed runs see the same ones.
@@ -35,16 +37,15 @@ from rtdmd_cli.engine.distill import (
     Boundary,
     Draws,
     add,
-    add_fake_gradients,
     add_matching_gradients,
     check_weights,
-    fake_loss,
     matching_loss,
     move_role,
 )
 from rtdmd_cli.engine.rewards.scoring import Scores, require_judged
 from rtdmd_cli.engine.rewards.sharing import gathered, require_work
 from rtdmd_cli.engine.runtime import optim
+from rtdmd_cli.engine.tune_matching import matched_prompts, update_fake_score
 from rtdmd_cli.engine.tune_rollouts import (
     Rollouts,
     Tuner,
@@ -54,8 +55,8 @@ from rtdmd_cli.engine.tune_rollouts import (
     transition,
 )
 
-FAKE, GENERATOR = "tune/fake", "tune/generator"
-"""Names of the random streams of the two turns; stage 1's are others."""
+GENERATOR = "tune/generator"
+"""Name of the random stream of the generator's turn; stage 1's is another."""
 
 
 def tune(tuner: Tuner, epoch: int) -> None:
@@ -76,7 +77,7 @@ def tune(tuner: Tuner, epoch: int) -> None:
     advantages = advantages_of(tuner, rewards, rows, len(rollouts.prompts))
     rollouts = replace(rollouts.only(rows), reward=tuner.rewards.combined(scores.rewards))
     if config.dmd_weight:  # nothing else needs the fake score
-        update_fake_score(tuner, epoch, rollouts)
+        update_fake_score(tuner, epoch, rollouts, advantages)
     with tuner.rewards.hold_differentiable() if tuner.backprop_weight else nullcontext():
         update_generator(tuner, epoch, rollouts, advantages)
     core.metrics = core.processes.sum_figures(core.metrics)
@@ -106,40 +107,6 @@ def advantages_of(tuner: Tuner, rewards: dict[str, Tensor], rows: Tensor, count:
     groups = rows // config.images_per_prompt
     advantages[rows] = group_advantages(rewards, tuner.rewards.weights, groups, config.advantage_clip)
     return advantages
-
-
-def update_fake_score(tuner: Tuner, epoch: int, rollouts: Rollouts) -> None:
-    """The fake score's turn: one optimiser step of section 3's loss."""
-    core, config = tuner.core, tuner.config
-    check_weights(core, epoch)
-    core.fake_optimizer.zero_grad(set_to_none=True)
-    if config.matching == "distill":
-        add_fake_gradients(core, FAKE, epoch, matched_prompts(tuner, rollouts))
-    else:
-        add_last_fake_gradients(tuner, epoch, rollouts)
-    total = config.epochs if config.lr_decay == "both" else None
-    rate = optim.learning_rate_at(epoch, config.fake_lr, config.lr_warmup, total)
-    move_role(core, "fake", core.fake_optimizer, rate, epoch)
-
-
-def matched_prompts(tuner: Tuner, rollouts: Rollouts) -> Tensor:
-    """Prompt index of each fresh rollout of `tune_reward.matching: distill` [m], evenly spread over the epoch's."""
-    count = len(rollouts.prompts)
-    wanted = tuner.config.matching_images or count
-    return rollouts.prompts[torch.arange(wanted) * count // wanted]
-
-
-def add_last_fake_gradients(tuner: Tuner, epoch: int, rollouts: Rollouts) -> None:
-    """Accumulate the gradients of section 3's loss on the epoch's images, s = 0."""
-    core, last = tuner.core, tuner.stochastic
-    with core.processes.agreeing():
-        for part, cond, share in micro_batches(core, rollouts):
-            x0 = rollouts.x[rollouts.rows(part), -1].to(core.backbone.device)
-            with core.roles.role("fake", train=True):
-                draws, point = Draws(core, FAKE, epoch, part), (last, Boundary(0.0, x0, x0))
-                loss = fake_loss(core, draws, [point], cond, share)
-                optim.check_finite("The fake-score loss", loss, epoch + 1)
-                loss.backward()
 
 
 def update_generator(tuner: Tuner, epoch: int, rollouts: Rollouts, advantages: Tensor) -> None:

@@ -215,12 +215,17 @@ def open_rewards(
     open_mixture(weights, config.held_out, paths, eval_prompts, device, memory)
     mixture = open_mixture(weights, config.held_out, paths, prompts, device, memory, limits=limits)
     without = [name for name in weights if name not in mixture.differentiable]
-    if without and not config.policy_weight:
+    others = [
+        name for name, on in (("policy term", config.policy_weight), ("tilt of matching", config.tilt)) if on
+    ]
+    if without and not others:
         say(
-            f"no gradient in {', '.join(without)}, and tune_reward.policy_weight is 0: measured, not trained on"
+            f"no gradient in {', '.join(without)}, and tune_reward.policy_weight and tilt are 0: measured, not trained on"
         )
     elif without and config.backprop_weight:
-        say(f"no gradient in {', '.join(without)}: in the policy term only, not in back-propagation")
+        say(
+            f"no gradient in {', '.join(without)}: in the {' and the '.join(others)} only, not in back-propagation"
+        )
     if (
         config.backprop_weight
         and not mixture.differentiable

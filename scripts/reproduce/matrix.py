@@ -107,6 +107,7 @@ def table_rows(preset: Preset) -> list[Row]:
 
 
 _Change = tuple[str, dict[str, str]]
+_Values = dict[str, float | str | None]
 
 
 def _stage_1_ablations(preset: Preset) -> list[Row]:
@@ -184,28 +185,32 @@ def _stage_2_ablations(preset: Preset) -> list[Row]:
     return found
 
 
-def _stage_2_changes(preset: Preset) -> list[tuple[str, str, dict[str, float | str | None]]]:
+def _stage_2_changes(preset: Preset) -> list[tuple[str, str, _Values]]:
     """(name, label, values of `tune_reward`) of each ablation."""
     every, own = len(preset.sampler.raw_steps) - 1, preset.tune_reward.model_dump()
-    policy: dict[str, float | str | None] = {"policy_weight": own["policy_weight"] or 1.0}
+    policy: _Values = {"policy_weight": own["policy_weight"] or 1.0}
+    off: _Values = {"policy_weight": 0.0, "backprop_weight": 0.0, "tilt": 0.0}
     matched = own["dmd_weight"] > 0
-    table: list[tuple[str, str, dict[str, float | str | None]]] = [
-        ("grpo-only", "the reward by policy gradient (GRPO) only", {"backprop_weight": 0.0, **policy}),
-        ("backprop-only", "the reward by back-propagation only", {"policy_weight": 0.0}),
+    table: list[tuple[str, str, _Values]] = [
+        ("grpo-only", "the reward by policy gradient (GRPO) only", off | policy),
+        (
+            "backprop-only",
+            "the reward by back-propagation only",
+            off | {"backprop_weight": own["backprop_weight"] or 1.0},
+        ),
         (
             "all-steps",
             f"policy gradient on all {every} stochastic steps, not a subset",
             {"subset_steps": every, **policy},
         ),
-        (
-            "matching",
-            f"{'no' if matched else 'with'} distribution matching",
-            {"dmd_weight": 0.0 if matched else 1.0},
-        ),
     ]
     if matched:
-        label = "no reward, distribution matching alone"
-        table.append(("no-reward", label, {"backprop_weight": 0.0, "policy_weight": 0.0}))
+        tilt: _Values = {"tilt": own["tilt"] or 1.0}
+        table.append(("tilt-only", "the reward by the tilt of matching only", off | tilt))
+        table.append(("matching", "no distribution matching", {"dmd_weight": 0.0, "tilt": 0.0}))
+        table.append(("no-reward", "no reward, distribution matching alone", off))
+    else:
+        table.append(("matching", "with distribution matching", {"dmd_weight": 1.0}))
     if matched and own["matching"] == "distill":
         label = "distribution matching through the last step (published)"
         table.append(("matching-last", label, {"matching": "last", "matching_images": None}))

@@ -26,6 +26,8 @@ TUNING = {
     "prompts": "tiny.txt",
     "images_per_epoch": 8,
     "images_per_prompt": 4,
+    "matching": "distill",
+    "tilt": 1.0,
     "lora.rank": 2,
     "lora.alpha": 2,
     "generator_lr": 0.01,

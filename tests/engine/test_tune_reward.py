@@ -14,7 +14,8 @@ from rtdmd_cli.engine import tune_reward
 from rtdmd_cli.engine.algo.gradients import bound_gradients
 from rtdmd_cli.engine.backbones.base import Conditioning
 from rtdmd_cli.engine.distill import Draws, add_fake_gradients, add_matching_gradients
-from rtdmd_cli.engine.tune_reward import tune, update_fake_score, update_generator
+from rtdmd_cli.engine.tune_matching import FAKE, update_fake_score
+from rtdmd_cli.engine.tune_reward import tune, update_generator
 from rtdmd_cli.engine.tune_rollouts import Rollouts, Tuner, chosen_prompts, chosen_steps, roll_out
 from rtdmd_cli.errors import NumericalError, RewardFailure
 from tests.engine.test_distill import carry, evaluate
@@ -325,11 +326,11 @@ def test_the_fake_score_of_matching_as_in_distill() -> None:
     """Stage 1's fake-score turn on fresh rollouts, at the rate of stage 2."""
     values: dict[str, Any] = {"matching": "distill", "matching_images": 2, "grad_clip": 1e6}
     other, tuner = (stir(make_tuner(**values)) for _ in range(2))
-    rollouts = roll_out(tuner, 1)
+    rollouts, _, advantages = epoch_of(tuner)
     other.core.fake_optimizer.zero_grad()
-    add_fake_gradients(other.core, tune_reward.FAKE, 1, rollouts.prompts[[0, 2]])
+    add_fake_gradients(other.core, FAKE, 1, rollouts.prompts[[0, 2]])
     tuner.core.metrics, before = {}, tuner.core.roles.state("fake")
-    update_fake_score(tuner, 1, rollouts)
+    update_fake_score(tuner, 1, rollouts, advantages)
     assert_close(gradients(tuner, "fake"), gradients(other, "fake"))
     assert tuner.core.metrics["consistency_loss"] == pytest.approx(other.core.metrics["consistency_loss"])
     moved = [(v - before[name]).abs().max() for name, v in tuner.core.roles.state("fake").items()]
@@ -375,7 +376,7 @@ def test_gradient_checkpointing_changes_no_gradient(steps: int) -> None:
         assert tuner.core.backbone.transformer.is_gradient_checkpointing is on
         rollouts, _, advantages = epoch_of(tuner)
         update_generator(tuner, 1, rollouts, advantages)
-        update_fake_score(tuner, 1, rollouts)
+        update_fake_score(tuner, 1, rollouts, advantages)
         found.append(gradients(tuner) | {f"fake/{n}": g for n, g in gradients(tuner, "fake").items()})
     assert_close(found[1], found[0], rtol=1e-5)
 
@@ -398,7 +399,7 @@ def test_the_kl_is_zero_at_the_start_and_pulls_back() -> None:
 
 def test_the_fake_score_is_fitted_to_the_rollouts_clean_ends() -> None:
     tuner = stir(make_tuner())
-    rollouts, cond, _ = epoch_of(tuner)
+    rollouts, cond, advantages = epoch_of(tuner)
     draws, core = Draws(tuner.core, "tune/fake", 1, range(4)), tuner.core
     x0, noise = rollouts.x[:, -1].double(), draws.normal("3/renoise").double()
     with torch.no_grad():
@@ -413,7 +414,7 @@ def test_the_fake_score_is_fitted_to_the_rollouts_clean_ends() -> None:
             gaps.append(x - later * evaluate(core, "fake", x, later, cond) - (x_t - t * v))
     core.metrics = {}
     before = weights(tuner)
-    update_fake_score(tuner, 1, rollouts)
+    update_fake_score(tuner, 1, rollouts, advantages)
     assert core.metrics["fake_loss"] == pytest.approx(float(loss), rel=1e-4)
     expected = float((gaps[0] * gaps[1]).mean())
     assert core.metrics["consistency_loss"] == pytest.approx(expected, rel=1e-3, abs=1e-5)
@@ -468,7 +469,7 @@ def test_advantages_and_figures_of_an_epoch(monkeypatch: pytest.MonkeyPatch) -> 
     tuner, seen = stir(make_tuner(rewards=("one", "two=0.5", "rule=2"))), list[Tensor]()
     rollouts = roll_out(tuner, 0)
     monkeypatch.setattr(tune_reward, "update_generator", lambda t, e, r, a: seen.append(a))
-    monkeypatch.setattr(tune_reward, "update_fake_score", lambda t, e, r: None)
+    monkeypatch.setattr(tune_reward, "update_fake_score", lambda t, e, r, a: None)
     tune(tuner, 0)
     with torch.no_grad():
         images = tuner.core.backbone.decode(rollouts.x[:, -1])
@@ -483,12 +484,13 @@ def test_advantages_and_figures_of_an_epoch(monkeypatch: pytest.MonkeyPatch) -> 
     torch.testing.assert_close(seen[0], expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("tilt", [0.0, 1.0])
 @pytest.mark.parametrize("matching", ["last", "distill"])
-def test_one_times_eight_is_eight_times_one(matching: str) -> None:
+def test_one_times_eight_is_eight_times_one(matching: str, tilt: float) -> None:
     results = []
     for size in (8, 1):
         values = {"dmd_weight": 0.5, "backprop_weight": 0.5, "kl_weight": 1.0, "grad_clip": 1e6}
-        values |= {"matching": matching}
+        values |= {"matching": matching, "tilt": tilt}
         tuner = stir(make_tuner(images_per_epoch=8, images_per_prompt=4, micro_batch=size, **values))
         tune(tuner, 0)
         results.append((tuner.core.metrics, gradients(tuner), gradients(tuner, "fake"), weights(tuner)))
