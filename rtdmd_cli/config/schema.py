@@ -271,6 +271,10 @@ class HardwareConfig(Section):
     dtype: Literal["auto", "fp32", "bf16"] = Field(
         default="auto", description="precision of the base model; auto is bf16 on cuda, else fp32"
     )
+    float32_matmul: Literal["highest", "high", "medium"] = Field(
+        default="highest",
+        description="float32 matrix products in training, torch's words: high is TF32 on cuda, medium bf16 where it can",
+    )
     base: Literal["plain", "int8", "nf4"] = Field(
         default="plain",
         description="storage of the frozen base's blocks: plain (in dtype), or 8 or 4 bits a weight by bitsandbytes",

@@ -115,7 +115,7 @@ def test_stage_2_defaults_are_the_published_values() -> None:
     )
     assert (t.policy_weight, t.policy_clip, t.logprob, t.advantage_clip) == (1.0, 1e-5, "reduced", 5.0)
     assert (t.dmd_weight, t.backprop_weight, t.backprop_margin, t.backprop_steps) == (1e-3, 1e-4, 3.0, 1)
-    assert (t.matching, t.matching_images) == ("last", None)
+    assert (t.matching, t.matching_images, t.tilt) == ("last", None, 0.0)
     assert (t.kl_weight, t.consistency_weight, t.ema_decay, t.grad_clip, t.seed) == (0.0, 0.01, 0.9, 1.0, 42)
     assert (t.lora.rank, t.lora.alpha, len(t.lora.targets)) == (32, 64, 8)
 
@@ -147,6 +147,8 @@ def test_stage_2_defaults_are_the_published_values() -> None:
         ({"images_per_prompt": 1}, "greater than or equal to 2"),
         ({"policy_weight": 0, "dmd_weight": 0, "backprop_weight": 0}, "are all 0"),
         ({"matching": "first"}, "'last' or 'distill'"),
+        ({"tilt": -0.1}, "greater than or equal to 0"),
+        ({"tilt": 1.5, "dmd_weight": 0}, "tilt` .1.5. needs `tune_reward.dmd_weight` above 0"),
         ({"matching_images": 8}, "matching_images` .8. needs `tune_reward.matching: distill`"),
         ({"policy_clip": 0.0}, "greater than 0"),
         ({"backprop_steps": 0}, "greater than or equal to 1"),
@@ -198,3 +200,15 @@ def test_gradients_through_several_steps_need_one_backward_pass() -> None:
     with pytest.raises(ValidationError, match=r"`distill.backprop_steps` is 5; the sampler has 4 steps"):
         preset(distill={"backprop_steps": 5})
     assert preset().distill.backprop_steps == 1
+
+
+def test_recorded_paths_hold_no_clean_predictions() -> None:
+    """The tilt fits the fake score to them, so that the full interval is for matching through the last step alone."""
+    full, tilt = {"interval": "full"}, {"tilt": 1.0, "matching": "distill"}
+    with pytest.raises(
+        ValidationError, match=r"`tune_reward.tilt` .1. with .*distill` needs `distill.interval"
+    ):
+        preset(distill=full, tune_reward=tilt)
+    assert preset(tune_reward=tilt).tune_reward.tilt == 1.0
+    assert preset(distill=full, tune_reward=tilt | {"matching": "last"}).distill.interval == "full"
+    assert preset(distill=full, tune_reward=tilt | {"tilt": 0.0}).distill.interval == "full"

@@ -12,6 +12,7 @@ import torch
 from rtdmd_cli.config.loader import Resolved, preset_sha256
 from rtdmd_cli.config.schema import DistillConfig, HardwareConfig, Preset
 from rtdmd_cli.config.section import LoraConfig
+from rtdmd_cli.engine import distill_run
 from rtdmd_cli.engine.distill_run import run_distill
 from rtdmd_cli.engine.distill_start import Start
 from rtdmd_cli.engine.model_source import open_model, resolve
@@ -30,6 +31,7 @@ NOTHING = Start(None, None)
 FULL = {"distill": {"train": "full"}}
 SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "full": FULL,
+    "medium": {"hardware": {"float32_matmul": "medium"}},
     "nf4": {"hardware": {"base": "nf4", "optimizer": "adamw8bit", "gradient_checkpointing": True}},
 }
 """Adapters of rank 128 on a width of 32: matrices of 4,096 elements, whose states are kept in 8 bits."""
@@ -90,6 +92,23 @@ def test_a_run_is_continued_exactly(out: Path, finished: dict[str, Checkpoint], 
         for k, v in expected.tensors["generator"].items()
     ]  # type: ignore[union-attr]
     assert any(moved)
+
+
+def test_the_precision_of_products_is_that_of_the_training_alone(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, seen = torch.get_float32_matmul_precision(), []
+    turn = distill_run.iterate
+
+    def spy(*arguments: Any) -> None:
+        seen.append(torch.get_float32_matmul_precision())
+        turn(*arguments)
+
+    monkeypatch.setattr(distill_run, "iterate", spy)
+    for setting in ("full", "medium"):
+        distill(out, f"{setting}-seen", 1, setting)
+        assert torch.get_float32_matmul_precision() == before
+    assert seen == ["highest", "medium"]
 
 
 def test_what_a_checkpoint_holds(finished: dict[str, Checkpoint]) -> None:

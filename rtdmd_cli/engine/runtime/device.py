@@ -1,8 +1,11 @@
 """Which device and which number format a run computes with."""
 
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rtdmd_cli.errors import EnvironmentFailure, UsageError
 
@@ -44,6 +47,24 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "bf16" and lacks_bf16:
         raise EnvironmentFailure(f"{device_name(device)} does not compute in bf16.", "Use --dtype fp32.")
     return DTYPES[name]
+
+
+@contextmanager
+def float32_matmul(precision: str, device: torch.device) -> Iterator[None]:
+    """Within the block, torch's precision of float32 matrix products: "highest", "high" or "medium".
+
+    Their inputs are rounded (high: to TF32 on cuda; medium: to bf16 on cuda, and on processors with such instructions),
+    sums and results stay float32. On the CPU medium takes the plain attention: the fused one converts every small
+    product anew and is about ten times slower.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    plain = device.type == "cpu" and precision == "medium"
+    try:
+        with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def device_name(device: torch.device) -> str:

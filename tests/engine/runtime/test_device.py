@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
-from rtdmd_cli.engine.runtime.device import device_name, resolve_device, resolve_dtype
+from rtdmd_cli.engine.runtime.device import device_name, float32_matmul, resolve_device, resolve_dtype
 from rtdmd_cli.errors import EnvironmentFailure, UsageError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -52,3 +53,30 @@ def test_unknown_names() -> None:
         resolve_device("tpu")
     with pytest.raises(UsageError, match="`fp8`"):
         resolve_dtype("fp8", CPU)
+
+
+def test_the_precision_of_float32_products() -> None:
+    """Set within the block alone; medium rounds what goes in where the processor can, and leaves attention close."""
+    source = torch.Generator().manual_seed(0)
+    a, b = torch.randn(64, 160, generator=source), torch.randn(160, 64, generator=source)
+    q, k, v = torch.randn(3, 2, 5, 41, 32, generator=source)
+    exact, whole = (a.double() @ b.double()).float(), scaled_dot_product_attention(q, k, v)
+    before = torch.get_float32_matmul_precision()
+    for precision, tolerance in (("highest", 1e-4), ("medium", 0.15)):
+        with float32_matmul(precision, CPU):
+            assert torch.get_float32_matmul_precision() == precision
+            assert (a @ b - exact).abs().max() < tolerance
+            assert (scaled_dot_product_attention(q, k, v) - whole).abs().max() < 0.1 * tolerance
+        assert torch.get_float32_matmul_precision() == before
+    with pytest.raises(RuntimeError, match="inside"), float32_matmul("medium", CPU):
+        raise RuntimeError("inside")
+    assert torch.get_float32_matmul_precision() == before
+
+
+def test_medium_takes_the_plain_attention_on_the_cpu() -> None:
+    q = torch.zeros(1, 1, 2, 4)
+    for precision, plain in (("high", False), ("medium", True)):
+        with float32_matmul(precision, CPU), torch.profiler.profile() as seen:
+            scaled_dot_product_attention(q, q, q)
+        names = {event.key for event in seen.key_averages()}
+        assert ("aten::_scaled_dot_product_attention_math" in names) == plain, names
