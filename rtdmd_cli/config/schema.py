@@ -355,15 +355,6 @@ class Preset(Section):
     _printable = field_validator("description")(one_line)
 
     @model_validator(mode="after")
-    def _tilted(self) -> Self:
-        tuned = self.tune_reward
-        if tuned.tilt and tuned.matching == "distill" and self.distill.interval == "full":
-            raise ValueError(
-                f"`tune_reward.tilt` ({tuned.tilt:g}) with `tune_reward.matching: distill` needs `distill.interval: sub`"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _trainable(self) -> Self:
         if self.distill.train == "full" and self.hardware.base != "plain":
             raise ValueError(

@@ -112,7 +112,7 @@ class TuneRewardConfig(Section):
         default=1e-3,
         ge=0,
         le=1e6,
-        description="weight of distribution matching; 0 turns it off, and the fake score's turn with it",
+        description="weight of distribution matching; 0 turns it off, and with it the fake score's turn and its tilt",
     )
     matching: Literal["last", "distill"] = Field(
         default="last",
@@ -216,10 +216,6 @@ class TuneRewardConfig(Section):
         if self.matching_images is not None and self.matching != "distill":
             raise ValueError(
                 f"`tune_reward.matching_images` ({self.matching_images}) needs `tune_reward.matching: distill`"
-            )
-        if self.tilt and not self.dmd_weight:
-            raise ValueError(
-                f"`tune_reward.tilt` ({self.tilt:g}) needs `tune_reward.dmd_weight` above 0: it tilts distribution matching"
             )
         both = sorted(set(self.held_out) & split_weights(self.rewards).keys())
         if both:

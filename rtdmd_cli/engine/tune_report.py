@@ -165,6 +165,6 @@ def terms(config: TuneRewardConfig) -> str:
         f"distribution matching{MATCHED[config.matching]}": config.dmd_weight,
         f"reward back-propagation through {config.backprop_steps} steps": config.backprop_weight,
         "KL": config.kl_weight,
-        "tilt of matching": config.tilt,
+        "tilt of matching": config.tilt if config.dmd_weight else 0.0,
     }
     return ", ".join(f"{name} {weight:g}" for name, weight in weights.items() if weight)

@@ -215,8 +215,9 @@ def open_rewards(
     open_mixture(weights, config.held_out, paths, eval_prompts, device, memory)
     mixture = open_mixture(weights, config.held_out, paths, prompts, device, memory, limits=limits)
     without = [name for name in weights if name not in mixture.differentiable]
+    tilted = config.tilt and config.dmd_weight
     others = [
-        name for name, on in (("policy term", config.policy_weight), ("tilt of matching", config.tilt)) if on
+        name for name, on in (("policy term", config.policy_weight), ("tilt of matching", tilted)) if on
     ]
     if without and not others:
         say(
@@ -256,6 +257,7 @@ def build_tuner(
     config = preset.tune_reward
     sigmas = training_sigmas(backbone, preset)
     check_counts(config, prompts, len(sigmas) - 1, preset.sampler.eta)
+    check_tilt(preset)
     roles: RoleSet
     if preset.distill.train == "full":
         roles = FullRoles(backbone.transformer, tuning=True)
@@ -304,6 +306,22 @@ def check_counts(config: TuneRewardConfig, prompts: int, steps: int, eta: float)
         raise UsageError(
             f"`tune_reward.backprop_steps` is {config.backprop_steps}; the sampler has {steps} steps.",
             "Lower it.",
+        )
+
+
+def check_tilt(preset: Preset) -> None:
+    """UsageError where the tilt would need what recorded paths don't hold: the clean predictions on the way."""
+    config = preset.tune_reward
+    if (
+        config.tilt
+        and config.dmd_weight
+        and config.matching == "distill"
+        and preset.distill.interval == "full"
+    ):
+        raise UsageError(
+            f"`tune_reward.tilt` ({config.tilt:g}) with `tune_reward.matching: distill` can't be with "
+            "`distill.interval: full`, which this run was distilled with.",
+            "Set `tune_reward.matching` to last, or `tune_reward.tilt` to 0.",
         )
 
 

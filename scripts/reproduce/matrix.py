@@ -207,7 +207,7 @@ def _stage_2_changes(preset: Preset) -> list[tuple[str, str, _Values]]:
     if matched:
         tilt: _Values = {"tilt": own["tilt"] or 1.0}
         table.append(("tilt-only", "the reward by the tilt of matching only", off | tilt))
-        table.append(("matching", "no distribution matching", {"dmd_weight": 0.0, "tilt": 0.0}))
+        table.append(("matching", "no distribution matching", {"dmd_weight": 0.0}))
         table.append(("no-reward", "no reward, distribution matching alone", off))
     else:
         table.append(("matching", "with distribution matching", {"dmd_weight": 1.0}))

@@ -9,14 +9,17 @@ from typing import Any
 import pytest
 import torch
 
+from rtdmd_cli.config.schema import Preset
 from rtdmd_cli.engine import tune_matching
 from rtdmd_cli.engine.distill import Draws
 from rtdmd_cli.engine.runtime.processes import Processes
 from rtdmd_cli.engine.tune_matching import FAKE, drawn_images, update_fake_score
 from rtdmd_cli.engine.tune_reward import tune
 from rtdmd_cli.engine.tune_rollouts import Rollouts, Tuner, roll_out
+from rtdmd_cli.engine.tune_run import check_tilt
+from rtdmd_cli.errors import UsageError
 from tests.engine.test_distill import SIGMAS, diffuse, evaluate
-from tests.tiny_tuning import make_tuner, stir
+from tests.tiny_tuning import make_tuner, stir, tune_preset
 
 ADVANTAGES = torch.tensor([1.5, -0.5, 0.25, -2.0])
 
@@ -129,3 +132,19 @@ def test_a_process_without_a_drawn_image_has_a_gradient_of_zero() -> None:
     for nothing, all_of_it, (name, p) in zip(*parts, tuner.core.roles.named_parameters("fake"), strict=True):
         assert nothing is not None and not nothing.any()
         torch.testing.assert_close(all_of_it, p.grad, rtol=1e-4, atol=1e-7, msg=name)
+
+
+def test_recorded_paths_hold_no_clean_predictions() -> None:
+    """The full interval needs them at every boundary, so that it is for matching through the last step alone."""
+
+    def with_interval(interval: str, **values: Any) -> Preset:
+        preset = tune_preset(**({"tilt": 1.0, "matching": "distill"} | values))
+        return preset.model_copy(update={"distill": preset.distill.model_copy(update={"interval": interval})})
+
+    with pytest.raises(
+        UsageError, match=r"tilt` \(1\) with .*distill` can't be with `distill.interval: full`"
+    ):
+        check_tilt(with_interval("full"))
+    check_tilt(with_interval("sub"))
+    for off in ({"tilt": 0.0}, {"dmd_weight": 0.0}, {"matching": "last"}):
+        check_tilt(with_interval("full", **off))

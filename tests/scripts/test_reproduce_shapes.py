@@ -40,6 +40,7 @@ ROWS = [
     "stage2-grpo-only",
     "stage2-backprop-only",
     "stage2-all-steps",
+    "stage2-tilt-only",
     "stage2-matching",
     "stage2-no-reward",
     "stage2-matching-last",
