@@ -205,7 +205,7 @@ def test_a_table_from_end_to_end_and_again(tmp_path: Path, pretended: list[Prete
         "3 of 3",
     ]
     assert lines["stage 1, full interval"][0] == "0.500" and lines["stage 1, full interval"][7] == "1 of 1"
-    assert kinds(pretended[0]).count("distill") == 3 + 6 and kinds(pretended[0]).count("tune-reward") == 3 + 5
+    assert kinds(pretended[0]).count("distill") == 3 + 6 and kinds(pretended[0]).count("tune-reward") == 3 + 7
     again = call(*options)
     assert again.stdout == first.stdout and pretended[1].ran == []
     score = json.loads(call(*options, "--json").stdout)["rows"][2]["score"]
@@ -326,8 +326,7 @@ def test_full_runs_every_row_with_every_seed() -> None:
         *((name, 0) for name in ROWS),
         *((name, seed) for seed in (1, 2) for name in ROWS[:4]),
     ]
-    shared = 3  # back-propagation alone is what the preset has: one cell a seed for two rows
-    assert len({cell.key for cell in full}) == len(full) - shared and len(full) == 3 * len(ROWS)
+    assert len({cell.key for cell in full}) == len(full) == 3 * len(ROWS)
     assert json.loads(call("--full", "--list", "--json").stdout)["rows"][9]["seeds"] == 3
 
 
@@ -338,8 +337,12 @@ def test_rows_follow_the_preset() -> None:
     assert own["stage1-interval"].overrides == ("distill.interval=full",)
     policy = "tune_reward.policy_weight=1.0"
     assert own["stage2-all-steps"].overrides == ("tune_reward.subset_steps=3", policy)
-    assert own["stage2-grpo-only"].overrides == ("tune_reward.backprop_weight=0.0", policy)
-    assert own["stage2-backprop-only"].label.endswith("(as the preset)")
+    off = ("tune_reward.backprop_weight=0.0", "tune_reward.tilt=0.0")
+    nothing = "tune_reward.policy_weight=0.0"
+    assert own["stage2-grpo-only"].overrides == (policy, *off)
+    assert own["stage2-backprop-only"].overrides == (nothing, "tune_reward.backprop_weight=2.0", off[1])
+    assert own["stage2-tilt-only"].overrides == (nothing, off[0], "tune_reward.tilt=1.0")
+    assert own["stage2-no-reward"].overrides == (nothing, *off)
     assert own["stage2-matching"].label == "stage 2, no distribution matching"
     last = ("tune_reward.matching=last", "tune_reward.matching_images=null")
     assert own["stage2-matching-last"].overrides == last
@@ -348,7 +351,8 @@ def test_rows_follow_the_preset() -> None:
     assert own["stage1-boundaries"].label.startswith("stage 1, one boundary")
     unmatched = rows_of("tune_reward.dmd_weight=0.0")
     assert unmatched["stage2-matching"].label == "stage 2, with distribution matching"
-    assert not {"stage2-no-reward", "stage2-matching-last"} & unmatched.keys()
+    assert not {"stage2-no-reward", "stage2-tilt-only", "stage2-matching-last"} & unmatched.keys()
+    assert rows_of("tune_reward.tilt=0.0")["stage2-backprop-only"].label.endswith("(as the preset)")
     other = ("tune_reward.subset_steps=3", "tune_reward.policy_weight=2.0", "tune_reward.dmd_weight=0.1")
     plain = ("distill.boundaries=one", "distill.backprop_steps=1", "distill.boundaries_batched=false")
     turned = rows_of("distill.consistency_weight=0.1", "distill.interval=full", *other, *plain)
@@ -357,7 +361,7 @@ def test_rows_follow_the_preset() -> None:
     assert turned["stage1-boundaries"].overrides == ("distill.boundaries=every",)
     assert turned["stage1-batched"].overrides == ("distill.boundaries_batched=true",)
     assert turned["stage2-matching"].overrides == ("tune_reward.dmd_weight=0.0",)
-    assert turned["stage2-grpo-only"].overrides[1] == "tune_reward.policy_weight=2.0"
+    assert turned["stage2-grpo-only"].overrides[0] == "tune_reward.policy_weight=2.0"
     assert turned["stage1-consistency"].label == "stage 1, without the consistency term"
     assert turned["stage1-consistency"].overrides == ("distill.consistency_weight=0",)
     assert turned["stage1-interval"].overrides == ("distill.interval=sub",)

@@ -79,6 +79,11 @@ CURVES = (
         "Falls while the differentiable rewards rise; flat at zero once they all reach the margin.",
     ),
     Curve(
+        "Tilt of distribution matching",
+        {"tilt_effective": "effective share of the pictures"},
+        "Near 1 the rewards hardly tilt what the fake score is fitted to; near 0 a few poor pictures decide it.",
+    ),
+    Curve(
         "Drift of the log-probability",
         {"drift": "drift"},
         "Between rollout and update, the same weights: anything but a tiny value is a fault.",
