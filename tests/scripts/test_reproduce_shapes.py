@@ -166,11 +166,7 @@ def test_real_commands_stopped_in_the_middle_go_on(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.stderr
     table = json.loads(result.stdout)
     done = [row["row"] for row in table["rows"] if row["done"]]
-    assert done == [
-        "stage1",
-        "stage2",
-        "stage2-backprop-only",
-    ]  # the last is what the preset has: the same cell
+    assert done == ["stage1", "stage2"]
     iterations = [line["iteration"] for line in RunFolder(folder).metrics.read()]
     assert iterations == list(range(1, 25))
     assert f"at iteration {reached}" in (folder / "log.txt").read_text()
@@ -237,10 +233,16 @@ def test_a_changed_setting_runs_anew_and_the_old_cell_stays(
     options = ["--out", str(tmp_path), "--only", "stage1", "--seeds", "1"]
     call(*options)
     call(*options, "--set", "distill.fake_lr=0.001")
-    assert kinds(pretended[1]) == ["distill", "eval", "eval"]
+    assert kinds(pretended[1]) == ["distill", "eval"]
     call(*options, "--limit", "12")
-    assert kinds(pretended[2]) == ["eval", "eval"]  # the same weights, measured otherwise
-    assert len(list((tmp_path / "cells").iterdir())) == 3
+    assert kinds(pretended[2]) == ["eval"]  # the same weights, measured otherwise
+    call(*options, "--set", "evaluate.images_per_prompt=1")
+    assert kinds(pretended[3]) == ["eval", "eval"]  # one more for the diversity
+    assert (
+        "--set evaluate.images_per_prompt=1"
+        in call(*options, "--list", "--set", "evaluate.images_per_prompt=1").stdout
+    )
+    assert len(list((tmp_path / "cells").iterdir())) == 4
     call(*options)
     assert pretended[-1].ran == []
 
@@ -257,7 +259,7 @@ def test_a_damaged_cell_is_redone_without_training_again(
     listed = call(*options, "--list")
     assert "damaged" in listed.stderr and "stage1               0 of 1" in listed.stdout
     assert call(*options).stdout == whole
-    assert kinds(pretended[-1]) == ["eval", "eval"]
+    assert kinds(pretended[-1]) == ["eval"]
     assert json.loads(path.read_text()) | {"commands": 0} == before | {"commands": 0}
 
 

@@ -120,7 +120,7 @@ CURVES = (
 HEALTH_READING = (
     "How to read it: the fake score’s picture should look like the generator’s beside it; where it looks like "
     "the teacher’s instead, or like neither, the fake score lags behind, and a higher "
-    "distill.fake_per_generator or distill.fake_lr helps."
+    "distill.fake_per_generator or distill.fake_lr helps. With tune_reward.tilt it leans to poor pictures on purpose."
 )
 
 LAG_READING = (
