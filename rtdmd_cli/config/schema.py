@@ -273,7 +273,7 @@ class HardwareConfig(Section):
     )
     float32_matmul: Literal["highest", "high", "medium"] = Field(
         default="highest",
-        description="float32 matrix products in training, torch's words: high is TF32 on cuda, medium bf16 where it can",
+        description="how far training may round float32 products, in torch's words: TF32 on cuda, oneDNN's choice on the CPU",
     )
     base: Literal["plain", "int8", "nf4"] = Field(
         default="plain",

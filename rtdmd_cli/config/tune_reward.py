@@ -122,7 +122,7 @@ class TuneRewardConfig(Section):
         default=None,
         ge=1,
         le=1_000_000,
-        description="rollouts an epoch of `matching: distill`, on prompts of that epoch; null for images_per_epoch",
+        description="images of a turn of `matching: distill`, fresh or drawn by the tilt; null for images_per_epoch",
     )
     tilt: float = Field(
         default=0.0,

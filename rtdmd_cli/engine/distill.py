@@ -16,6 +16,7 @@ same ones.
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
@@ -35,6 +36,7 @@ from rtdmd_cli.engine.algo.subinterval import (
 from rtdmd_cli.engine.backbones.base import Backbone, Conditioning, concatenate
 from rtdmd_cli.engine.roles import RoleSet
 from rtdmd_cli.engine.runtime import optim, rng
+from rtdmd_cli.engine.runtime.device import float32_matmul
 from rtdmd_cli.engine.runtime.processes import ALONE, Processes
 from rtdmd_cli.engine.sample import guided
 
@@ -77,7 +79,12 @@ class Trainer:
     ema: dict[str, Tensor]
     generator_updates: int = 0
     processes: Processes = ALONE
+    matmul: str = "highest"
     metrics: dict[str, float] = field(default_factory=dict)
+
+    def float32_matmul(self) -> AbstractContextManager[None]:
+        """Within the block, products of float32 matrices as `matmul` says (`hardware.float32_matmul`)."""
+        return float32_matmul(self.matmul, self.backbone.device)
 
 
 @dataclass(frozen=True)

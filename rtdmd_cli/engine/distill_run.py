@@ -110,7 +110,8 @@ def stage(trainer: Trainer, previews: pictures.Previews) -> Stage:
     def advance(iteration: int) -> None:
         total = trainer.config.iterations
         prepare_prompts(trainer, iteration, total, lambda i: chosen_prompts(trainer, i))
-        iterate(trainer, iteration)
+        with trainer.float32_matmul():
+            iterate(trainer, iteration)
 
     def end(session: Session, state: State) -> None:
         run, preset = session.run, session.resolved.preset
@@ -250,4 +251,5 @@ def assemble(
         fake_optimizer=fake,
         generator_optimizer=generator,
         ema=optim.ema_start(roles.named_parameters(GENERATOR)),
+        matmul=preset.hardware.float32_matmul,
     )

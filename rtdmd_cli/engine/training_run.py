@@ -25,7 +25,6 @@ from rtdmd_cli.engine.runtime.checkpoint import (
     save_checkpoint,
     step_name,
 )
-from rtdmd_cli.engine.runtime.device import float32_matmul
 from rtdmd_cli.engine.runtime.processes import Processes
 from rtdmd_cli.engine.runtime.progress import training_progress
 from rtdmd_cli.engine.runtime.run_folder import RunFolder, State
@@ -177,12 +176,11 @@ def optimizer_of(trainer: Trainer, role: str) -> torch.optim.Optimizer:
 def train(session: Session, quiet: bool) -> StopRequest:
     """Iterate to the end or to the first signal; every save, metric line and grid on the way."""
     stage, total, processes = session.stage, session.stage.schedule.total, session.trainer.processes
-    silent, precision = quiet or not processes.main, session.resolved.preset.hardware.float32_matmul
+    silent = quiet or not processes.main
     with stop_on_signals() as stop, training_progress(total, session.iteration, silent) as show:
         while session.iteration < total and not ended(session, stop):
             began = time.monotonic()
-            with float32_matmul(precision, session.trainer.backbone.device):
-                stage.advance(session.iteration)
+            stage.advance(session.iteration)
             session.iteration += 1
             took = time.monotonic() - began
             session.seconds += took

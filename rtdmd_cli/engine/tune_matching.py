@@ -68,7 +68,7 @@ def add_tilted_fake_gradients(tuner: Tuner, epoch: int, rollouts: Rollouts, adva
     own, weight = core.processes.part(len(rollouts.prompts)), 1 / len(drawn)
     places = [place for place, image in enumerate(drawn) if image in own]
     if not places:  # a process without any takes part all the same, with a gradient of 0
-        places, drawn, weight = [0], [own[0]], 0.0
+        places, drawn, weight = [0], [rollouts.parts[0][0]], 0.0
     with core.processes.agreeing():
         for run in parts_of(range(len(places)), tuner.config.micro_batch):
             part = [places[i] for i in run]
@@ -85,19 +85,27 @@ def add_tilted_fake_gradients(tuner: Tuner, epoch: int, rollouts: Rollouts, adva
 def drawn_images(tuner: Tuner, epoch: int, advantages: Tensor) -> list[int]:
     """Numbers of the images that the fake score is fitted to, rising, some more than once; the same in every process.
 
-    `matching_images` of them, drawn by ``exp(-tilt A)`` among those that have an advantage.
+    `matching_images` of them (null: as many as the epoch has), drawn by ``exp(-tilt A)`` among those that have an advantage.
+
+    A is relative to the prompt's group, in which the image itself counts: with K images a prompt the tilt acts as
+    ``tilt (K-1)/K``. It is in standard deviations of the epoch, so that the target sharpens while failures get rare, and
+    it is clipped: no image is favoured by more than ``exp(2 tilt advantage_clip)``. Prompts are drawn about evenly,
+    whatever their own level of reward.
     """
     core, config = tuner.core, tuner.config
     rows = advantages.isfinite().nonzero().flatten()
     weights = tilt_weights(advantages[rows], config.tilt)
     core.metrics["tilt_effective"] = float(effective_share(weights)) / core.processes.count
-    u = float(rng.uniform(0.0, 1.0, config.seed, "tune/tilt", epoch, [0]))
+    u = float(rng.uniform(0.0, 1.0, config.seed, "tune/tilt", epoch, [0])) % 1.0  # 1 itself only by rounding
     picked: list[int] = rows[systematic_draw(weights, config.matching_images or len(advantages), u)].tolist()
     return picked
 
 
 def recorded_points(tuner: Tuner, draws: Draws, x: Tensor) -> list[Point]:
-    """Where recorded paths x [b,T+1,C,H,W] landed, for those steps that distribution matching uses."""
+    """Where recorded paths x [b,T+1,C,H,W] landed, for those steps that distribution matching uses.
+
+    Their clean predictions are not recorded; the fake score's loss needs none.
+    """
     core, last = tuner.core, len(tuner.core.sigmas) - 1
     used = [last] if tuner.last_step_matching else boundaries_in_use(core, draws)
     x = x.to(core.backbone.device)

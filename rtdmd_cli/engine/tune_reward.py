@@ -7,15 +7,15 @@ One epoch, one optimiser step of each role:
     SubGRPO            choose M of the stochastic steps
     roll out           K images a prompt; chosen steps draw fresh noise, the others noise that the group shares
     rewards            of the decoded images, several at once; an image that one of them can't judge is left out
-    fake's turn        section 3's loss on these images (s = 0)
     advantages         per reward against the prompt's group, weighted, whitened, clipped
+    fake's turn        section 3's loss on these images (s = 0)
     generator's turn   clipped surrogate on the chosen steps; on the last step distribution matching and the
                        reward's own gradient
 
 With `matching: distill` the fake's turn and the matching are stage 1's own, on fresh rollouts of the epoch's prompts.
 Matched through the last step alone, the others are free to follow the reward. With `tilt` the fake score is fitted to
-images of the epoch that are drawn in favour of the poor ones, and matching then tilts the generator towards reward:
-the way for a reward without a gradient (`algo/tilt.py`).
+images of the epoch that are drawn in favour of the poor ones, and matching then leans to the rewards, also to those
+without a gradient (`algo/tilt.py`).
 
 The generator is stage 1's, frozen, with a fresh adapter on top (`roles.py`). Random numbers are keyed by (seed,
 stream, epoch, image), so that micro-batches and resumed runs see the same ones.

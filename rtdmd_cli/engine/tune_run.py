@@ -221,7 +221,7 @@ def open_rewards(
     ]
     if without and not others:
         say(
-            f"no gradient in {', '.join(without)}, and tune_reward.policy_weight and tilt are 0: measured, not trained on"
+            f"no gradient in {', '.join(without)}, and neither policy term nor tilt: measured, not trained on"
         )
     elif without and config.backprop_weight:
         say(
@@ -346,7 +346,8 @@ def tune_stage(
 
     def advance(epoch: int) -> None:
         prepare_prompts(core, epoch, config.epochs, lambda i: chosen_prompts(tuner, i))
-        tune(tuner, epoch)
+        with tuner.core.float32_matmul():
+            tune(tuner, epoch)
 
     def measured(session: Session) -> Measured:
         """Of this epoch, once."""

@@ -206,14 +206,15 @@ def _stage_2_changes(preset: Preset) -> list[tuple[str, str, _Values]]:
     ]
     if matched:
         tilt: _Values = {"tilt": own["tilt"] or 1.0}
-        table.append(("tilt-only", "the reward by the tilt of matching only", off | tilt))
-        table.append(("matching", "no distribution matching", {"dmd_weight": 0.0}))
+        if preset.distill.interval == "sub" or own["matching"] == "last":
+            table.append(("tilt-only", "the reward by the tilt of matching only", off | tilt))
+        table.append(("matching", "no distribution matching, and so no tilt", {"dmd_weight": 0.0}))
         table.append(("no-reward", "no reward, distribution matching alone", off))
     else:
         table.append(("matching", "with distribution matching", {"dmd_weight": 1.0}))
     if matched and own["matching"] == "distill":
         label = "distribution matching through the last step (published)"
-        table.append(("matching-last", label, {"matching": "last", "matching_images": None}))
+        table.append(("matching-last", label, {"matching": "last", "matching_images": None, "tilt": 0.0}))
     return table
 
 

@@ -26,8 +26,6 @@ TUNING = {
     "prompts": "tiny.txt",
     "images_per_epoch": 8,
     "images_per_prompt": 4,
-    "matching": "distill",
-    "tilt": 1.0,
     "lora.rank": 2,
     "lora.alpha": 2,
     "generator_lr": 0.01,
@@ -36,6 +34,7 @@ TUNING = {
     "sample_every": 0,
     "eval_images": 2,
 }
+TILTED = ("--set", "tune_reward.matching=distill", "--set", "tune_reward.tilt=1")
 
 
 def distill(folder: Path, name: str, iterations: int, *arguments: str) -> subprocess.Popen[str]:
@@ -59,6 +58,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     done["two resumed"] = wait(distill(folder, "two", 4, *TWO, "--json", "--resume", "auto"), LIMIT)
     done["tuned one"] = wait(tune(folder, "tuned-one", "--json"), LIMIT)
     done["tuned two"] = wait(tune(folder, "tuned-two", *TWO, "--json"), LIMIT)
+    done["tilted one"] = wait(tune(folder, "tilted-one", *TILTED, "--json"), LIMIT)
+    done["tilted two"] = wait(tune(folder, "tilted-two", *TILTED, *TWO, "--json"), LIMIT)
     broken, run = distill(folder, "broken", 1_000_000, *TWO), RunFolder(folder / "runs/broken")
     limit = time.monotonic() + LIMIT
     while broken.poll() is None and not run.metrics.read() and time.monotonic() < limit:
@@ -97,16 +98,19 @@ def test_one_process_speaks_for_both(world: World) -> None:
     assert world.done["two"].err.count("model ") == world.done["one"].err.count("model ")
 
 
-def test_stage_2_in_two_processes_is_that_of_one(world: World) -> None:
-    for name in ("tuned one", "tuned two"):
+@pytest.mark.parametrize("kind", ["tuned", "tilted"])
+def test_stage_2_in_two_processes_is_that_of_one(world: World, kind: str) -> None:
+    for name in (f"{kind} one", f"{kind} two"):
         assert world.done[name].code == 0, world.done[name].err
     step = "checkpoints/step-000002"
-    same_weights(world.run("tuned-one").path / step, world.run("tuned-two").path / step)
-    before, after = (json.loads(world.done[f"tuned {name}"].out)["rewards"] for name in ("one", "two"))
+    same_weights(world.run(f"{kind}-one").path / step, world.run(f"{kind}-two").path / step)
+    before, after = (json.loads(world.done[f"{kind} {name}"].out)["rewards"] for name in ("one", "two"))
     assert after["shapes-clip"]["after"] == pytest.approx(before["shapes-clip"]["after"], abs=1e-3)
-    rows, others = (world.run(f"tuned-{name}").metrics.read() for name in ("one", "two"))
+    rows, others = (world.run(f"{kind}-{name}").metrics.read() for name in ("one", "two"))
     for row, other in zip(rows, others, strict=True):
         assert other["reward/shapes-clip"] == pytest.approx(row["reward/shapes-clip"], abs=1e-4)
+        assert ("tilt_effective" in row) == (kind == "tilted")
+        assert other.get("tilt_effective", 0.0) == pytest.approx(row.get("tilt_effective", 0.0), abs=1e-3)
 
 
 def test_a_signal_stops_both_after_saving(world: World) -> None:

@@ -75,13 +75,13 @@ def test_the_advantages_of_the_others_are_those_without_it(
     assert (everyone[[0, 2]] - expected[:2]).abs().max() > 0.05  # it would have made a difference
 
 
-@pytest.mark.parametrize("size", [None, 1, 2])
+@pytest.mark.parametrize(("size", "tilt"), [(None, 0.0), (1, 0.0), (2, 0.0), (2, 1.0)])
 def test_nothing_of_it_reaches_a_weight_or_a_figure(
-    size: int | None, poisoned: None, monkeypatch: pytest.MonkeyPatch
+    size: int | None, tilt: float, poisoned: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All of it is nan here; the run beside it has the same picture whole, and leaves it out for another reason."""
     lines: list[str] = []
-    bad, whole = six(micro_batch=size), six()
+    bad, whole = six(micro_batch=size, tilt=tilt), six(tilt=tilt)
     bad.tell = lines.append
     tune(bad, 0)
     prompt = int(roll_out(bad, 0).prompts[BAD]) + 1

@@ -345,8 +345,8 @@ def test_rows_follow_the_preset() -> None:
     assert own["stage2-backprop-only"].overrides == (nothing, "tune_reward.backprop_weight=2.0", off[1])
     assert own["stage2-tilt-only"].overrides == (nothing, off[0], "tune_reward.tilt=1.0")
     assert own["stage2-no-reward"].overrides == (nothing, *off)
-    assert own["stage2-matching"].label == "stage 2, no distribution matching"
-    last = ("tune_reward.matching=last", "tune_reward.matching_images=null")
+    assert own["stage2-matching"].label == "stage 2, no distribution matching, and so no tilt"
+    last = ("tune_reward.matching=last", "tune_reward.matching_images=null", off[1])
     assert own["stage2-matching-last"].overrides == last
     assert own["stage1-normaliser"].overrides == ("distill.normaliser=published",)
     assert own["stage1-batched"].overrides == ("distill.backprop_steps=1", "distill.boundaries_batched=false")
@@ -358,6 +358,7 @@ def test_rows_follow_the_preset() -> None:
     other = ("tune_reward.subset_steps=3", "tune_reward.policy_weight=2.0", "tune_reward.dmd_weight=0.1")
     plain = ("distill.boundaries=one", "distill.backprop_steps=1", "distill.boundaries_batched=false")
     turned = rows_of("distill.consistency_weight=0.1", "distill.interval=full", *other, *plain)
+    assert "stage2-tilt-only" not in turned  # it needs the sub-interval
     through = ("distill.backprop_steps=4", "distill.boundaries_batched=true")
     assert turned["stage1-backprop"].overrides == through
     assert turned["stage1-boundaries"].overrides == ("distill.boundaries=every",)

@@ -1,13 +1,17 @@
 """Distribution matching to a teacher that a reward tilts, without the reward's gradient.
 
-The aim of stage 2 is the generator p that is closest to the teacher q, tilted by the reward r:
+The aim of stage 2 is the generator p that is closest to the teacher q, tilted by a reward r:
 
-    KL(p || q exp(tilt r) / Z)  =  E_p[log p exp(-tilt r) - log q] + log Z
+    KL(p || q exp(tilt r) / Z)  =  E_p[log(p exp(-tilt r)) - log q] + log Z
 
 Distribution matching (method, section 3) moves samples of p along the difference of two scores, that of the fake score's
 distribution and that of the teacher's. So all that changes is what the fake score is fitted to: not p, but
-p exp(-tilt r), the generator's images drawn again in favour of the poor ones. At rest that is the teacher's
-distribution, and p is proportional to q exp(tilt r).
+p exp(-tilt r), the generator's images drawn again in favour of the poor ones. At noise level 0 the step is along that KL's
+gradient. At higher ones, where noise is added after the drawing, it is another step with the same point of rest: the
+drawn images are distributed as the teacher's, and p is proportional to q exp(tilt r). A latent on the way is drawn with
+the reward of the image that its path ended in.
+
+All this is for a fixed r. Stage 2 gives it advantages, see `tune_matching.drawn_images`.
 """
 
 import torch
@@ -17,7 +21,7 @@ from torch import Tensor
 def tilt_weights(reward: Tensor, tilt: float) -> Tensor:
     """Weights [N] of the images, ``exp(-tilt r)`` over their sum: float64, on the CPU, no gradient.
 
-    reward [N], finite, N > 0: any measure whose differences within a prompt count; tilt >= 0 in its inverse unit.
+    reward [N], finite, N > 0; tilt >= 0 in its inverse unit.
     Raises ValueError for another shape, a reward that is not finite, or tilt < 0.
     """
     if reward.ndim != 1 or len(reward) == 0 or not reward.isfinite().all():

@@ -120,12 +120,13 @@ CURVES = (
 HEALTH_READING = (
     "How to read it: the fake score’s picture should look like the generator’s beside it; where it looks like "
     "the teacher’s instead, or like neither, the fake score lags behind, and a higher "
-    "distill.fake_per_generator or distill.fake_lr helps. With tune_reward.tilt it leans to poor pictures on purpose."
+    "distill.fake_per_generator or distill.fake_lr helps. With tune_reward.tilt the fake score leans to poor pictures "
+    "on purpose."
 )
 
 LAG_READING = (
     "Distance of the fake score’s prediction from the generator’s own samples. A level line means that it "
-    "keeps up; a rising one, that the generator runs away from it."
+    "keeps up; a rising one, that the generator runs away from it. With tune_reward.tilt a part of it is on purpose."
 )
 
 
@@ -205,7 +206,7 @@ def _answer(report: RunReport, series: Mapping[str, Points], lag: Mapping[str, P
     if curves:
         moved = max(len(y) for y in curves) > 1
         first, last = _mean([y[0] for y in curves]), _mean([y[-1] for y in curves])
-        sentences.append(_change("The fake score’s lag (smaller is better)", first, last, moved))
+        sentences.append(_change("The fake score’s lag", first, last, moved))
     return " ".join(sentences)
 
 

@@ -51,11 +51,11 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 @contextmanager
 def float32_matmul(precision: str, device: torch.device) -> Iterator[None]:
-    """Within the block, torch's precision of float32 matrix products: "highest", "high" or "medium".
+    """Within the block, how far torch may round float32 matrix products: "highest", "high" or "medium".
 
-    Their inputs are rounded (high: to TF32 on cuda; medium: to bf16 on cuda, and on processors with such instructions),
-    sums and results stay float32. On the CPU medium takes the plain attention: the fused one converts every small
-    product anew and is about ten times slower.
+    On cuda the latter two are TF32. On the CPU high changes nothing, and medium hands the products to oneDNN, which may
+    round what goes in to bf16: processors with AMX may, one with AVX-512 alone was seen not to, and to be faster
+    nonetheless. With medium on the CPU attention is the plain one: the fused one became about ten times slower.
     """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from rtdmd_cli.engine.algo.advantages import group_advantages
 from rtdmd_cli.engine.algo.tilt import effective_share, systematic_draw, tilt_weights
 
 REWARD = torch.tensor([0.5, -1.25, 2.0, 0.0, -3.0])
@@ -88,3 +89,19 @@ def test_at_rest_the_generator_is_the_tilted_teacher() -> None:
     again = samples[systematic_draw(tilt_weights(reward[samples], tilt), 200_000, 0.5)]
     found = torch.bincount(again, minlength=3) / len(again)
     torch.testing.assert_close(found, teacher, rtol=0, atol=5e-3)
+
+
+@pytest.mark.parametrize("tilt", [0.0, 0.8])
+def test_matching_to_what_was_drawn_leads_to_the_tilted_teacher(tilt: float) -> None:
+    """Teacher N(0, 1), generator N(m, 1), reward x: exp(tilt x) makes the teacher N(tilt, 1).
+
+    The fake score of samples drawn again is that of a normal around their mean, the teacher's of one around 0; the
+    generator follows the difference. The advantage of x is x - m here: one group, standard deviation 1.
+    """
+    source, m = torch.Generator().manual_seed(0), torch.tensor(-1.0)
+    for _ in range(120):
+        x = m + torch.randn(4096, generator=source)
+        advantages = group_advantages({"x": x}, {"x": 1.0}, torch.zeros(4096, dtype=torch.int64))
+        drawn = x[systematic_draw(tilt_weights(advantages, tilt), 4096, 0.5)]
+        m = m - 0.1 * (drawn.mean() - 0.0)
+    assert float(m) == pytest.approx(tilt, abs=0.05)

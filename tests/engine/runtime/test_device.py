@@ -56,7 +56,7 @@ def test_unknown_names() -> None:
 
 
 def test_the_precision_of_float32_products() -> None:
-    """Set within the block alone; medium rounds what goes in where the processor can, and leaves attention close."""
+    """Set within the block alone; with medium products are at worst those of bf16, and attention stays close."""
     source = torch.Generator().manual_seed(0)
     a, b = torch.randn(64, 160, generator=source), torch.randn(160, 64, generator=source)
     q, k, v = torch.randn(3, 2, 5, 41, 32, generator=source)
