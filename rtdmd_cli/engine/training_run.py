@@ -304,7 +304,12 @@ def opened(
             tracker = stack.enter_context(open_tracker(name, run.path))
             if processes.main:
                 done = rewind(run, resolved, start.checkpoint, total)
-        yield run, tracker, done
+        try:
+            yield run, tracker, done
+        except BaseException as error:  # raised again; `failing` has said it where the training had begun
+            if processes.main and run.status()["state"] == "running":
+                note_end(run, error, done)
+            raise
 
 
 @contextmanager
@@ -314,5 +319,13 @@ def failing(session: Session) -> Iterator[None]:
         yield
     except BaseException as error:
         if session.trainer.processes.main:
-            session.run.set_status("failed", iteration=session.iteration, reason=str(error))
+            note_end(session.run, error, session.iteration)
         raise
+
+
+def note_end(run: RunFolder, error: BaseException, iteration: int) -> None:
+    """The status of a run that `error` ends: interrupted by a Ctrl-C, else failed."""
+    if isinstance(error, KeyboardInterrupt):
+        run.set_status("interrupted", iteration=iteration)
+    else:
+        run.set_status("failed", iteration=iteration, reason=str(error))

@@ -283,6 +283,31 @@ def test_rewards_without_a_gradient(
     assert RunFolder(tmp_path / "broken").status()["state"] == "failed"
 
 
+@pytest.mark.parametrize(
+    ("error", "state"), [(KeyboardInterrupt(), "interrupted"), (RuntimeError("no"), "failed")]
+)
+@pytest.mark.parametrize("place", ["begin_measurement", "measure"])
+def test_a_run_that_ends_before_its_first_epoch(
+    begin: Checkpoint,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
+    error: Exception,
+    state: str,
+) -> None:
+    """While the teacher's pictures are drawn, or the start is measured: its status says how it ended."""
+
+    def stop(*arguments: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(tune_run, place, stop)
+    with pytest.raises(type(error)):
+        run(tmp_path, "early", begin)
+    status = RunFolder(tmp_path / "early").status()
+    assert (status["state"], status["iteration"]) == (state, 0)
+    assert status.get("reason") == (None if state == "interrupted" else "no")
+
+
 def test_prompts_of_a_measurement_are_spread_evenly() -> None:
     many = PromptSet([str(i) for i in range(10)], [{"i": i} for i in range(10)])
     assert evenly_chosen(many, 2).texts == ["2", "7"]
