@@ -1,5 +1,7 @@
 """Stage 2's fake score: fitted to the epoch's images, to fresh rollouts, or to images that rewards chose."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -17,7 +19,7 @@ from rtdmd_cli.engine.distill import (
     parts_of,
 )
 from rtdmd_cli.engine.runtime import optim, rng
-from rtdmd_cli.engine.tune_rollouts import Rollouts, Tuner, conditioning, micro_batches
+from rtdmd_cli.engine.tune_rollouts import Rollouts, Tuner, conditioning
 
 FAKE = "tune/fake"
 """Name of the random stream of the fake score's turn; stage 1's is another."""
@@ -48,15 +50,9 @@ def matched_prompts(tuner: Tuner, rollouts: Rollouts) -> Tensor:
 
 def add_last_fake_gradients(tuner: Tuner, epoch: int, rollouts: Rollouts) -> None:
     """Accumulate the gradients of section 3's loss on the epoch's images, s = 0."""
-    core, last = tuner.core, tuner.stochastic
-    with core.processes.agreeing():
-        for part, cond, share in micro_batches(core, rollouts):
-            x0 = rollouts.x[rollouts.rows(part), -1].to(core.backbone.device)
-            with core.roles.role("fake", train=True):
-                draws, point = Draws(core, FAKE, epoch, part), (last, Boundary(0.0, x0, x0))
-                loss = fake_loss(core, draws, [point], cond, share)
-                optim.check_finite("The fake-score loss", loss, epoch + 1)
-                loss.backward()
+    add_recorded_fake_gradients(
+        tuner, epoch, rollouts, [(part, part) for part in rollouts.parts], 1 / rollouts.count
+    )
 
 
 def add_tilted_fake_gradients(tuner: Tuner, epoch: int, rollouts: Rollouts, advantages: Tensor) -> None:
@@ -64,20 +60,38 @@ def add_tilted_fake_gradients(tuner: Tuner, epoch: int, rollouts: Rollouts, adva
 
     `algo.tilt` says why. They are matched where the generator is: at every boundary of its path, or at s = 0.
     """
-    core, drawn = tuner.core, drawn_images(tuner, epoch, advantages)
-    own, weight = core.processes.part(len(rollouts.prompts)), 1 / len(drawn)
+    drawn = drawn_images(tuner, epoch, advantages)
+    own, weight = tuner.core.processes.part(len(rollouts.prompts)), 1 / len(drawn)
     places = [place for place, image in enumerate(drawn) if image in own]
     if not places:  # a process without any takes part all the same, with a gradient of 0
         places, drawn, weight = [0], [rollouts.parts[0][0]], 0.0
+    runs = parts_of(range(len(places)), tuner.config.micro_batch)
+    keys = [
+        [places[i] for i in run] for run in runs
+    ]  # an image that is drawn twice has noise of its own each time
+    parts = [(part, [drawn[place] for place in part]) for part in keys]
+    add_recorded_fake_gradients(tuner, epoch, rollouts, parts, weight)
+
+
+def add_recorded_fake_gradients(
+    tuner: Tuner,
+    epoch: int,
+    rollouts: Rollouts,
+    parts: Sequence[tuple[Sequence[int], Sequence[int]]],
+    weight: float,
+) -> None:
+    """Accumulate `weight` times the gradients of section 3's loss on each image.
+
+    parts: of each micro-batch the keys of its random numbers, and its images' numbers.
+    """
+    core = tuner.core
     with core.processes.agreeing():
-        for run in parts_of(range(len(places)), tuner.config.micro_batch):
-            part = [places[i] for i in run]
-            images = [drawn[place] for place in part]
-            cond, draws = conditioning(core, rollouts.prompts[images]), Draws(core, FAKE, epoch, part)
+        for keys, images in parts:
+            cond, draws = conditioning(core, rollouts.prompts[list(images)]), Draws(core, FAKE, epoch, keys)
             points = recorded_points(tuner, draws, rollouts.x[rollouts.rows(images)])
             with core.roles.role("fake", train=True):
                 for group in evaluated_together(core, points):
-                    loss = fake_loss(core, draws, group, cond, weight * len(part) / len(points))
+                    loss = fake_loss(core, draws, group, cond, weight * len(images) / len(points))
                     optim.check_finite("The fake-score loss", loss, epoch + 1)
                     loss.backward()
 

@@ -346,7 +346,7 @@ def tune_stage(
 
     def advance(epoch: int) -> None:
         prepare_prompts(core, epoch, config.epochs, lambda i: chosen_prompts(tuner, i))
-        with tuner.core.float32_matmul():
+        with core.float32_matmul():
             tune(tuner, epoch)
 
     def measured(session: Session) -> Measured:
