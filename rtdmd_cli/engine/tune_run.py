@@ -1,6 +1,7 @@
 """A run of stage 2: what surrounds the recipe in `tune_reward.py`, from a stage-1 checkpoint to a finished run."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 
 from rtdmd_cli.config.loader import Resolved
 from rtdmd_cli.config.schema import DistillConfig, Preset
-from rtdmd_cli.config.tune_reward import TuneRewardConfig, split_paths, split_weights
+from rtdmd_cli.config.tune_reward import TuneRewardConfig
 from rtdmd_cli.engine import previews as pictures
 from rtdmd_cli.engine.backbones.base import Backbone, Conditioning, load_backbone
 from rtdmd_cli.engine.distill import ROLES, Trainer
@@ -22,13 +23,12 @@ from rtdmd_cli.engine.distill_run import (
 from rtdmd_cli.engine.distill_start import Start
 from rtdmd_cli.engine.full_roles import FullRoles
 from rtdmd_cli.engine.prompts import PromptSet, known_by
-from rtdmd_cli.engine.rewards.mixture import RewardMixture, open_mixture
-from rtdmd_cli.engine.rewards.scoring import Limits
+from rtdmd_cli.engine.rewards.mixture import RewardMixture
 from rtdmd_cli.engine.roles import FAKE, GENERATOR, Roles, RoleSet
 from rtdmd_cli.engine.runtime import optim
 from rtdmd_cli.engine.runtime.checkpoint import Checkpoint
 from rtdmd_cli.engine.runtime.device import resolve_device, resolve_dtype
-from rtdmd_cli.engine.runtime.processes import Processes, join, require_parts
+from rtdmd_cli.engine.runtime.processes import join
 from rtdmd_cli.engine.runtime.run_folder import RunFolder, State, create_run
 from rtdmd_cli.engine.runtime.signals import StopRequest
 from rtdmd_cli.engine.training_run import (
@@ -44,12 +44,12 @@ from rtdmd_cli.engine.training_run import (
     save_unsaved,
     train,
 )
+from rtdmd_cli.engine.tune_checks import check_counts, check_tilt, open_rewards, require_shares
 from rtdmd_cli.engine.tune_measure import (
     Measured,
     Measurement,
     evenly_chosen,
     measure,
-    open_clip,
     teacher_features,
 )
 from rtdmd_cli.engine.tune_report import write_tune_report
@@ -66,7 +66,7 @@ from rtdmd_cli.engine.tune_watch import (
     standing,
     watch,
 )
-from rtdmd_cli.errors import DataError, RewardFailure, UsageError
+from rtdmd_cli.errors import DataError, RewardFailure
 
 STAGE = "tune-reward"
 
@@ -95,7 +95,43 @@ def run_tune(
         UsageError, EnvironmentFailure, DataError: before anything is trained. NumericalError: a value is not
         finite; the last checkpoint is untouched. RewardFailure: too many pictures got no reward; saved before.
     """
-    preset, config = resolved.preset, resolved.preset.tune_reward
+    loaded = _load(resolved.preset, prompts, eval_prompts, begin, say)
+    core, saved = loaded.tuner.core, start.checkpoint
+    untrained = core.roles.state(GENERATOR)
+    if saved:
+        restore(core, saved, STAGE, core.roles.frozen)
+
+    def make() -> RunFolder:
+        return create_run(out, name, resolved, command, core.backbone.device, STAGE)
+
+    epochs = resolved.preset.tune_reward.epochs
+    with opened(start, out / name, make, resolved, epochs, core.processes) as (run, tracker, done):
+        stage, measurement = _begin(loaded, resolved.preset, untrained, run, say)
+        seconds = float(saved.state["seconds"]) if saved else 0.0
+        records, known = records_of(start, loaded.tuner.config), known_by(prompts, eval_prompts)
+        session = Session(run, resolved, core, stage, tracker, done, seconds, records, known)
+        session.last = saved.path if start.run and saved else None
+        with failing(session):
+            return finish(session, train_watched(session, measurement, loaded.mixture, say, quiet))
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """What a run needs before it has a folder: encoded prompts are `prompts`, `measured` and `wide`, in this order."""
+
+    tuner: Tuner
+    mixture: RewardMixture
+    conditioning: Callable[[Sequence[int]], Conditioning]
+    prompts: PromptSet
+    measured: PromptSet
+    wide: PromptSet
+
+
+def _load(
+    preset: Preset, prompts: PromptSet, eval_prompts: PromptSet, begin: Checkpoint, say: Callable[[str], None]
+) -> _Loaded:
+    """Rewards, base and encoded prompts; the generator is that of stage 1."""
+    config = preset.tune_reward
     if preset.hardware.threads is not None:
         torch.set_num_threads(preset.hardware.threads)
     processes, device = join(resolve_device(preset.hardware.device))
@@ -106,56 +142,49 @@ def run_tune(
     say(model_line(preset, backbone))
     measured = evenly_chosen(eval_prompts, config.eval_images)
     wide = evenly_chosen(eval_prompts, config.watch.prompt_count if config.watch.features else 0)
-    every = [*prompts.texts, *measured.texts, *wide.texts]
     with processes.first_here():
+        every = [*prompts.texts, *measured.texts, *wide.texts]
         conditioning, empty = encode_prompts(backbone, every, say, preset.hardware)
     tuner = build_tuner(backbone, preset, mixture, len(prompts), conditioning, empty)
     tuner.core.processes = processes
     load_stage_1(tuner.core, begin)
-    untrained, saved = tuner.core.roles.state(GENERATOR), start.checkpoint
-    if saved:
-        restore(tuner.core, saved, STAGE, tuner.core.roles.frozen)
+    return _Loaded(tuner, mixture, conditioning, prompts, measured, wide)
 
-    def make() -> RunFolder:
-        return create_run(out, name, resolved, command, device, STAGE)
 
-    with opened(start, out / name, make, resolved, config.epochs, processes) as (run, tracker, done):
-        with tuner.core.roles.swapped(GENERATOR, untrained):
-            shown = pictures.make_previews(
-                backbone,
-                tuner.core.roles,
-                preset,
-                prompts.texts,
-                conditioning,
-                tuner.core.empty,
-                "generator",
-                "stage 1",
-            )
-        if processes.main:
-            tuner.tell = run.log
-        if wide.texts:
-            say(f"drawing {len(wide)} pictures of the teacher to compare with")
-        measurement = begin_measurement(tuner.core, preset, measured, len(prompts), len(every))
-
-        def warn(text: str) -> None:
-            run.log(text)
-            say(text)
-
-        stage = tune_stage(tuner, shown, measurement, mixture, warn)
-        seconds, records = float(saved.state["seconds"]) if saved else 0.0, records_of(start, config)
-        session = Session(
-            run, resolved, tuner.core, stage, tracker, done, seconds, records, known_by(prompts, eval_prompts)
+def _begin(
+    loaded: _Loaded,
+    preset: Preset,
+    untrained: dict[str, torch.Tensor],
+    run: RunFolder,
+    say: Callable[[str], None],
+) -> tuple[Stage, Measurement]:
+    """The stage and what it measures, with the pictures that both compare with: `untrained`'s and the teacher's."""
+    tuner, texts = loaded.tuner, loaded.prompts.texts
+    core = tuner.core
+    with core.roles.swapped(GENERATOR, untrained):
+        shown = pictures.make_previews(
+            core.backbone,
+            core.roles,
+            preset,
+            texts,
+            loaded.conditioning,
+            core.empty,
+            "generator",
+            "stage 1",
         )
-        session.last = saved.path if start.run and saved else None
-        with failing(session):
-            return finish(session, train_watched(session, measurement, mixture, say, quiet))
+    if core.processes.main:
+        tuner.tell = run.log
+    if loaded.wide.texts:
+        say(f"drawing {len(loaded.wide)} pictures of the teacher to compare with")
+    first = len(texts)
+    end = first + len(loaded.measured) + len(loaded.wide)
+    measurement = begin_measurement(core, preset, loaded.measured, first, end)
 
+    def warn(text: str) -> None:
+        run.log(text)
+        say(text)
 
-def require_shares(processes: Processes, config: TuneRewardConfig) -> None:
-    """UsageError where there are more processes than pictures for them."""
-    require_parts(processes, "tune_reward.images_per_epoch", config.images_per_epoch, equal=True)
-    if config.matching_images is not None:
-        require_parts(processes, "tune_reward.matching_images", config.matching_images, equal=False)
+    return tune_stage(tuner, shown, measurement, loaded.mixture, warn), measurement
 
 
 def begin_measurement(
@@ -202,46 +231,6 @@ def train_watched(
         raise
 
 
-def open_rewards(
-    config: TuneRewardConfig,
-    prompts: PromptSet,
-    eval_prompts: PromptSet,
-    device: torch.device,
-    say: Callable[[str], None],
-) -> RewardMixture:
-    """The preset's rewards, each (and the watch's CLIP) loaded once; says which take no part in back-propagation."""
-    weights, paths = split_weights(config.rewards), split_paths(config.reward_paths)
-    memory, limits = config.rewards_in_memory, Limits(config.max_bad_share, config.reward_seconds)
-    open_mixture(weights, config.held_out, paths, eval_prompts, device, memory)
-    mixture = open_mixture(weights, config.held_out, paths, prompts, device, memory, limits=limits)
-    without = [name for name in weights if name not in mixture.differentiable]
-    tilted = config.tilt and config.dmd_weight
-    others = [
-        name for name, on in (("policy term", config.policy_weight), ("tilt of matching", tilted)) if on
-    ]
-    if without and not others:
-        say(
-            f"no gradient in {', '.join(without)}, and neither policy term nor tilt: measured, not trained on"
-        )
-    elif without and config.backprop_weight:
-        say(
-            f"no gradient in {', '.join(without)}: in the {' and the '.join(others)} only, not in back-propagation"
-        )
-    if (
-        config.backprop_weight
-        and not mixture.differentiable
-        and not (config.policy_weight or config.dmd_weight)
-    ):
-        raise UsageError(
-            "Back-propagation is the only term, and none of the rewards is differentiable.",
-            "See which are: rtdmd rewards list",
-        )
-    mixture.check_loading()
-    if config.watch.features:
-        open_clip(config.watch.features, device)
-    return mixture
-
-
 def build_tuner(
     backbone: Backbone,
     preset: Preset,
@@ -285,44 +274,6 @@ def stage_1_settings(preset: Preset) -> DistillConfig:
             "ema_decay": config.ema_decay,
         }
     )
-
-
-def check_counts(config: TuneRewardConfig, prompts: int, steps: int, eta: float) -> None:
-    """UsageError where the preset's numbers don't fit the prompts or the sampler."""
-    wanted = config.images_per_epoch // config.images_per_prompt
-    if wanted > prompts:
-        raise UsageError(
-            f"An epoch takes {wanted} different prompts, and there are {prompts}.",
-            "Lower `tune_reward.images_per_epoch`, or raise `tune_reward.images_per_prompt`.",
-        )
-    random = config.policy_weight or config.kl_weight
-    if random and (config.subset_steps > steps - 1 or eta == 0):
-        stochastic = steps - 1 if eta else 0
-        raise UsageError(
-            f"`tune_reward.subset_steps` is {config.subset_steps}; the sampler has {stochastic} stochastic steps.",
-            "Lower it, raise `sampler.eta` or `sampler.raw_steps`, or set `tune_reward.policy_weight` and `kl_weight` to 0.",
-        )
-    if config.backprop_steps > steps:
-        raise UsageError(
-            f"`tune_reward.backprop_steps` is {config.backprop_steps}; the sampler has {steps} steps.",
-            "Lower it.",
-        )
-
-
-def check_tilt(preset: Preset) -> None:
-    """UsageError where the tilt would need what recorded paths don't hold: the clean predictions on the way."""
-    config = preset.tune_reward
-    if (
-        config.tilt
-        and config.dmd_weight
-        and config.matching == "distill"
-        and preset.distill.interval == "full"
-    ):
-        raise UsageError(
-            f"`tune_reward.tilt` ({config.tilt:g}) with `tune_reward.matching: distill` can't be with "
-            "`distill.interval: full`, which this run was distilled with.",
-            "Set `tune_reward.matching` to last, or `tune_reward.tilt` to 0.",
-        )
 
 
 def load_stage_1(core: Trainer, begin: Checkpoint) -> None:

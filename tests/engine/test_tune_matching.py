@@ -13,10 +13,10 @@ from rtdmd_cli.config.schema import Preset
 from rtdmd_cli.engine import tune_matching
 from rtdmd_cli.engine.distill import Draws
 from rtdmd_cli.engine.runtime.processes import Processes
+from rtdmd_cli.engine.tune_checks import check_tilt
 from rtdmd_cli.engine.tune_matching import FAKE, drawn_images, update_fake_score
 from rtdmd_cli.engine.tune_reward import tune
 from rtdmd_cli.engine.tune_rollouts import Rollouts, Tuner, roll_out
-from rtdmd_cli.engine.tune_run import check_tilt
 from rtdmd_cli.errors import UsageError
 from tests.engine.test_distill import SIGMAS, diffuse, evaluate
 from tests.tiny_tuning import make_tuner, stir, tune_preset

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rtdmd_cli.config.loader import Resolved, preset_sha256
-from rtdmd_cli.engine import tune_measure, tune_run
+from rtdmd_cli.engine import tune_checks, tune_measure, tune_run
 from rtdmd_cli.engine.backbones.loading import folder_hash
 from rtdmd_cli.engine.backbones.sd3 import LAYOUT
 from rtdmd_cli.engine.distill_run import encode_prompts
@@ -271,12 +271,12 @@ def test_rewards_without_a_gradient(
     assert not (tmp_path / "off").exists()
     said: list[str] = []
     config = tune_preset(rewards=(TRAINED, "rule")).tune_reward
-    mixture = tune_run.open_rewards(config, TRAINING, MEASURED, CPU, said.append)
+    mixture = tune_checks.open_rewards(config, TRAINING, MEASURED, CPU, said.append)
     assert mixture.differentiable == (TRAINED,)
     assert len(said) == 1 and "rule" in said[0] and TRAINED not in said[0]
     said.clear()
     for values in ({"rewards": (TRAINED,)}, {"rewards": ("rule",), "backprop_weight": 0.0}):
-        tune_run.open_rewards(tune_preset(**values).tune_reward, TRAINING, MEASURED, CPU, said.append)
+        tune_checks.open_rewards(tune_preset(**values).tune_reward, TRAINING, MEASURED, CPU, said.append)
     assert said == []
     with pytest.raises(RewardFailure, match="3 of 3 pictures got no reward in the first measurement.*broken"):
         run(tmp_path, "broken", begin, rewards=("broken",))
