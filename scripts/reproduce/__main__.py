@@ -49,7 +49,15 @@ def main(
         int, typer.Option(min=1, help="Seeds of a row. With --fast, ablations have one.")
     ] = SEEDS,
     only: Annotated[str, typer.Option(metavar="ROW[,ROW]", help="Make these rows only; see --list.")] = "",
-    out: Annotated[Path, typer.Option(help="Folder of cells, runs, table.md and table.svg.")] = OUT,
+    out: Annotated[Path, typer.Option(help="Folder of runs, table.md and table.svg.")] = OUT,
+    cells_at: Annotated[
+        Path | None,
+        typer.Option(
+            "--cells",
+            metavar="DIR",
+            help="Folder of the cells' figures. Default: OUT/cells; scripts/reproduce/cells has those of the README.",
+        ),
+    ] = None,
     list_rows: Annotated[
         bool, typer.Option("--list", help="List the rows and what is done; run none.")
     ] = False,
@@ -74,11 +82,11 @@ def main(
         rows = table_rows(preset)
         chosen = chosen_rows(rows, [name for name in only.split(",") if name])
         cells = table_cells(request, rows, seeds, seeds if full else 1)
-        session = Session(Runner(out.resolve(), _say))
+        session = Session(Runner(out.resolve(), (cells_at or out / "cells").resolve(), _say))
         _read(session, cells)
         if not list_rows:
             _work(session, [cell for cell in cells if cell.row.name in chosen], minutes)
-        command = _command(full, seeds, out, request)
+        command = _command(full, seeds, out, cells_at, request)
         _show(session, rows, cells, request, out.resolve(), command, list_rows, as_json)
     except RtdmdError as error:
         _say(f"error: {error.message}\nhint: {error.hint}")
@@ -127,11 +135,12 @@ def _make(session: Session, cell: Cell) -> None:
         session.exit_code = session.exit_code or error.exit_code
 
 
-def _command(full: bool, seeds: int, out: Path, request: Request) -> str:
+def _command(full: bool, seeds: int, out: Path, cells_at: Path | None, request: Request) -> str:
     """The command that goes on with this table, without its --only."""
     words = ["scripts/reproduce_shapes", "--full" if full else "--fast"]
     words += ["--seeds", str(seeds)] if seeds != SEEDS else []
     words += ["--out", str(out)] if out != OUT else []
+    words += ["--cells", str(cells_at)] if cells_at is not None else []
     words += ["--limit", str(request.limit)] if request.limit is not None else []
     words += [word for text in request.overrides if text != PICTURES for word in ("--set", text)]
     return shlex.join(words)

@@ -17,6 +17,7 @@ from typing import Any
 from rtdmd_cli import __version__
 from rtdmd_cli.config.loader import dump_resolved
 from rtdmd_cli.engine.runtime.checkpoint import checkpoint_steps
+from rtdmd_cli.engine.runtime.device import device_name, resolve_device
 from rtdmd_cli.engine.runtime.files import write_json, write_text
 from rtdmd_cli.engine.runtime.run_folder import RunFolder
 from rtdmd_cli.errors import DataError, RtdmdError
@@ -60,9 +61,13 @@ def stop_on_signals() -> Iterator[None]:
 
 @dataclass
 class Runner:
-    """Works in the folder `out`: cells/, runs/ and presets/. ran: the arguments of every command so far."""
+    """Works in the folder `out`: runs/ and presets/. ran: the arguments of every command so far.
+
+    cells: where the figures are kept. They name no path outside `out`, so that they can be shared.
+    """
 
     out: Path
+    cells: Path
     say: Callable[[str], None]
     ran: list[list[str]] = field(default_factory=list)
 
@@ -74,7 +79,7 @@ class Runner:
         try:
             record = json.loads(path.read_bytes())
             whole = record["key"] == cell.key and _is_evaluation(record["evaluation"])
-            whole = whole and {"training_seconds", "diversity", "version"} <= record.keys()
+            whole = whole and {"training_seconds", "diversity", "version", "machine"} <= record.keys()
         except (OSError, ValueError, TypeError, KeyError):
             whole = False
         if not whole:
@@ -108,7 +113,8 @@ class Runner:
             "preset_sha256": cell.resolved.sha256,
             "overrides": list(cell.row.overrides),
             "version": __version__,
-            "commands": self.ran[first:],
+            "machine": device_name(resolve_device(cell.resolved.preset.hardware.device)),
+            "commands": [[self._portable(text) for text in command] for command in self.ran[first:]],
             "training_seconds": seconds,
             "evaluation": best,
             "alternatives": [each for each in evaluations if each is not best],
@@ -121,7 +127,12 @@ class Runner:
         return RunFolder(self.out / "runs" / cell.run_name)
 
     def _path(self, cell: Cell) -> Path:
-        return self.out / "cells" / f"{cell.name}.json"
+        return self.cells / f"{cell.name}.json"
+
+    def _portable(self, text: str) -> str:
+        """A path inside `out` as seen from there."""
+        path = Path(text)
+        return str(path.relative_to(self.out)) if path.is_relative_to(self.out) else text
 
     def _preset(self, cell: Cell) -> str:
         """The cell's settings as a preset file: a name could also be that of a run, and would have no overrides."""

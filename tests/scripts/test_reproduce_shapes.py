@@ -103,8 +103,8 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> list[Pretended]:
     """The runners of the calls of a test."""
     made: list[Pretended] = []
 
-    def make(out: Path, say: Callable[[str], None]) -> Pretended:
-        made.append(Pretended(out, say))
+    def make(out: Path, cells: Path, say: Callable[[str], None]) -> Pretended:
+        made.append(Pretended(out, cells, say))
         return made[-1]
 
     monkeypatch.setattr(reproduce, "Runner", make)
@@ -227,6 +227,21 @@ def test_what_is_missing_is_said_and_how_to_fill_it_in(tmp_path: Path, pretended
     assert pretended[0].ran and "distill" in kinds(pretended[1])  # the ablations of stage 1
 
 
+def test_figures_can_be_kept_elsewhere_and_name_no_path(tmp_path: Path, pretended: list[Pretended]) -> None:
+    """As the ones in this repository: found again from another folder, where the weights are not."""
+    kept = ["--cells", str(tmp_path / "kept"), "--seeds", "1", "--only", "stage2"]
+    first = call("--out", str(tmp_path / "here"), *kept)
+    assert not (tmp_path / "here/cells").exists() and f"--cells {tmp_path}/kept" in first.stdout
+    again = call("--out", str(tmp_path / "there"), *kept)
+    assert again.exit_code == 0 and pretended[1].ran == []
+    assert table_of(again.stdout)["stage 2"][0] == "0.500"
+    records = [path.read_text() for path in (tmp_path / "kept").iterdir()]
+    assert len(records) == 2 and not any(str(tmp_path) in text for text in records)
+    commands = [json.loads(text)["commands"] for text in records]
+    assert any("presets/" in word for command in commands[0] for word in command)
+    assert all(json.loads(text)["machine"] in again.stdout for text in records)
+
+
 def test_a_changed_setting_runs_anew_and_the_old_cell_stays(
     tmp_path: Path, pretended: list[Pretended]
 ) -> None:
@@ -265,7 +280,7 @@ def test_a_damaged_cell_is_redone_without_training_again(
 
 @pytest.mark.parametrize("lost", ["key", "evaluation", "training_seconds", "overall"])
 def test_a_cell_that_lacks_something_counts_as_not_run(tmp_path: Path, lost: str) -> None:
-    one, cell = Pretended(tmp_path, lambda text: None), cell_of("stage1")
+    one, cell = Pretended(tmp_path, tmp_path / "cells", lambda text: None), cell_of("stage1")
     record = one.make(cell)
     assert one.stored(cell) == record
     del (record["evaluation"] if lost == "overall" else record)[lost]
@@ -274,7 +289,7 @@ def test_a_cell_that_lacks_something_counts_as_not_run(tmp_path: Path, lost: str
 
 
 def test_stage_2_starts_from_stage_1_of_the_same_seed_and_makes_it_first(tmp_path: Path) -> None:
-    one = Pretended(tmp_path, lambda text: None)
+    one = Pretended(tmp_path, tmp_path / "cells", lambda text: None)
     cell = cell_of("stage2", 2)
     assert cell.stage_1 is not None
     one.make(cell)
@@ -296,7 +311,7 @@ def test_stage_2_starts_from_stage_1_of_the_same_seed_and_makes_it_first(tmp_pat
     # A folder that is gone is trained again for the next one that needs it; its figures are not.
     for run in (cell, cell.stage_1):
         one.run_of(run).path.rename(tmp_path / f"gone-{run.row.name}")
-    again = Pretended(tmp_path, lambda text: None)
+    again = Pretended(tmp_path, tmp_path / "cells", lambda text: None)
     again.make(cell_of("stage2-grpo-only", 2))
     assert kinds(again) == ["distill", "tune-reward", "eval", "eval"]
 

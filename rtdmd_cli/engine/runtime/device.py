@@ -3,6 +3,7 @@
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -11,6 +12,9 @@ from rtdmd_cli.errors import EnvironmentFailure, UsageError
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+CPUINFO = Path("/proc/cpuinfo")
+PROCESSOR = {"model name": "", "cpu family": "family ", "model": "model "}
+"""What of Linux's list of processors tells one from another, and how it is named."""
 
 
 def resolve_device(name: str) -> torch.device:
@@ -68,7 +72,18 @@ def float32_matmul(precision: str, device: torch.device) -> Iterator[None]:
 
 
 def device_name(device: torch.device) -> str:
-    """What the device calls itself: the GPU's name, else the processor's architecture."""
+    """What the device calls itself: the GPU's name, else the processor's, where Linux tells, and its architecture."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type} ({platform.machine()})"
+    return f"{device.type} ({', '.join([*_processor(CPUINFO), platform.machine()])})"
+
+
+def _processor(cpuinfo: Path) -> list[str]:
+    """What tells processors apart, of the first one in Linux's list; empty where there is no list."""
+    if not cpuinfo.exists():
+        return []
+    facts: dict[str, str] = {}
+    for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+        key, _, value = line.partition(":")
+        facts.setdefault(key.strip(), value.strip())
+    return [label + facts[key] for key, label in PROCESSOR.items() if key in facts]

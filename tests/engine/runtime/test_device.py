@@ -1,9 +1,13 @@
 """Devices and number formats, with the hardware played by monkeypatch."""
 
+import platform
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from rtdmd_cli.engine.runtime import device
 from rtdmd_cli.engine.runtime.device import device_name, float32_matmul, resolve_device, resolve_dtype
 from rtdmd_cli.errors import EnvironmentFailure, UsageError
 
@@ -22,6 +26,17 @@ def test_auto_takes_cuda_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert device_name(CUDA) == "Some GPU"
     has_cuda(monkeypatch, False)
     assert resolve_device("auto") == resolve_device("cpu") == CPU
+
+
+def test_a_processor_by_what_makes_it_fast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first one of Linux's list; elsewhere there is no list."""
+    listed = tmp_path / "cpuinfo"
+    monkeypatch.setattr(device, "CPUINFO", listed)
+    bare = device_name(CPU)
+    assert bare == f"cpu ({platform.machine()})"
+    one = "processor\t: 0\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: Some CPU\n"
+    listed.write_text(one + "\n" + one.replace("Some", "Other"))
+    assert device_name(CPU) == bare.replace("(", "(Some CPU, family 25, model 17, ")
 
 
 @pytest.mark.parametrize("name", ["cuda", "mps"])
