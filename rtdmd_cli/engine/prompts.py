@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from rtdmd_cli.engine.data.geneval_train import training_requirements
 from rtdmd_cli.engine.data.registry import PREFIX, DataSet, find_data
-from rtdmd_cli.engine.data.store import Stored, require
+from rtdmd_cli.engine.data.store import Stored, made_here, require
 from rtdmd_cli.engine.runtime.files import os_errors
 from rtdmd_cli.errors import DataError, UsageError
 from rtdmd_cli.shapes.prompts import benchmark, training_captions
@@ -100,7 +99,7 @@ def read_stored(found: Stored) -> PromptSet:
 def _public(data: DataSet) -> PromptSet:
     if data.url:
         return read_stored(require(data))
-    made = training_requirements()
+    made = made_here(data)
     return PromptSet(
         [each["prompt"] for each in made],
         [{key: value for key, value in each.items() if key != "prompt"} for each in made],

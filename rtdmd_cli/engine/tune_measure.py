@@ -17,9 +17,11 @@ from rtdmd_cli.engine.evaluation.features import (
 from rtdmd_cli.engine.prompts import PromptSet
 from rtdmd_cli.engine.rewards import shapes_clip
 from rtdmd_cli.engine.rewards.mixture import RewardMixture
+from rtdmd_cli.engine.rewards.registry import REWARDS
 from rtdmd_cli.engine.rewards.scoring import require_judged
 from rtdmd_cli.engine.roles import GENERATOR
 from rtdmd_cli.engine.sample import Kind, decode_all, generate, sampling_plan
+from rtdmd_cli.errors import EnvironmentFailure
 
 BUILTIN = "builtin:shapes"
 """Stands for the package's CLIP that judges and is never trained on."""
@@ -146,5 +148,13 @@ def features_of(core: Trainer, preset: Preset, images: Tensor) -> Tensor:
 
 
 def open_clip(source: str, device: torch.device) -> ClipScorer:
-    """The CLIP that `watch.features` names. Errors as `ClipScorer.load`."""
-    return shapes_clip.load_held_out(device).scorer if source == BUILTIN else ClipScorer.load(source, device)
+    """The CLIP that `watch.features` names. Errors as `ClipScorer.load`; what is missing is said with its command."""
+    if source == BUILTIN:
+        return shapes_clip.load_held_out(device).scorer
+    try:
+        return ClipScorer.load(source, device)
+    except EnvironmentFailure as error:
+        owners = [each.name for each in REWARDS.values() if any(need.source == source for need in each.needs)]
+        fetch = f"rtdmd fetch {owners[0]}" if owners else f"hf download {source}"
+        hint = f"Fetch it: {fetch}. Or do without: --set tune_reward.watch.features=null"
+        raise EnvironmentFailure(f"`tune_reward.watch.features`: {error.message}", hint) from error

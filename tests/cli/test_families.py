@@ -13,7 +13,14 @@ from PIL import Image
 
 from rtdmd_cli.cli import app
 from rtdmd_cli.config import list_presets
+from rtdmd_cli.config.loader import load_preset
+from rtdmd_cli.config.tune_reward import split_weights
+from rtdmd_cli.engine.prompts import read_prompt_set
+from rtdmd_cli.engine.rewards.base import require_metadata
+from rtdmd_cli.engine.rewards.registry import find_reward
 from rtdmd_cli.engine.runtime.checkpoint import load_checkpoint
+from rtdmd_cli.engine.tune_measure import open_clip
+from rtdmd_cli.errors import EnvironmentFailure
 from tests.tiny_clip import save_clip
 from tests.tiny_flux import TINY, build_flux2_pipeline, save, tiny_folder
 from tests.tiny_models import PROMPTS
@@ -42,7 +49,8 @@ def write_preset(folder: Path, name: str) -> None:
     rates = "generator_lr: 0.01, fake_lr: 0.01"
     clip = save_clip(folder / "clip")
     tune = f"rewards: [pickscore], reward_paths: ['pickscore={clip}'], epochs: 1, images_per_epoch: 4, "
-    tune += f"images_per_prompt: 2, eval_images: 2, prompts: tiny.txt, {rates}, {lora}"
+    tune += f"images_per_prompt: 2, eval_images: 2, prompts: tiny.txt, {rates}, {lora}, "
+    tune += f"eval_every: 1, watch: {{features: {clip}, prompt_count: 2, images_per_prompt: 2}}"
     (folder / "tiny.txt").write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
     (folder / "tiny.yaml").write_text(
         f"model: {{{model}}}\n"
@@ -73,6 +81,9 @@ def test_from_nothing_to_a_picture(
     assert made["finished"] and made["iterations"] == 4
     tuned = call(capsys, "tune-reward")
     assert tuned["finished"] and tuned["rewards"].keys() == {"pickscore"}
+    lines = (Path(tuned["run"]) / "metrics.jsonl").read_text().splitlines()
+    measured = [json.loads(line) for line in lines if "watch/diversity" in line]
+    assert measured and 0 < measured[-1]["watch/diversity"] < 2 and measured[-1]["watch/frechet"] > 0
     for checkpoint in (made["checkpoint"], tuned["checkpoint"]):
         saved = load_checkpoint(Path(checkpoint))
         layers = {key.partition(".")[0] for key in saved.tensors["ema"]}
@@ -99,6 +110,31 @@ def test_every_preset_is_ready_without_a_network(
     prompts = ("--set", "distill.prompts=builtin:shapes")
     plan = call(capsys, "distill", "--preset", name, "--dry-run", *prompts)
     assert plan["preset"] == name and plan["generator_updates"] > 0 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", [info.name for info in list_presets() if not info.name.startswith("shapes")])
+def test_every_real_preset_measures_on_prompts_that_it_does_not_train_on(name: str) -> None:
+    tune = load_preset(name, environ={}).preset.tune_reward
+    assert tune.eval_every and tune.watch.features and tune.held_out and tune.eval_prompts
+    trained, measured = read_prompt_set(tune.prompts), read_prompt_set(tune.eval_prompts)
+    assert not set(trained.texts) & set(measured.texts)
+    for reward in (*split_weights(tune.rewards), *tune.held_out):
+        require_metadata(find_reward(reward), measured.metadata)
+    assert any(need.source == tune.watch.features for need in find_reward("aesthetic").needs)
+
+
+@pytest.mark.parametrize(
+    ("source", "command"),
+    [("openai/clip-vit-large-patch14", "rtdmd fetch clipscore"), ("some/clip", "hf download some/clip")],
+)
+def test_features_that_are_not_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, command: str
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(EnvironmentFailure, match=f"watch.features.*{source}") as caught:
+        open_clip(source, torch.device("cpu"))
+    assert command in caught.value.hint and "tune_reward.watch.features=null" in caught.value.hint
 
 
 def test_a_model_that_cannot_be_fetched(

@@ -70,6 +70,7 @@ def test_shapes_full_inherits_and_says_from_where() -> None:
 FREE = {
     *("name", "description", "distill.prompts", "distill.micro_batch", "distill.save_every"),
     *("tune_reward.prompts", "tune_reward.micro_batch", "tune_reward.save_every", "tune_reward.sample_every"),
+    *("tune_reward.eval_prompts", "tune_reward.eval_every", "tune_reward.watch.features"),
     *("tune_reward.held_out", "evaluate.batch", "hardware.dtype", "hardware.gradient_checkpointing"),
 }
 """Of a published recipe, what does not change its result, and where its prompts lie."""

@@ -1,5 +1,8 @@
 """GenEval's training prompts, made here from the published grammar, none of them a scene of the test set.
 
+A sixteenth of all other scenes, chosen by their hash, is kept for the validation set: what is measured while a run
+trains is neither trained on nor the benchmark itself.
+
 The grammar is that of GenEval's authors (Ghosh et al. 2023, djghosh13/geneval, prompts/create_prompts.py): COCO's 80
 classes, ten colours, numbers from two to four, four positions. The mix of tasks and the rule for what counts as the
 same prompt are those of the published training set (Flow-GRPO, arXiv 2505.05470): position 7, counting 5, colour
@@ -23,6 +26,9 @@ MIX = {"position": 7, "counting": 5, "color_attr": 3, "colors": 1, "two_object":
 """Shares of the tasks."""
 PROMPTS, SEED = 50_000, 0
 """Of the set `data:geneval-train`."""
+VALIDATION_PROMPTS, VALIDATION_SEED = 510, 1
+"""Of the set `data:geneval-val`."""
+VALIDATION_SHARE = 16  # one scene in so many
 HELD_OUT = "geneval_held_out.txt"
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 MIRRORED = {"right of": "left of", "below": "above"}
@@ -34,24 +40,42 @@ Requirement = dict[str, Any]
 def training_requirements(count: int = PROMPTS, seed: int = SEED) -> list[Requirement]:
     """`count` requirements in the format of the judge (`evaluation.geneval`), each with its "prompt", task after task.
 
-    Drawn with replacement from what is no scene of the test set: a prompt stands as often as it was drawn, which
-    keeps the mix (of `counting` there are fewer than 240 in all). The same arguments give the same list everywhere.
+    Drawn with replacement from what is no scene of the test set and none of the validation set: a prompt stands as
+    often as it was drawn, which keeps the mix (of `counting` there are fewer than 240 in all). The same arguments
+    give the same list everywhere.
     """
+    return _requirements(count, seed, validation=False)
+
+
+def validation_requirements(
+    count: int = VALIDATION_PROMPTS, seed: int = VALIDATION_SEED
+) -> list[Requirement]:
+    """The same of the scenes that are kept for validation."""
+    return _requirements(count, seed, validation=True)
+
+
+def _requirements(count: int, seed: int, validation: bool) -> list[Requirement]:
     held_out, source = held_out_hashes(), random.Random(seed)
     found = []
     for task, number in _numbers(count).items():
         draws = _draws(task, source)
         while number:
             requirement = next(draws)
-            if scene_hash(requirement) not in held_out:
+            scene = scene_hash(requirement)
+            if scene not in held_out and is_validation(scene) == validation:
                 found.append(requirement | {"prompt": prompt_of(requirement)})
                 number -= 1
     return found
 
 
-def training_text(count: int = PROMPTS, seed: int = SEED) -> str:
-    """The same as a .jsonl file's text."""
-    return "".join(f"{json.dumps(each)}\n" for each in training_requirements(count, seed))
+def is_validation(scene: str) -> bool:
+    """Whether a scene, by its hash, is kept for validation."""
+    return int(scene, 16) % VALIDATION_SHARE == 0
+
+
+def as_text(requirements: Sequence[Requirement]) -> str:
+    """Requirements as a .jsonl file's text."""
+    return "".join(f"{json.dumps(each)}\n" for each in requirements)
 
 
 def prompt_of(requirement: Mapping[str, Any]) -> str:

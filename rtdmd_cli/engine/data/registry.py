@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Literal
 
-from rtdmd_cli.engine.data.geneval_train import PROMPTS
+from rtdmd_cli.engine.data.geneval_train import PROMPTS, VALIDATION_PROMPTS
 from rtdmd_cli.errors import UsageError
 
 PREFIX = "data:"
@@ -24,7 +24,7 @@ class DataSet:
     """
 
     name: str
-    use: Literal["training", "benchmark"]
+    use: Literal["training", "validation", "benchmark"]
     what: str
     file: str
     url: str
@@ -64,14 +64,26 @@ DATA = {
         DataSet(
             name="geneval-train",
             use="training",
-            what="GenEval's grammar, made on this machine, no scene of the test set; for the geneval-soft reward.",
+            what="GenEval's grammar, made on this machine, no scene of test or validation set; for the geneval-soft reward.",
             file="train.jsonl",
             url="",
-            sha256="0a7a672e5ac990ed45744df6d57097ffbaf7dce86463813baa20031a2ad75738",
-            size=8_500_911,
+            sha256="c30534eddf1d8fd368950e87ef357db93d9de13c8b6a08ed123d7e0a440299dd",
+            size=8_501_572,
             prompts=PROMPTS,
             licence="Apache-2.0 (made by rtdmd; the grammar is GenEval's, MIT)",
             source="made here, seed 0",
+        ),
+        DataSet(
+            name="geneval-val",
+            use="validation",
+            what="The same grammar, scenes of neither the training nor the test set; measured while a run trains.",
+            file="val.jsonl",
+            url="",
+            sha256="2bdd351169afc6f280fe9b065d7f7b8fe649dd1efcbe812dde898a4f07b5b788",
+            size=86_468,
+            prompts=VALIDATION_PROMPTS,
+            licence="Apache-2.0 (made by rtdmd; the grammar is GenEval's, MIT)",
+            source="made here, seed 1",
         ),
         DataSet(
             name="geneval",

@@ -16,7 +16,12 @@ from pathlib import Path
 
 from huggingface_hub import constants
 
-from rtdmd_cli.engine.data.geneval_train import training_text
+from rtdmd_cli.engine.data.geneval_train import (
+    Requirement,
+    as_text,
+    training_requirements,
+    validation_requirements,
+)
 from rtdmd_cli.engine.data.registry import DataSet
 from rtdmd_cli.engine.runtime import files
 from rtdmd_cli.errors import DataError, EnvironmentFailure, UsageError
@@ -78,6 +83,11 @@ def require(data: DataSet) -> Stored:
     return found
 
 
+def made_here(data: DataSet) -> list[Requirement]:
+    """The prompts of a set without a url, each with its requirement."""
+    return validation_requirements() if data.use == "validation" else training_requirements()
+
+
 def fetch(
     data: DataSet, check: Callable[[Stored], object], file: Path | None = None, force: bool = False
 ) -> Stored:
@@ -94,7 +104,7 @@ def fetch(
     if file is not None:
         content = _read(file)
     elif not data.url:
-        content = training_text().encode()
+        content = as_text(made_here(data)).encode()
     else:
         content = _download(data)
     return _install(data, content, str(file) if file else data.url or "made here", check)

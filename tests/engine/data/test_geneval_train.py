@@ -12,11 +12,13 @@ import pytest
 from rtdmd_cli.engine.data.geneval_train import (
     MIX,
     PROMPTS,
+    VALIDATION_PROMPTS,
+    as_text,
     held_out_hashes,
     prompt_of,
     scene_hash,
     training_requirements,
-    training_text,
+    validation_requirements,
 )
 from rtdmd_cli.engine.data.registry import DATA
 from rtdmd_cli.engine.evaluation.geneval import Detection, check_requirement, judge
@@ -34,12 +36,33 @@ def test_set() -> list[dict[str, Any]]:
     return [json.loads(line) for line in benchmark_file("geneval.jsonl").read_text("utf-8").splitlines()]
 
 
-def test_the_set_is_the_same_everywhere(made: list[dict[str, Any]]) -> None:
-    text = "".join(f"{json.dumps(each)}\n" for each in made)
-    data = DATA["geneval-train"]
-    assert hashlib.sha256(text.encode()).hexdigest() == data.sha256
-    assert (len(made), len(text)) == (data.prompts, data.size) == (PROMPTS, data.size)
-    assert training_text(17, seed=1) == training_text(17, seed=1) != training_text(17, seed=2)
+@pytest.fixture(scope="module")
+def validation() -> list[dict[str, Any]]:
+    return validation_requirements()
+
+
+def test_the_sets_are_the_same_everywhere(
+    made: list[dict[str, Any]], validation: list[dict[str, Any]]
+) -> None:
+    for name, found, count in (
+        ("geneval-train", made, PROMPTS),
+        ("geneval-val", validation, VALIDATION_PROMPTS),
+    ):
+        text, data = as_text(found), DATA[name]
+        assert hashlib.sha256(text.encode()).hexdigest() == data.sha256
+        assert (len(found), len(text)) == (data.prompts, data.size) == (count, data.size)
+    assert training_requirements(17, 1) == training_requirements(17, 1) != training_requirements(17, 2)
+
+
+def test_what_is_measured_while_training_is_neither_trained_on_nor_the_benchmark(
+    test_set: list[dict[str, Any]], made: list[dict[str, Any]], validation: list[dict[str, Any]]
+) -> None:
+    measured = {scene_hash(each) for each in validation}
+    assert len(measured) > 300 and not measured & {scene_hash(each) for each in made}
+    assert not measured & {scene_hash(each) for each in test_set}
+    assert Counter(each["tag"] for each in validation) == {task: 30 * share for task, share in MIX.items()}
+    for each in validation:
+        check_requirement(each, each["prompt"])
 
 
 def test_the_mix_of_tasks_is_the_published_one(made: list[dict[str, Any]]) -> None:

@@ -163,11 +163,11 @@ def test_drawbench_is_each_prompt_once_whichever_file_it_is() -> None:
 
 def test_the_table_names_every_published_set() -> None:
     assert DATA.keys() == {
-        "pickscore-train", "geneval-train", "geneval", "geneval2", "drawbench", "hpsv3", "ocr", "pickscore"
+        "pickscore-train", "geneval-train", "geneval-val", "geneval", "geneval2", "drawbench", "hpsv3", "ocr", "pickscore"
     }  # fmt: skip
     for name, row in DATA.items():
         assert name == row.name and row.licence and row.source and row.what.endswith(".")
-        assert row.url.startswith("https://") or name == "geneval-train"
+        assert row.url.startswith("https://") or name in ("geneval-train", "geneval-val")
         assert all(len(each) == 64 for each in row.accepted)
     with pytest.raises(UsageError, match="genevall") as wrong:
         read_prompt_set("data:genevall")
@@ -179,3 +179,6 @@ def test_generated_prompts_need_no_fetching() -> None:
     assert len(made) == 50_000 and made.metadata[0]["tag"] == "position" and "prompt" not in made.metadata[0]
     kept = store.fetch(DATA["geneval-train"], read_stored)
     assert kept.pinned and read_stored(kept) == made
+    measured = read_prompt_set("data:geneval-val")
+    assert len(measured) == 510 and not set(measured.texts) & set(made.texts)
+    assert read_stored(store.fetch(DATA["geneval-val"], read_stored)) == measured
