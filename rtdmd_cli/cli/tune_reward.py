@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rtdmd_cli.cli import console
+from rtdmd_cli.cli.distill import DEFAULT_PRESET
 from rtdmd_cli.cli.starting import (
     TUNE_REWARD,
     Device,
@@ -25,7 +26,7 @@ from rtdmd_cli.cli.starting import (
     in_processes,
     is_follower,
 )
-from rtdmd_cli.config.loader import Resolved, load_preset
+from rtdmd_cli.config.loader import Resolved, check_overrides, load_preset
 from rtdmd_cli.config.tune_reward import split_weights
 from rtdmd_cli.errors import DataError, UsageError
 
@@ -78,8 +79,9 @@ def tune_reward(
     if not dry_run:
         in_processes(processes)
     quiet, silent = quiet or is_follower(), is_follower()
-    run, checkpoint = stage_1_of(from_, out, quiet)
     settings = settings_of(reward, overrides or [], device, dtype)
+    check_overrides(settings, preset or DEFAULT_PRESET)  # before a run is looked for
+    run, checkpoint = stage_1_of(from_, out, quiet)
     resolved = load_preset(preset or str(run.preset), settings)
     require_same_model(run, resolved)
     from rtdmd_cli.engine.prompts import known_by

@@ -233,6 +233,14 @@ def _override_layer(overrides: Sequence[str], example: str) -> _Layer:
     return layer
 
 
+def check_overrides(overrides: Sequence[str], example: str) -> None:
+    """UsageError where a `--set` text names no key or has no value that can be read; `example` is a preset for the hint.
+
+    For a command line whose preset is not known yet: whether the values fit is seen by `load_preset`.
+    """
+    _override_layer(overrides, example)
+
+
 def _environment_layer(environ: Mapping[str, str], example: str) -> _Layer:
     """The values of RTDMD_SET_<SECTION>__<KEY> variables. Raises UsageError."""
     names = {ENVIRONMENT_PREFIX + "__".join(key).upper(): key for key in keys()}

@@ -257,6 +257,9 @@ def test_no_run_to_start_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     done = call("tune-reward", "--reward", TRAINED)
     assert done.code == 2 and done.out == ""
     assert "no finished stage-1 run under runs/" in done.err and "rtdmd distill" in done.err
+    misspelt = call("tune-reward", "--set", "tune_reward.epoch=3")  # which is wrong whatever the run
+    assert misspelt.code == 2 and "Unknown key `tune_reward.epoch`" in misspelt.err
+    assert "the nearest key is `tune_reward.epochs`" in misspelt.err
 
 
 def test_mistakes(folder: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
