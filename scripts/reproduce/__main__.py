@@ -17,7 +17,7 @@ from rtdmd_cli.cli.quiet import quiet_libraries
 from rtdmd_cli.config.loader import load_preset
 from rtdmd_cli.engine.runtime.files import write_text
 from rtdmd_cli.errors import RtdmdError
-from scripts.reproduce import figure, table
+from scripts.reproduce import figure, samples, table
 from scripts.reproduce.matrix import Cell, Request, Row, chosen_rows, table_cells, table_rows
 from scripts.reproduce.runner import ROOT, Runner, Stopped, stop_on_signals
 
@@ -49,7 +49,7 @@ def main(
         int, typer.Option(min=1, help="Seeds of a row. With --fast, ablations have one.")
     ] = SEEDS,
     only: Annotated[str, typer.Option(metavar="ROW[,ROW]", help="Make these rows only; see --list.")] = "",
-    out: Annotated[Path, typer.Option(help="Folder of runs, table.md and table.svg.")] = OUT,
+    out: Annotated[Path, typer.Option(help="Folder of runs, table.md, table.svg and samples.png.")] = OUT,
     cells_at: Annotated[
         Path | None,
         typer.Option(
@@ -156,7 +156,7 @@ def _show(
     list_rows: bool,
     as_json: bool,
 ) -> None:
-    """Print the table or the list; write table.md and table.svg unless only a list was asked for."""
+    """Print the table or the list; write table.md, table.svg and samples.png unless only a list was asked for."""
     lines = table.table_lines(rows, cells, session.records, session.failures)
     note = table.missing_note(lines, command)
     result: dict[str, Any] = {
@@ -175,6 +175,11 @@ def _show(
     write_text(out / "table.md", text)
     write_text(out / "table.svg", figure.score_chart(lines))
     result["files"] = [str(out / "table.md"), str(out / "table.svg")]
+    grid = out / "samples.png"
+    shown = samples.shown_cells(session.runner, cells, session.records)
+    if shown and (session.runner.ran or not grid.exists()):
+        samples.save_samples(session.runner, shown, session.records, grid)
+    result["files"] += [str(grid)] if grid.exists() else []
     print(json.dumps(result, indent=2) if as_json else text, end="\n" if as_json else "")
 
 

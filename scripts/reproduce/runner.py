@@ -126,6 +126,14 @@ class Runner:
     def run_of(self, cell: Cell) -> RunFolder:
         return RunFolder(self.out / "runs" / cell.run_name)
 
+    def has_weights(self, cell: Cell) -> bool:
+        """Whether the training of the cell is here, and over."""
+        return _is_finished(self.run_of(cell))
+
+    def reference(self, cell: Cell) -> str:
+        """What `--from` takes for the cell's model."""
+        return self._preset(cell) if cell.row.kind == "teacher" else str(self.run_of(cell).path)
+
     def _path(self, cell: Cell) -> Path:
         return self.cells / f"{cell.name}.json"
 
@@ -156,10 +164,9 @@ class Runner:
     def _samplings(self, cell: Cell) -> list[tuple[list[str], str]]:
         """(options, reference) of each evaluation of the cell."""
         if cell.row.kind != "teacher":
-            return [([], str(self.run_of(cell).path))]
-        preset = self._preset(cell)
+            return [([], self.reference(cell))]
         return [
-            (["--steps", str(each.steps), "--guidance", str(each.guidance)], preset)
+            (["--steps", str(each.steps), "--guidance", str(each.guidance)], self.reference(cell))
             for each in cell.row.samplings
         ]
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner, Result
 
 from rtdmd_cli.config.loader import load_preset
@@ -87,6 +88,8 @@ class Pretended(Runner):
         if arguments[0] == self.fails:
             raise CommandFailed(arguments, 5)
         options = dict(zip(arguments, arguments[1:], strict=False))
+        if arguments[0] == "sample":
+            return self.draw(Path(options["--out"]), Path(options["--prompts"]).read_text().splitlines())
         if arguments[0] != "eval":
             run = RunFolder(Path(options["--out"]) / options["--name"])
             (run.checkpoints / "step-000001").mkdir(parents=True)
@@ -96,6 +99,13 @@ class Pretended(Runner):
             return evaluation(0.5 + int(options["--seed"]) / 10)
         guidance = float(options["--guidance"])
         return evaluation(self.teachers[options["--steps"]], steps=int(options["--steps"]), guidance=guidance)
+
+    def draw(self, folder: Path, prompts: list[str]) -> dict[str, Any]:
+        folder.mkdir()
+        paths = [folder / f"{number}.png" for number in range(len(prompts))]
+        for path in paths:
+            Image.new("RGB", (8, 8), "red").save(path)
+        return {"pictures": [{"path": str(path)} for path in paths]}
 
 
 @pytest.fixture
@@ -178,6 +188,9 @@ def test_real_commands_stopped_in_the_middle_go_on(tmp_path: Path) -> None:
         assert row["score"] == {**dict.fromkeys(("mean", "min", "max"), shown["overall"]), "n": 1}
         assert record["diversity"] == shown["clip"]["diversity"] > 0
         assert record["training_seconds"] > 0
+    with Image.open(tmp_path / "out/samples.png") as grid:  # of both stages; the teacher's cell is not made
+        assert grid.width > 8 * 128 and 2 * 128 < grid.height < 3 * 128 + 100
+        assert len(grid.convert("L").crop((30, 100, 150, 210)).getcolors() or []) > 10
     text = (tmp_path / "out/table.md").read_text()
     assert table_of(text)["stage 2"][7] == "1 of 1" and table["note"] in text and "Limited to 6" in text
 
@@ -207,6 +220,10 @@ def test_a_table_from_end_to_end_and_again(tmp_path: Path, pretended: list[Prete
     score = json.loads(call(*options, "--json").stdout)["rows"][2]["score"]
     assert score == pytest.approx({"mean": 0.6, "min": 0.5, "max": 0.7, "n": 3})
     picture = ElementTree.fromstring((tmp_path / "table.svg").read_text())
+    with Image.open(tmp_path / "samples.png") as grid:
+        assert grid.width > 8 * 128 and grid.height > 3 * 128
+        assert len(grid.info["prompts"].splitlines()) == 8  # type: ignore[attr-defined]
+    assert kinds(pretended[0]).count("sample") == 3
     texts = [element.text for element in picture.iter("{http://www.w3.org/2000/svg}text")]
     assert "0.600" in texts and "stage 1, full interval" in texts and "not run yet" not in texts
 
@@ -248,11 +265,11 @@ def test_a_changed_setting_runs_anew_and_the_old_cell_stays(
     options = ["--out", str(tmp_path), "--only", "stage1", "--seeds", "1"]
     call(*options)
     call(*options, "--set", "distill.fake_lr=0.001")
-    assert kinds(pretended[1]) == ["distill", "eval"]
+    assert kinds(pretended[1]) == ["distill", "eval", "sample"]
     call(*options, "--limit", "12")
-    assert kinds(pretended[2]) == ["eval"]  # the same weights, measured otherwise
+    assert kinds(pretended[2]) == ["eval", "sample"]  # the same weights, measured otherwise
     call(*options, "--set", "evaluate.images_per_prompt=1")
-    assert kinds(pretended[3]) == ["eval", "eval"]  # one more for the diversity
+    assert kinds(pretended[3]) == ["eval", "eval", "sample"]  # one more for the diversity
     assert (
         "--set evaluate.images_per_prompt=1"
         in call(*options, "--list", "--set", "evaluate.images_per_prompt=1").stdout
@@ -274,7 +291,7 @@ def test_a_damaged_cell_is_redone_without_training_again(
     listed = call(*options, "--list")
     assert "damaged" in listed.stderr and "stage1               0 of 1" in listed.stdout
     assert call(*options).stdout == whole
-    assert kinds(pretended[-1]) == ["eval"]
+    assert kinds(pretended[-1]) == ["eval", "sample"]
     assert json.loads(path.read_text()) | {"commands": 0} == before | {"commands": 0}
 
 
@@ -326,7 +343,7 @@ def test_a_failed_cell_does_not_keep_the_others(
     assert lines["stage 2"][0] == "failed, exit code 5" and lines["stage 1, full interval"][7] == "1 of 1"
     monkeypatch.setattr(Pretended, "fails", None)
     assert call("--out", str(tmp_path), "--seeds", "1").exit_code == 0
-    assert set(kinds(pretended[-1])) == {"tune-reward", "eval"}
+    assert set(kinds(pretended[-1])) == {"tune-reward", "eval", "sample"}
 
 
 def test_no_cell_is_started_after_the_minutes(tmp_path: Path, pretended: list[Pretended]) -> None:
