@@ -90,7 +90,9 @@ def tune_reward(
     prompts = find_prompts(config.prompts, dry_run, quiet)
     eval_prompts = find_prompts(config.eval_prompts, dry_run, quiet) if config.eval_prompts else prompts
     if prompts:
-        check_rewards(resolved, prompts)
+        check_rewards(resolved, prompts, "tune_reward.prompts")
+    if eval_prompts and eval_prompts is not prompts:
+        check_rewards(resolved, eval_prompts, "tune_reward.eval_prompts")
     run_name = run.path.resolve().name + SUFFIX if name is None else name
     known = known_by(prompts, eval_prompts) if prompts and eval_prompts else None
     start = find_start(resume, out, name, run_name, resolved, known, quiet, TUNE_REWARD)
@@ -186,14 +188,17 @@ def require_same_model(run: "RunFolder", resolved: Resolved) -> None:
             )
 
 
-def check_rewards(resolved: Resolved, prompts: "PromptSet") -> None:
-    """UsageError for an unknown reward, DataError where the prompts lack what one needs; nothing is loaded."""
+def check_rewards(resolved: Resolved, prompts: "PromptSet", key: str) -> None:
+    """UsageError for an unknown reward, DataError where the prompts of `key` lack what one needs; nothing is loaded."""
     from rtdmd_cli.engine.rewards.base import require_metadata
     from rtdmd_cli.engine.rewards.registry import find_reward
 
     config = resolved.preset.tune_reward
     for name in (*split_weights(config.rewards), *config.held_out):
-        require_metadata(find_reward(name), prompts.metadata)
+        try:
+            require_metadata(find_reward(name), prompts.metadata)
+        except DataError as error:
+            raise DataError(f"`{key}`: {error.message}", error.hint) from error
 
 
 def plan(

@@ -21,7 +21,7 @@ from rtdmd_cli.engine.rewards.registry import REWARDS
 from rtdmd_cli.engine.rewards.scoring import require_judged
 from rtdmd_cli.engine.roles import GENERATOR
 from rtdmd_cli.engine.sample import Kind, decode_all, generate, sampling_plan
-from rtdmd_cli.errors import EnvironmentFailure
+from rtdmd_cli.errors import DataError, EnvironmentFailure
 
 BUILTIN = "builtin:shapes"
 """Stands for the package's CLIP that judges and is never trained on."""
@@ -156,5 +156,8 @@ def open_clip(source: str, device: torch.device) -> ClipScorer:
     except EnvironmentFailure as error:
         owners = [each.name for each in REWARDS.values() if any(need.source == source for need in each.needs)]
         fetch = f"rtdmd fetch {owners[0]}" if owners else f"hf download {source}"
-        hint = f"Fetch it: {fetch}. Or do without: --set tune_reward.watch.features=null"
+        hint = f"Fetch it: {fetch}, or give a folder. Or do without: --set tune_reward.watch.features=null"
         raise EnvironmentFailure(f"`tune_reward.watch.features`: {error.message}", hint) from error
+    except DataError as error:
+        hint = error.hint or "Give the folder of a CLIP, or do without: --set tune_reward.watch.features=null"
+        raise DataError(f"`tune_reward.watch.features`: {error.message}", hint) from error

@@ -32,12 +32,13 @@ app = typer.Typer(add_completion=False)
 
 @dataclass
 class Session:
-    """What a call has found and made. failures: by the key of a cell. exit_code: of the first failure."""
+    """What a call has found and made. failures: by the key of a cell. exit_code: of the first one. stopped: by a signal."""
 
     runner: Runner
     records: dict[str, dict[str, Any]] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     exit_code: int = 0
+    stopped: bool = False
 
 
 @app.command()
@@ -55,7 +56,7 @@ def main(
         typer.Option(
             "--cells",
             metavar="DIR",
-            help="Folder of the cells' figures. Default: OUT/cells; scripts/reproduce/cells has those of the README.",
+            help="Folder of the cells' figures. Default: OUT/cells; those made so far: scripts/reproduce/cells.",
         ),
     ] = None,
     list_rows: Annotated[
@@ -82,6 +83,8 @@ def main(
         rows = table_rows(preset)
         chosen = chosen_rows(rows, [name for name in only.split(",") if name])
         cells = table_cells(request, rows, seeds, seeds if full else 1)
+        if cells_at is not None and not cells_at.exists():
+            _say(f"there is no folder {cells_at.resolve()} yet: every cell counts as not run")
         session = Session(Runner(out.resolve(), (cells_at or out / "cells").resolve(), _say))
         _read(session, cells)
         if not list_rows:
@@ -121,7 +124,7 @@ def _work(session: Session, cells: Sequence[Cell], minutes: float | None) -> Non
                 _make(session, cell)
         except Stopped as stop:
             _say("stopped; the same command goes on from here")
-            session.exit_code = stop.exit_code
+            session.exit_code, session.stopped = stop.exit_code, True
 
 
 def _make(session: Session, cell: Cell) -> None:
@@ -157,6 +160,7 @@ def _show(
     as_json: bool,
 ) -> None:
     """Print the table or the list; write table.md, table.svg and samples.png unless only a list was asked for."""
+    _read(session, cells)  # another call may have filled some in the meantime
     lines = table.table_lines(rows, cells, session.records, session.failures)
     note = table.missing_note(lines, command)
     result: dict[str, Any] = {
@@ -175,12 +179,27 @@ def _show(
     write_text(out / "table.md", text)
     write_text(out / "table.svg", figure.score_chart(lines))
     result["files"] = [str(out / "table.md"), str(out / "table.svg")]
-    grid = out / "samples.png"
-    shown = samples.shown_cells(session.runner, cells, session.records)
-    if shown and (session.runner.ran or not grid.exists()):
-        samples.save_samples(session.runner, shown, session.records, grid)
-    result["files"] += [str(grid)] if grid.exists() else []
+    result["files"] += [str(path) for path in _draw(session, cells, out / "samples.png")]
     print(json.dumps(result, indent=2) if as_json else text, end="\n" if as_json else "")
+
+
+def _draw(session: Session, cells: Sequence[Cell], path: Path) -> list[Path]:
+    """The picture of this table's models, drawn if it isn't there; none where they can't be drawn, which is said."""
+    shown = samples.shown_cells(session.runner, cells, session.records)
+    if not shown or session.stopped:
+        return []
+    try:
+        with stop_on_signals():
+            if not samples.shows(path, shown):
+                samples.save_samples(session.runner, shown, session.records, path)
+    except RtdmdError as error:
+        _say(f"no pictures: {error.message}")
+        session.exit_code = session.exit_code or error.exit_code
+        return []
+    except Stopped as stop:
+        session.exit_code = stop.exit_code
+        return []
+    return [path]
 
 
 if __name__ == "__main__":

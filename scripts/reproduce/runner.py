@@ -19,7 +19,7 @@ from rtdmd_cli.config.loader import dump_resolved
 from rtdmd_cli.engine.runtime.checkpoint import checkpoint_steps
 from rtdmd_cli.engine.runtime.device import device_name, resolve_device
 from rtdmd_cli.engine.runtime.files import write_json, write_text
-from rtdmd_cli.engine.runtime.run_folder import RunFolder
+from rtdmd_cli.engine.runtime.run_folder import ENVIRONMENT, RunFolder
 from rtdmd_cli.errors import DataError, RtdmdError
 from scripts.reproduce.matrix import Cell
 
@@ -63,7 +63,7 @@ def stop_on_signals() -> Iterator[None]:
 class Runner:
     """Works in the folder `out`: runs/ and presets/. ran: the arguments of every command so far.
 
-    cells: where the figures are kept. They name no path outside `out`, so that they can be shared.
+    cells: where the figures are kept. They name no path but those that a `--set` gave, so that they can be shared.
     """
 
     out: Path
@@ -79,7 +79,7 @@ class Runner:
         try:
             record = json.loads(path.read_bytes())
             whole = record["key"] == cell.key and _is_evaluation(record["evaluation"])
-            whole = whole and {"training_seconds", "diversity", "version", "machine"} <= record.keys()
+            whole = whole and {"training_seconds", "diversity", "version"} <= record.keys()
         except (OSError, ValueError, TypeError, KeyError):
             whole = False
         if not whole:
@@ -102,18 +102,20 @@ class Runner:
         asked = cell.settings["evaluation"]
         evaluations = [self._eval(asked, cell, *sampling) for sampling in self._samplings(cell)]
         best = max(evaluations, key=lambda each: float(each["overall"]))
-        diversity = self._diversity(cell, evaluations.index(best), best)
+        diversity, preset = self._diversity(cell, evaluations.index(best), best), cell.resolved.preset
         record = {
             "key": cell.key,
             "row": cell.row.name,
             "run": None if cell.row.kind == "teacher" else cell.run_name,
             "seed": cell.seed,
             "settings": cell.settings,
-            "preset": cell.resolved.preset.name,
+            "preset": preset.name,
             "preset_sha256": cell.resolved.sha256,
             "overrides": list(cell.row.overrides),
             "version": __version__,
-            "machine": device_name(resolve_device(cell.resolved.preset.hardware.device)),
+            "machines": sorted(
+                {device_name(resolve_device(preset.hardware.device)), *self._trained_on(cell)}
+            ),
             "commands": [[self._portable(text) for text in command] for command in self.ran[first:]],
             "training_seconds": seconds,
             "evaluation": best,
@@ -136,6 +138,12 @@ class Runner:
 
     def _path(self, cell: Cell) -> Path:
         return self.cells / f"{cell.name}.json"
+
+    def _trained_on(self, cell: Cell) -> list[str]:
+        """The device of the cell's training; its run may have been made on another machine than this."""
+        if cell.row.kind == "teacher":
+            return []
+        return [str(json.loads((self.run_of(cell).path / ENVIRONMENT).read_bytes())["device"])]
 
     def _portable(self, text: str) -> str:
         """A path inside `out` as seen from there."""

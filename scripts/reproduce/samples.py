@@ -33,6 +33,14 @@ def shown_cells(runner: Runner, cells: Sequence[Cell], records: Mapping[str, dic
     return [cell for cell in own if cell.row.kind == "teacher" or runner.has_weights(cell)]
 
 
+def shows(path: Path, cells: Sequence[Cell]) -> bool:
+    """Whether the file is the picture of these cells."""
+    if not path.exists():
+        return False
+    with Image.open(path) as image:
+        return image.info.get("cells") == _keys(cells)
+
+
 def save_samples(
     runner: Runner, cells: Sequence[Cell], records: Mapping[str, dict[str, Any]], path: Path
 ) -> None:
@@ -49,8 +57,12 @@ def save_samples(
             evaluations = records[cell.key]["evaluation"]["evaluations"]
             images = [_read(Path(each["path"])) for each in found["pictures"]]
             rows.append(GridRow(f"{cell.row.label} ({evaluations} evaluations)", images))
-    metadata = {"Software": "rtdmd", "prompts": "\n".join(prompts)}
+    metadata = {"Software": "rtdmd", "prompts": "\n".join(prompts), "cells": _keys(cells)}
     save_png(picture_grid(rows, prompts), path, metadata)
+
+
+def _keys(cells: Sequence[Cell]) -> str:
+    return " ".join(cell.key for cell in cells)
 
 
 def _read(path: Path) -> Tensor:

@@ -142,7 +142,7 @@ def conditions(preset: str, limit: int | None, records: Sequence[dict[str, Any]]
         lines.append(f"Limited to {limit} prompts: not comparable with the whole benchmark.")
     made = sorted({f"{each['evaluation']['device']}, {each['evaluation']['dtype']}" for each in records})
     versions = sorted({str(each["version"]) for each in records})
-    machines = sorted({str(each["machine"]) for each in records})
+    machines = sorted({name for each in records for name in each.get("machines", ["a machine not recorded"])})
     if records:
         lines.append(f"Evaluated on {' and '.join(made)}, one CPU thread; rtdmd {' and '.join(versions)}.")
         lines.append(f"Times are those of {' and '.join(machines)}.")

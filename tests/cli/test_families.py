@@ -20,7 +20,7 @@ from rtdmd_cli.engine.rewards.base import require_metadata
 from rtdmd_cli.engine.rewards.registry import find_reward
 from rtdmd_cli.engine.runtime.checkpoint import load_checkpoint
 from rtdmd_cli.engine.tune_measure import open_clip
-from rtdmd_cli.errors import EnvironmentFailure
+from rtdmd_cli.errors import DataError, EnvironmentFailure
 from tests.tiny_clip import save_clip
 from tests.tiny_flux import TINY, build_flux2_pipeline, save, tiny_folder
 from tests.tiny_models import PROMPTS
@@ -120,7 +120,8 @@ def test_every_real_preset_measures_on_prompts_that_it_does_not_train_on(name: s
     assert not set(trained.texts) & set(measured.texts)
     for reward in (*split_weights(tune.rewards), *tune.held_out):
         require_metadata(find_reward(reward), measured.metadata)
-    assert any(need.source == tune.watch.features for need in find_reward("aesthetic").needs)
+    used = [find_reward(reward) for reward in (*split_weights(tune.rewards), *tune.held_out)]
+    assert any(need.source == tune.watch.features for each in used for need in each.needs)
 
 
 @pytest.mark.parametrize(
@@ -135,6 +136,9 @@ def test_features_that_are_not_here(
     with pytest.raises(EnvironmentFailure, match=f"watch.features.*{source}") as caught:
         open_clip(source, torch.device("cpu"))
     assert command in caught.value.hint and "tune_reward.watch.features=null" in caught.value.hint
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"watch\.features.*not a complete CLIP"):
+        open_clip(str(tmp_path / "empty"), torch.device("cpu"))
 
 
 def test_a_model_that_cannot_be_fetched(

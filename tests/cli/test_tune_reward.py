@@ -279,6 +279,9 @@ def test_mistakes(folder: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> 
     Path("other.yaml").write_text("\n".join(lines).replace("model:", "model:\n  path: elsewhere") + "\n")
     Path("rank.yaml").write_text(preset.replace("    rank: 2\n", "    rank: 3\n", 1))
     Path("bad.jsonl").write_text('{"prompt": "a ring"}\n{"text": "a ring"}\n')
+    Path("known.jsonl").write_text('{"prompt": "a ring", "length": 6}\n{"prompt": "a circle", "length": 8}\n')
+    Path("plain.txt").write_text("a ring\na circle\n")
+    measured = [f"--set=tune_reward.{key}" for key in ("prompts=known.jsonl", "eval_prompts=plain.txt")]
     bare = ("--set", f"tune_reward.held_out=[{JUDGE}]")
     alone = [f"--set=tune_reward.{term}_weight=0" for term in ("policy", "dmd")]
     cases: list[tuple[tuple[str, ...], int, str]] = [
@@ -289,7 +292,12 @@ def test_mistakes(folder: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> 
         (("--reward", f"{TRAINED}, rule"), 2, f"no reward `{TRAINED}, rule`"),
         (("--reward", JUDGE, *bare), 2, "trains on"),
         (("--reward", "rule", *alone), 2, "none of the rewards is differentiable"),
-        (("--reward", "prompt"), 4, "needs `length`"),
+        (("--reward", "prompt"), 4, "`tune_reward.prompts`: The reward prompt needs `length`"),
+        (
+            ("--reward", "prompt", *measured),
+            4,
+            "`tune_reward.eval_prompts`: The reward prompt needs `length`",
+        ),
         (("--set", "tune_reward.epoch=3"), 2, "tune_reward.epochs"),
         (("--set", "tune_reward.reward_paths=[hpsv2=/x]"), 2, "names hpsv2"),
         (("--set", "tune_reward.prompts=bad.jsonl"), 4, "prompt 2 has no text"),

@@ -93,6 +93,7 @@ class Pretended(Runner):
         if arguments[0] != "eval":
             run = RunFolder(Path(options["--out"]) / options["--name"])
             (run.checkpoints / "step-000001").mkdir(parents=True)
+            (run.path / "environment.json").write_text('{"device": "cpu (trained here)"}')
             run.set_status("finished", seconds=90.0)
             return {"finished": True}
         if "--steps" not in options:
@@ -187,7 +188,8 @@ def test_real_commands_stopped_in_the_middle_go_on(tmp_path: Path) -> None:
         assert shown["limit"] == 6 and shown["images"] == 12 and shown["model"].startswith(cell.run_name)
         assert row["score"] == {**dict.fromkeys(("mean", "min", "max"), shown["overall"]), "n": 1}
         assert record["diversity"] == shown["clip"]["diversity"] > 0
-        assert record["training_seconds"] > 0
+        assert record["training_seconds"] > 0 and len(record["machines"]) == 1
+        assert str(tmp_path / "out") not in json.dumps(record)
     with Image.open(tmp_path / "out/samples.png") as grid:  # of both stages; the teacher's cell is not made
         assert grid.width > 8 * 128 and 2 * 128 < grid.height < 3 * 128 + 100
         assert len(grid.convert("L").crop((30, 100, 150, 210)).getcolors() or []) > 10
@@ -256,7 +258,60 @@ def test_figures_can_be_kept_elsewhere_and_name_no_path(tmp_path: Path, pretende
     assert len(records) == 2 and not any(str(tmp_path) in text for text in records)
     commands = [json.loads(text)["commands"] for text in records]
     assert any("presets/" in word for command in commands[0] for word in command)
-    assert all(json.loads(text)["machine"] in again.stdout for text in records)
+    assert all(name in again.stdout for text in records for name in json.loads(text)["machines"])
+    missing = call("--out", str(tmp_path / "there"), "--cells", str(tmp_path / "no"), "--list")
+    assert (
+        f"no folder {tmp_path / 'no'}" in missing.stderr and "stage2               0 of 3" in missing.stdout
+    )
+
+
+def test_the_picture_is_that_of_the_table(tmp_path: Path, pretended: list[Pretended]) -> None:
+    """Drawn anew for another table in the same folder; a failing `sample` costs the picture alone."""
+    options, other = (
+        ["--out", str(tmp_path), "--seeds", "1", "--only", "stage1"],
+        ["--set", "distill.batch=4"],
+    )
+    call(*options)
+    call(*options, *other)
+    assert kinds(pretended[1]).count("sample") == 1
+    call(*options)
+    assert kinds(pretended[2]) == ["sample"]
+    assert call(*options).exit_code == 0 and pretended[3].ran == []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Pretended, "fails", "sample")
+        failed = call(*options, *other, "--json")
+    assert failed.exit_code == 5 and "no pictures" in failed.stderr
+    assert json.loads(failed.stdout)["files"] == [str(tmp_path / "table.md"), str(tmp_path / "table.svg")]
+
+
+def test_what_another_call_filled_in_meanwhile_stands_in_the_table(
+    tmp_path: Path, pretended: list[Pretended], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = reproduce._work
+
+    def work(*arguments: Any) -> None:
+        monkeypatch.setattr(reproduce, "_work", make)
+        call("--out", str(tmp_path), "--seeds", "1", "--only", "teacher")
+        make(*arguments)
+
+    monkeypatch.setattr(reproduce, "_work", work)
+    lines = table_of(call("--out", str(tmp_path), "--seeds", "1", "--only", "stage1").stdout)
+    assert lines["teacher, 50 steps with guidance 4"][7] == lines["stage 1"][7] == "1 of 1"
+
+
+def test_kept_cells_are_whole_and_of_the_present_preset() -> None:
+    """A cell of other settings would be of no use: it is removed when the preset changes."""
+    kept = sorted((runner.ROOT / "scripts/reproduce/cells").glob("*.json"))
+    request = Request(PRESET, (reproduce.PICTURES,))
+    rows = table_rows(load_preset(PRESET, request.overrides, {}).preset)
+    known = {f"{cell.name}.json": cell for cell in table_cells(request, rows, 3, 3)}
+    assert kept and {path.name for path in kept} <= known.keys()
+    said: list[str] = []
+    one = Runner(runner.ROOT, kept[0].parent, said.append)
+    assert all(one.stored(known[path.name]) for path in kept) and said == []
+    for path in kept:
+        record = json.loads(path.read_text())
+        assert record["machines"] and not any(word.startswith("/") for c in record["commands"] for word in c)
 
 
 def test_a_changed_setting_runs_anew_and_the_old_cell_stays(
@@ -276,7 +331,7 @@ def test_a_changed_setting_runs_anew_and_the_old_cell_stays(
     )
     assert len(list((tmp_path / "cells").iterdir())) == 4
     call(*options)
-    assert pretended[-1].ran == []
+    assert kinds(pretended[-1]) == ["sample"]  # the picture was that of the other settings
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"key": "x"}', b"\xff\xfe", b'{"evaluation": {}}'])
@@ -291,11 +346,11 @@ def test_a_damaged_cell_is_redone_without_training_again(
     listed = call(*options, "--list")
     assert "damaged" in listed.stderr and "stage1               0 of 1" in listed.stdout
     assert call(*options).stdout == whole
-    assert kinds(pretended[-1]) == ["eval", "sample"]
+    assert kinds(pretended[-1]) == ["eval"]
     assert json.loads(path.read_text()) | {"commands": 0} == before | {"commands": 0}
 
 
-@pytest.mark.parametrize("lost", ["key", "evaluation", "training_seconds", "overall"])
+@pytest.mark.parametrize("lost", ["key", "evaluation", "training_seconds", "overall", "diversity", "version"])
 def test_a_cell_that_lacks_something_counts_as_not_run(tmp_path: Path, lost: str) -> None:
     one, cell = Pretended(tmp_path, tmp_path / "cells", lambda text: None), cell_of("stage1")
     record = one.make(cell)

@@ -50,7 +50,7 @@ def training_requirements(count: int = PROMPTS, seed: int = SEED) -> list[Requir
 def validation_requirements(
     count: int = VALIDATION_PROMPTS, seed: int = VALIDATION_SEED
 ) -> list[Requirement]:
-    """The same of the scenes that are kept for validation."""
+    """The same of the scenes that are kept for validation. Of `counting` these are ten, which stand many times."""
     return _requirements(count, seed, validation=True)
 
 

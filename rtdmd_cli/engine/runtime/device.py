@@ -79,11 +79,13 @@ def device_name(device: torch.device) -> str:
 
 
 def _processor(cpuinfo: Path) -> list[str]:
-    """What tells processors apart, of the first one in Linux's list; empty where there is no list."""
-    if not cpuinfo.exists():
+    """What tells processors apart, of the first one in Linux's list; empty where there is none to be read."""
+    try:
+        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
         return []
     facts: dict[str, str] = {}
-    for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in lines:
         key, _, value = line.partition(":")
         facts.setdefault(key.strip(), value.strip())
     return [label + facts[key] for key, label in PROCESSOR.items() if key in facts]

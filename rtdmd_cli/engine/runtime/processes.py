@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from torch.nn import Parameter
 from rtdmd_cli.errors import EnvironmentFailure, RtdmdError, UsageError
 
 BUCKET = 2**26  # numbers that are summed at once: 268 MB
+PATIENCE = timedelta(hours=6)
+"""How long the others wait for the main process, which measures rewards alone; NCCL's ten minutes may be too short."""
 
 
 @dataclass(frozen=True)
@@ -128,9 +131,11 @@ def join(device: torch.device) -> tuple[Processes, torch.device]:
         raise EnvironmentFailure(
             f"Each process needs a GPU of its own, and this machine has {there}.", "Start fewer processes."
         )
-    from accelerate import Accelerator  # seconds to import
+    from accelerate import Accelerator, InitProcessGroupKwargs  # seconds to import
 
-    accelerator = Accelerator(cpu=device.type == "cpu")
+    accelerator = Accelerator(
+        cpu=device.type == "cpu", kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)]
+    )
     own = accelerator.device
     return Processes(accelerator.process_index, accelerator.num_processes, accelerator), own
 

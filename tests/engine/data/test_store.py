@@ -182,3 +182,7 @@ def test_generated_prompts_need_no_fetching() -> None:
     measured = read_prompt_set("data:geneval-val")
     assert len(measured) == 510 and not set(measured.texts) & set(made.texts)
     assert read_stored(store.fetch(DATA["geneval-val"], read_stored)) == measured
+    kept.path.write_text('{"prompt": "of another version"}\n')
+    assert store.stored(DATA["geneval-train"]) is None
+    again = store.fetch(DATA["geneval-train"], read_stored)
+    assert again.fresh and read_stored(again) == made

@@ -37,6 +37,8 @@ def test_a_processor_by_what_makes_it_fast(tmp_path: Path, monkeypatch: pytest.M
     one = "processor\t: 0\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: Some CPU\n"
     listed.write_text(one + "\n" + one.replace("Some", "Other"))
     assert device_name(CPU) == bare.replace("(", "(Some CPU, family 25, model 17, ")
+    monkeypatch.setattr(device, "CPUINFO", tmp_path)  # can't be read
+    assert device_name(CPU) == bare
 
 
 @pytest.mark.parametrize("name", ["cuda", "mps"])
