@@ -275,6 +275,10 @@ class HardwareConfig(Section):
         default="highest",
         description="how far training may round float32 products, in torch's words: TF32 on cuda, oneDNN's choice on the CPU",
     )
+    mixed_precision: Literal["none", "auto", "bf16"] = Field(
+        default="none",
+        description="training's products in bf16, weights as they are; auto: if dtype is auto and the CPU multiplies bf16",
+    )
     base: Literal["plain", "int8", "nf4"] = Field(
         default="plain",
         description="storage of the frozen base's blocks: plain (in dtype), or 8 or 4 bits a weight by bitsandbytes",

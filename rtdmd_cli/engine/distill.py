@@ -16,7 +16,7 @@ same ones.
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -37,6 +37,7 @@ from rtdmd_cli.engine.backbones.base import Backbone, Conditioning, concatenate
 from rtdmd_cli.engine.roles import RoleSet
 from rtdmd_cli.engine.runtime import optim, rng
 from rtdmd_cli.engine.runtime.device import float32_matmul
+from rtdmd_cli.engine.runtime.mixed import MixedPrecision
 from rtdmd_cli.engine.runtime.processes import ALONE, Processes
 from rtdmd_cli.engine.sample import guided
 
@@ -80,11 +81,14 @@ class Trainer:
     generator_updates: int = 0
     processes: Processes = ALONE
     matmul: str = "highest"
+    mixed: MixedPrecision = field(default_factory=MixedPrecision)
     metrics: dict[str, float] = field(default_factory=dict)
 
-    def float32_matmul(self) -> AbstractContextManager[None]:
-        """Within the block, products of float32 matrices as `matmul` says (`hardware.float32_matmul`)."""
-        return float32_matmul(self.matmul, self.backbone.device)
+    @contextmanager
+    def precision(self) -> Iterator[None]:
+        """Within the block, products as `hardware.float32_matmul` and `hardware.mixed_precision` say."""
+        with float32_matmul(self.matmul, self.backbone.device), self.mixed.active():
+            yield
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from rtdmd_cli.engine.runtime.ahead import AheadEncoder
 from rtdmd_cli.engine.runtime.blocks import compile_blocks
 from rtdmd_cli.engine.runtime.device import resolve_device, resolve_dtype
 from rtdmd_cli.engine.runtime.embeddings import open_cache
+from rtdmd_cli.engine.runtime.mixed import MixedPrecision, resolve_mixed_precision
 from rtdmd_cli.engine.runtime.processes import join, require_parts
 from rtdmd_cli.engine.runtime.run_folder import RunFolder, State, create_run
 from rtdmd_cli.engine.sample import few_step_levels
@@ -101,7 +102,10 @@ def model_line(preset: Preset, backbone: Backbone) -> str:
     """Which model was loaded where and how, for people."""
     base = preset.hardware.base
     stored = "" if base == "plain" else f", blocks in {base}"
-    return f"model {preset.model.path} on {backbone.device}, {backbone.dtype}{stored}".replace("torch.", "")
+    mixed = resolve_mixed_precision(preset.hardware, backbone.device, backbone.dtype)
+    products = f", trained with products in {mixed}" if mixed else ""
+    line = f"model {preset.model.path} on {backbone.device}, {backbone.dtype}{stored}{products}"
+    return line.replace("torch.", "")
 
 
 def stage(trainer: Trainer, previews: pictures.Previews) -> Stage:
@@ -110,7 +114,7 @@ def stage(trainer: Trainer, previews: pictures.Previews) -> Stage:
     def advance(iteration: int) -> None:
         total = trainer.config.iterations
         prepare_prompts(trainer, iteration, total, lambda i: chosen_prompts(trainer, i))
-        with trainer.float32_matmul():
+        with trainer.precision():
             iterate(trainer, iteration)
 
     def end(session: Session, state: State) -> None:
@@ -237,6 +241,7 @@ def assemble(
         )
         for role, lr in ((FAKE, config.fake_lr), (GENERATOR, config.generator_lr))
     )
+    mixed = resolve_mixed_precision(preset.hardware, backbone.device, backbone.dtype)
     return Trainer(
         backbone=backbone,
         roles=roles,
@@ -252,4 +257,5 @@ def assemble(
         generator_optimizer=generator,
         ema=optim.ema_start(roles.named_parameters(GENERATOR)),
         matmul=preset.hardware.float32_matmul,
+        mixed=MixedPrecision((backbone.transformer, backbone.decoder), mixed),
     )

@@ -16,13 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rtdmd_cli.engine.backbones.two_bases import TwoBases, bases_of
 from rtdmd_cli.engine.roles import FAKE, GENERATOR, STAGE1_GENERATOR, START, TEACHER, require_fit
+from rtdmd_cli.engine.runtime.mixed import cast_forward
 
 Weights = dict[str, nn.Parameter]
 
@@ -51,9 +51,7 @@ class FullRoles:
         }
         if isinstance(transformer, TwoBases):
             transformer.generator = teacher  # whatever computes, computes here
-        self._casts: list[torch.autocast] = []
-        teacher.register_forward_pre_hook(self._enter_precision)
-        teacher.register_forward_hook(self._leave_precision, always_call=True)
+        cast_forward(teacher, self._precision)
 
     def _of(self, role: str) -> Weights:
         return self._base if role == TEACHER else self._weights[STAGE1_GENERATOR if role == START else role]
@@ -76,21 +74,10 @@ class FullRoles:
             self._put(before)
             _require(weights, flags)
 
-    def _enter_precision(self, *_: Any) -> None:
-        """Before the transformer's forward pass: products in the base's dtype where the weights in place are float32.
-
-        Around the transformer alone: rewards and decoder have a precision of their own. Without autocast's cache: the
-        cast of a weight that it keeps from a rollout without gradient would be taken for the step with one, whose
-        gradient would then be lost in silence.
-        """
-        first = next(self.transformer.parameters())
-        mixed = first.dtype != self._dtype
-        cast = torch.autocast(first.device.type, self._dtype if mixed else None, mixed, cache_enabled=False)
-        cast.__enter__()
-        self._casts.append(cast)
-
-    def _leave_precision(self, *_: Any) -> None:
-        self._casts.pop().__exit__(None, None, None)
+    def _precision(self) -> torch.dtype | None:
+        """Of products in the transformer's forward pass: the base's dtype where the weights in place are float32."""
+        mixed = next(self.transformer.parameters()).dtype != self._dtype
+        return self._dtype if mixed else None
 
     def _put(self, parameters: Iterable[nn.Parameter | None]) -> None:
         """In the order of the slots. Past `Module.__setattr__`, which would look each one up by its kind first."""

@@ -297,7 +297,7 @@ def tune_stage(
 
     def advance(epoch: int) -> None:
         prepare_prompts(core, epoch, config.epochs, lambda i: chosen_prompts(tuner, i))
-        with core.float32_matmul():
+        with core.precision():
             tune(tuner, epoch)
 
     def measured(session: Session) -> Measured:

@@ -19,6 +19,8 @@ SEED_KEYS = ("distill.seed", "tune_reward.seed")
 PUBLISHED_CONSISTENCY = 0.01
 DIVERSITY_IMAGES, DIVERSITY_PROMPTS = 4, 120
 _UNUSED = ("name", "description", "hardware.tracker", "hardware.threads", "hardware.gradient_checkpointing")
+_BEFORE = ("hardware.mixed_precision", "none")
+"""What every cell was made with before there was a choice: not part of a key, so that those cells are still known."""
 _SCHEDULE = ("save_every", "keep", "log_every", "sample_every")
 _SECTIONS: dict[Kind, tuple[str, ...]] = {
     "teacher": ("model.", "hardware."),
@@ -250,7 +252,10 @@ def _settings(
     values = {
         key: value
         for key, value in preset_values(preset).items()
-        if key.startswith(_SECTIONS[row.kind]) and key not in schedule and key not in _UNUSED
+        if key.startswith(_SECTIONS[row.kind])
+        and key not in schedule
+        and key not in _UNUSED
+        and (key, value) != _BEFORE
     }
     limit, images = request.limit, preset.evaluate.images_per_prompt
     return {

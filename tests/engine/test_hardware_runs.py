@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import torch
 from rtdmd_cli.config.loader import Resolved, preset_sha256
 from rtdmd_cli.config.schema import DistillConfig, HardwareConfig, Preset
 from rtdmd_cli.config.section import LoraConfig
-from rtdmd_cli.engine import distill_run
+from rtdmd_cli.engine import distill_run, tune_run
+from rtdmd_cli.engine.distill import Trainer
 from rtdmd_cli.engine.distill_run import run_distill
 from rtdmd_cli.engine.distill_start import Start
 from rtdmd_cli.engine.model_source import open_model, resolve
@@ -20,18 +22,23 @@ from rtdmd_cli.engine.prompts import PromptSet
 from rtdmd_cli.engine.runtime.checkpoint import Checkpoint, load_checkpoint
 from rtdmd_cli.engine.runtime.run_folder import RunFolder
 from rtdmd_cli.engine.training_run import Outcome
+from rtdmd_cli.engine.tune_rollouts import Tuner
 from rtdmd_cli.engine.tune_run import run_tune
+from rtdmd_cli.engine.tune_watch import BEFORE
 from tests.tiny_models import PROMPTS, sd3_config
 from tests.tiny_runs import write_preset
 from tests.tiny_tuning import tune_preset
 
 CPU = torch.device("cpu")
+BF16, FP32 = torch.bfloat16, torch.float32
 TRAINING = PromptSet(PROMPTS, [{}] * len(PROMPTS))
 NOTHING = Start(None, None)
 FULL = {"distill": {"train": "full"}}
 SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "full": FULL,
     "medium": {"hardware": {"float32_matmul": "medium"}},
+    "mixed": {"hardware": {"mixed_precision": "bf16"}},
+    "mixed-full": {"hardware": {"mixed_precision": "bf16", "gradient_checkpointing": True}, **FULL},
     "nf4": {"hardware": {"base": "nf4", "optimizer": "adamw8bit", "gradient_checkpointing": True}},
 }
 """Adapters of rank 128 on a width of 32: matrices of 4,096 elements, whose states are kept in 8 bits."""
@@ -97,18 +104,23 @@ def test_a_run_is_continued_exactly(out: Path, finished: dict[str, Checkpoint], 
 def test_the_precision_of_products_is_that_of_the_training_alone(
     out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before, seen = torch.get_float32_matmul_precision(), []
+    before, seen, made = torch.get_float32_matmul_precision(), [], list[torch.dtype]()
     turn = distill_run.iterate
 
-    def spy(*arguments: Any) -> None:
-        seen.append(torch.get_float32_matmul_precision())
-        turn(*arguments)
+    def output(transformer: torch.nn.Module, *arguments: Any) -> None:
+        made.append(arguments[-1][0].dtype)
+
+    def spy(trainer: Trainer, iteration: int) -> None:
+        with trainer.backbone.transformer.register_forward_hook(output):
+            turn(trainer, iteration)
+        seen.append((torch.get_float32_matmul_precision(), *set(made)))
+        made.clear()
 
     monkeypatch.setattr(distill_run, "iterate", spy)
-    for setting in ("full", "medium"):
+    for setting in ("full", "medium", "mixed"):
         distill(out, f"{setting}-seen", 1, setting)
         assert torch.get_float32_matmul_precision() == before
-    assert seen == ["highest", "medium"]
+    assert seen == [("highest", FP32), ("medium", FP32), ("highest", BF16)]
 
 
 def test_what_a_checkpoint_holds(finished: dict[str, Checkpoint]) -> None:
@@ -156,3 +168,38 @@ def test_stage_2_on_a_generator_trained_in_full(out: Path, finished: dict[str, C
     model = open_model(resolve(str(outcome.run), out), CPU, torch.float32)
     loaded = dict(model.backbone.transformer.named_parameters())
     assert all(torch.equal(loaded[name], tensor) for name, tensor in saved.tensors["ema"].items())
+
+
+def test_stage_2_in_mixed_precision(
+    out: Path, finished: dict[str, Checkpoint], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The epoch's own rewards are of pictures in bf16, near the exact ones; what is measured before it is exact."""
+    turn, decoded = tune_run.tune, list[set[torch.dtype]]()
+
+    def spy(tuner: Tuner, epoch: int) -> None:
+        made: list[torch.dtype] = []
+        with tuner.core.backbone.decoder.register_forward_hook(lambda *all_: made.append(all_[-1].dtype)):
+            turn(tuner, epoch)
+        decoded.append(set(made))
+
+    monkeypatch.setattr(tune_run, "tune", spy)
+    values = {"rewards": ("shapes-clip",), "epochs": 1, "eval_images": 4, "sample_every": 0}
+    rewards, measured, weights = [], [], []
+    for setting in ("none", "bf16"):
+        hardware = HardwareConfig.model_validate({"mixed_precision": setting})
+        chosen = tune_preset(**values).model_copy(update={"hardware": hardware})
+        chosen = chosen.model_copy(update={"distill": chosen.distill.model_copy(update=FULL["distill"])})
+        outcome = run_tune(
+            Resolved(chosen, {}, preset_sha256(chosen)),
+            *(TRAINING, TRAINING, finished["full"], NOTHING, out, f"tuned-{setting}", ["rtdmd"]),
+            lambda text: None,
+            True,
+        )
+        lines = [json.loads(line) for line in (outcome.run / "metrics.jsonl").read_text().splitlines()]
+        rewards.append(next(line["reward/shapes-clip"] for line in lines if "reward/shapes-clip" in line))
+        measured.append(outcome.records[BEFORE])
+        weights.append(load_checkpoint(outcome.checkpoint).tensors["generator"])
+    assert 0 < abs(rewards[0] - rewards[1]) < 0.01
+    assert decoded == [{FP32}, {BF16}]
+    assert measured[0] and measured[0] == measured[1]
+    assert any(not torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())

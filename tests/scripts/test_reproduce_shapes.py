@@ -302,7 +302,7 @@ def test_what_another_call_filled_in_meanwhile_stands_in_the_table(
 def test_kept_cells_are_whole_and_of_the_present_preset() -> None:
     """A cell of other settings would be of no use: it is removed when the preset changes."""
     kept = sorted((runner.ROOT / "scripts/reproduce/cells").glob("*.json"))
-    request = Request(PRESET, (reproduce.PICTURES,))
+    request = Request(PRESET, reproduce.OWN)
     rows = table_rows(load_preset(PRESET, request.overrides, {}).preset)
     known = {f"{cell.name}.json": cell for cell in table_cells(request, rows, 3, 3)}
     assert kept and {path.name for path in kept} <= known.keys()

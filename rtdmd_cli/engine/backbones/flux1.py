@@ -48,6 +48,7 @@ class Flux1Backbone:
 
     def __init__(self, loaded: Loaded, device: torch.device, dtype: torch.dtype) -> None:
         self.transformer: nn.Module = loaded.transformer
+        self.decoder: nn.Module = loaded.pipe.vae.decoder
         self.device = device
         self.encoder_device = device
         self.dtype = dtype

@@ -11,6 +11,7 @@ import torch
 
 from rtdmd_cli.config.schema import SamplerConfig
 from rtdmd_cli.engine.backbones.base import FAMILIES, Backbone
+from rtdmd_cli.engine.runtime.mixed import MixedPrecision
 from rtdmd_cli.engine.sample import euler, guided, sampling_plan
 from rtdmd_cli.errors import RtdmdError, UsageError
 from tests.tiny_flux import TINY, build_flux1_pipeline, load_tiny, save, tiny_config, tiny_folder
@@ -209,3 +210,22 @@ def test_a_network_without_that_input_has_classifier_free_guidance(tmp_path: Pat
     assert not backbone.embedded_guidance
     plan = sampling_plan("teacher", backbone, tiny_config("flux1", path=folder), SAMPLER)
     assert plan.needs_empty_prompt and plan.evaluations == 12
+
+
+def test_mixed_precision_reaches_network_and_decoder(pair: Pair) -> None:
+    """Near in bf16, while it is entered; float32 comes out of both, and nothing else changes."""
+    name, backbone, _ = pair
+    x, cond = noise(TINY[name].shape), backbone.encode(PROMPTS[:2])
+    mixed = MixedPrecision((backbone.transformer, backbone.decoder), torch.bfloat16)
+
+    def computed() -> list[torch.Tensor]:
+        with torch.no_grad():
+            return [backbone.velocity(x, torch.full((2,), 0.7), cond), backbone.decode(x)]
+
+    before = computed()
+    with mixed.active():
+        inside = computed()
+    for found, exact, after in zip(inside, before, computed(), strict=True):
+        assert found.dtype == torch.float32
+        assert 1e-4 < float((found - exact).norm() / exact.norm()) < 0.03
+        assert torch.equal(after, exact)

@@ -1,0 +1,84 @@
+"""Mixed precision: matrix products in a shorter format, while weights, gradients and all else keep their own.
+
+torch's autocast, around the forward passes of chosen modules alone. The products of a backward pass have the format of
+the forward pass that they belong to, as torch records them; under autocast itself a backward pass would also round what
+was computed outside these modules, a reward's gradient say.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from rtdmd_cli.config.schema import HardwareConfig
+from rtdmd_cli.engine.runtime.device import resolve_dtype
+
+
+def resolve_mixed_precision(
+    hardware: HardwareConfig, device: torch.device, dtype: torch.dtype
+) -> torch.dtype | None:
+    """Format of the products by `hardware.mixed_precision`, where the base is in `dtype`; None for that of the base.
+
+    "auto" is bf16 on a CPU that multiplies bf16 in hardware, unless a dtype was asked for. EnvironmentFailure for bf16
+    on a cuda device without it.
+    """
+    name = hardware.mixed_precision
+    wanted = multiplies_bf16(device) and hardware.dtype == "auto" if name == "auto" else name == "bf16"
+    if not wanted or dtype == torch.bfloat16:
+        return None
+    return resolve_dtype("bf16", device)
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether it is a CPU with AVX512-BF16 or AMX. Elsewhere on CPUs bf16 is no quicker than float32, or far slower."""
+    if device.type != "cpu":
+        return False
+    able = torch.cpu.get_capabilities()
+    return any(able.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+
+
+def cast_forward(module: nn.Module, wanted: Callable[[], torch.dtype | None]) -> None:
+    """From now on, autocast to `wanted()` around each forward pass of `module`; none where it gives None.
+
+    Without autocast's cache: a weight is used once in a pass, and inside another autocast the cache would hand a cast
+    that was made without gradient to a step with one.
+    """
+    entered: list[AbstractContextManager[Any]] = []
+
+    def enter(module: nn.Module, *_: Any) -> None:
+        dtype, device = wanted(), next(module.parameters()).device.type
+        cast: AbstractContextManager[Any] = nullcontext()
+        if dtype is not None:
+            cast = torch.autocast(device, dtype, cache_enabled=False)
+        cast.__enter__()
+        entered.append(cast)
+
+    def leave(*_: Any) -> None:
+        entered.pop().__exit__(None, None, None)
+
+    module.register_forward_pre_hook(enter)
+    module.register_forward_hook(leave, always_call=True)
+
+
+class MixedPrecision:
+    """Products of `modules` in `dtype`, in their forward passes while `active` is entered; None leaves them alone."""
+
+    def __init__(self, modules: Iterable[nn.Module] = (), dtype: torch.dtype | None = None) -> None:
+        self.dtype = dtype
+        self._active = False
+        for module in modules if dtype is not None else ():
+            cast_forward(module, self._wanted)
+
+    def _wanted(self) -> torch.dtype | None:
+        return self.dtype if self._active else None
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Within the block, not outside: measurements and pictures are in the base's precision."""
+        self._active = True
+        try:
+            yield
+        finally:
+            self._active = False
