@@ -160,7 +160,7 @@ def test_real_commands_stopped_in_the_middle_go_on(tmp_path: Path) -> None:
     values += ["tune_reward.eval_images=0", "evaluate.images_per_prompt=2", "distill.sample_every=0"]
     options = [word for value in values for word in ("--set", value)]
     options += ["--out", str(tmp_path / "out"), "--limit", "6", "--seeds", "1", "--only", "stage2", "--json"]
-    first = cell_of("stage2", 0, *values, limit=6)
+    first = cell_of("stage2", 0, *reproduce.OWN, *values, limit=6)
     assert first.stage_1 is not None
     folder = tmp_path / "out/runs" / first.stage_1.run_name
     with pytest.MonkeyPatch.context() as patch:

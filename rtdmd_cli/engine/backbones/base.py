@@ -75,18 +75,21 @@ class ModelId:
 class Backbone(Protocol):
     """A frozen base model: what training and sampling need of it.
 
-    `transformer` is the network that `engine.roles.Roles` puts adapters on; `device` and `dtype` are its own. `decoder` is
-    the network behind `decode`.
+    `transformer` is the network that `engine.roles.Roles` puts adapters on; `device` and `dtype` are its own.
     `encoder_device` is where `encode` computes; it may be changed between calls, and starts as `device`.
     `embedded_guidance`: whether guidance is an input of the network (FLUX.1-dev), and so costs no second evaluation.
     """
 
     transformer: nn.Module
-    decoder: nn.Module
     device: torch.device
     dtype: torch.dtype
     encoder_device: torch.device
     embedded_guidance: bool
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The network behind `decode`."""
+        ...
 
     @property
     def model_id(self) -> ModelId: ...

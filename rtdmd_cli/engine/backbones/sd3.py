@@ -46,13 +46,17 @@ class SD3Backbone:
 
     def __init__(self, loaded: Loaded, device: torch.device, dtype: torch.dtype) -> None:
         self.transformer: nn.Module = loaded.transformer
-        self.decoder: nn.Module = loaded.pipe.vae.decoder
         self.device = device
         self.encoder_device = device
         self.dtype = dtype
         self.text_length = loaded.config.text_length
         self._loaded = loaded
         self._pipe = loaded.pipe
+
+    @property
+    def decoder(self) -> nn.Module:
+        decoder: nn.Module = self._pipe.vae.decoder
+        return decoder
 
     @property
     def model_id(self) -> ModelId:

@@ -63,12 +63,12 @@ def cast_forward(module: nn.Module, wanted: Callable[[], torch.dtype | None]) ->
 
 
 class MixedPrecision:
-    """Products of `modules` in `dtype`, in their forward passes while `active` is entered; None leaves them alone."""
+    """Products of `modules` in `dtype`, in their forward passes while `active` is entered; of none by default."""
 
-    def __init__(self, modules: Iterable[nn.Module] = (), dtype: torch.dtype | None = None) -> None:
+    def __init__(self, modules: Iterable[nn.Module] = (), dtype: torch.dtype = torch.bfloat16) -> None:
         self.dtype = dtype
         self._active = False
-        for module in modules if dtype is not None else ():
+        for module in modules:
             cast_forward(module, self._wanted)
 
     def _wanted(self) -> torch.dtype | None:
