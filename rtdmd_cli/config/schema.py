@@ -240,14 +240,18 @@ class DistillConfig(Section):
             raise ValueError(
                 f"`distill.micro_batch` ({self.micro_batch}) must divide `distill.batch` ({self.batch})"
             )
-        if self.backprop_steps > 1 and self.boundaries == "every" and not self.boundaries_batched:
-            raise ValueError(
-                f"`distill.backprop_steps` ({self.backprop_steps}) needs `distill.boundaries_batched: true`: "
-                "one backward pass for all boundaries"
-            )
+        self.require_one_pass("distill.backprop_steps", self.backprop_steps)
         if self.t_min >= self.t_max:
             raise ValueError(f"`distill.t_min` ({self.t_min}) must be below `distill.t_max` ({self.t_max})")
         return self
+
+    def require_one_pass(self, name: str, backprop_steps: int) -> None:
+        """ValueError, naming the setting, where so many joined steps would be gone through backwards once a boundary."""
+        if backprop_steps > 1 and self.boundaries == "every" and not self.boundaries_batched:
+            raise ValueError(
+                f"`{name}` ({backprop_steps}) needs `distill.boundaries_batched: true`: "
+                "one backward pass for all boundaries"
+            )
 
 
 class EvaluateConfig(Section):
@@ -334,11 +338,14 @@ class Preset(Section):
 
     @model_validator(mode="after")
     def _enough_steps(self) -> Self:
-        steps = len(self.sampler.raw_steps)
-        if self.distill.backprop_steps > steps:
-            raise ValueError(
-                f"`distill.backprop_steps` is {self.distill.backprop_steps}; the sampler has {steps} steps"
-            )
+        steps, own = len(self.sampler.raw_steps), self.tune_reward.matching_backprop_steps or 1
+        self.distill.require_one_pass("tune_reward.matching_backprop_steps", own)
+        for name, value in (
+            ("distill.backprop_steps", self.distill.backprop_steps),
+            ("tune_reward.matching_backprop_steps", own),
+        ):
+            if value > steps:
+                raise ValueError(f"`{name}` is {value}; the sampler has {steps} steps")
         return self
 
     @property

@@ -124,6 +124,12 @@ class TuneRewardConfig(Section):
         le=1_000_000,
         description="images of a turn of `matching: distill`, fresh or drawn by the tilt; null for images_per_epoch",
     )
+    matching_backprop_steps: int | None = Field(
+        default=None,
+        ge=1,
+        le=1000,
+        description="last steps that the gradient of `matching: distill` flows back through; null: distill.backprop_steps",
+    )
     tilt: float = Field(
         default=0.0,
         ge=0,
@@ -213,10 +219,12 @@ class TuneRewardConfig(Section):
                     f"`tune_reward.{name}` ({part}) must divide `tune_reward.images_per_epoch` "
                     f"({self.images_per_epoch})"
                 )
-        if self.matching_images is not None and self.matching != "distill":
-            raise ValueError(
-                f"`tune_reward.matching_images` ({self.matching_images}) needs `tune_reward.matching: distill`"
-            )
+        for name, value in (
+            ("matching_images", self.matching_images),
+            ("matching_backprop_steps", self.matching_backprop_steps),
+        ):
+            if value is not None and self.matching != "distill":
+                raise ValueError(f"`tune_reward.{name}` ({value}) needs `tune_reward.matching: distill`")
         both = sorted(set(self.held_out) & split_weights(self.rewards).keys())
         if both:
             raise ValueError(f"`tune_reward.held_out` names {both[0]}, which `tune_reward.rewards` trains on")

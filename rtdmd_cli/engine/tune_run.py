@@ -261,6 +261,7 @@ def build_tuner(
 def stage_1_settings(preset: Preset) -> DistillConfig:
     """Section 3's settings as stage 2 uses them: stage 1's, with the rates, seed and weights of `tune_reward`."""
     config = preset.tune_reward
+    steps = config.matching_backprop_steps or preset.distill.backprop_steps
     return preset.distill.model_copy(
         update={
             "batch": config.images_per_epoch,
@@ -272,6 +273,7 @@ def stage_1_settings(preset: Preset) -> DistillConfig:
             "grad_clip": config.grad_clip,
             "consistency_weight": config.consistency_weight,
             "ema_decay": config.ema_decay,
+            "backprop_steps": steps,
         }
     )
 

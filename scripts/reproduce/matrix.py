@@ -19,7 +19,7 @@ SEED_KEYS = ("distill.seed", "tune_reward.seed")
 PUBLISHED_CONSISTENCY = 0.01
 DIVERSITY_IMAGES, DIVERSITY_PROMPTS = 4, 120
 _UNUSED = ("name", "description", "hardware.tracker", "hardware.threads", "hardware.gradient_checkpointing")
-_BEFORE = ("hardware.mixed_precision", "none")
+_BEFORE = (("hardware.mixed_precision", "none"), ("tune_reward.matching_backprop_steps", None))
 """What every cell was made with before there was a choice: not part of a key, so that those cells are still known."""
 _SCHEDULE = ("save_every", "keep", "log_every", "sample_every")
 _SECTIONS: dict[Kind, tuple[str, ...]] = {
@@ -210,13 +210,19 @@ def _stage_2_changes(preset: Preset) -> list[tuple[str, str, _Values]]:
         tilt: _Values = {"tilt": own["tilt"] or 1.0}
         if preset.distill.interval == "sub" or own["matching"] == "last":
             table.append(("tilt-only", "the reward by the tilt of matching only", off | tilt))
-        table.append(("matching", "no distribution matching, and so no tilt", {"dmd_weight": 0.0}))
+        none: _Values = {"dmd_weight": 0.0, "matching_backprop_steps": None}
+        table.append(("matching", "no distribution matching, and so no tilt", none))
         table.append(("no-reward", "no reward, distribution matching alone", off))
     else:
         table.append(("matching", "with distribution matching", {"dmd_weight": 1.0}))
     if matched and own["matching"] == "distill":
         label = "distribution matching through the last step (published)"
-        table.append(("matching-last", label, {"matching": "last", "matching_images": None, "tilt": 0.0}))
+        last: _Values = {"matching": "last", "matching_images": None, "matching_backprop_steps": None}
+        table.append(("matching-last", label, last | {"tilt": 0.0}))
+        joined = preset.distill.backprop_steps
+        if own["matching_backprop_steps"] not in (None, joined):
+            label = f"matching's gradient through {joined} steps, as stage 1's"
+            table.append(("matching-steps", label, {"matching_backprop_steps": None}))
     return table
 
 
@@ -255,7 +261,7 @@ def _settings(
         if key.startswith(_SECTIONS[row.kind])
         and key not in schedule
         and key not in _UNUSED
-        and (key, value) != _BEFORE
+        and (key, value) not in _BEFORE
     }
     limit, images = request.limit, preset.evaluate.images_per_prompt
     return {

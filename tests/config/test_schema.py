@@ -1,5 +1,7 @@
 """The schema's defaults are the published values, and its rules hold."""
 
+from typing import Any
+
 import pytest
 from pydantic import ValidationError
 
@@ -116,6 +118,7 @@ def test_stage_2_defaults_are_the_published_values() -> None:
     assert (t.policy_weight, t.policy_clip, t.logprob, t.advantage_clip) == (1.0, 1e-5, "reduced", 5.0)
     assert (t.dmd_weight, t.backprop_weight, t.backprop_margin, t.backprop_steps) == (1e-3, 1e-4, 3.0, 1)
     assert (t.matching, t.matching_images, t.tilt) == ("last", None, 0.0)
+    assert t.matching_backprop_steps is None
     assert (t.kl_weight, t.consistency_weight, t.ema_decay, t.grad_clip, t.seed) == (0.0, 0.01, 0.9, 1.0, 42)
     assert (t.lora.rank, t.lora.alpha, len(t.lora.targets)) == (32, 64, 8)
 
@@ -149,6 +152,10 @@ def test_stage_2_defaults_are_the_published_values() -> None:
         ({"matching": "first"}, "'last' or 'distill'"),
         ({"tilt": -0.1}, "greater than or equal to 0"),
         ({"matching_images": 8}, "matching_images` .8. needs `tune_reward.matching: distill`"),
+        (
+            {"matching_backprop_steps": 2},
+            "matching_backprop_steps` .2. needs `tune_reward.matching: distill`",
+        ),
         ({"policy_clip": 0.0}, "greater than 0"),
         ({"backprop_steps": 0}, "greater than or equal to 1"),
         ({"rewards_in_memory": "some"}, "'all' or 'one'"),
@@ -199,3 +206,19 @@ def test_gradients_through_several_steps_need_one_backward_pass() -> None:
     with pytest.raises(ValidationError, match=r"`distill.backprop_steps` is 5; the sampler has 4 steps"):
         preset(distill={"backprop_steps": 5})
     assert preset().distill.backprop_steps == 1
+
+
+def test_so_do_those_of_stage_2s_matching() -> None:
+    def matched(steps: int, **distill: Any) -> Preset:
+        return preset(distill=distill, tune_reward={"matching": "distill", "matching_backprop_steps": steps})
+
+    with pytest.raises(
+        ValidationError, match=r"`tune_reward.matching_backprop_steps` .2. needs .*boundaries_batched: true"
+    ):
+        matched(2, boundaries="every")
+    with pytest.raises(
+        ValidationError, match=r"`tune_reward.matching_backprop_steps` is 5; the sampler has 4"
+    ):
+        matched(5)
+    assert matched(1, boundaries="every").tune_reward.matching_backprop_steps == 1
+    assert matched(4, boundaries="every", boundaries_batched=True).distill.backprop_steps == 1

@@ -17,9 +17,10 @@ from rtdmd_cli.engine.distill import Draws, add_fake_gradients, add_matching_gra
 from rtdmd_cli.engine.tune_matching import FAKE, update_fake_score
 from rtdmd_cli.engine.tune_reward import tune, update_generator
 from rtdmd_cli.engine.tune_rollouts import Rollouts, Tuner, chosen_prompts, chosen_steps, roll_out
+from rtdmd_cli.engine.tune_run import stage_1_settings
 from rtdmd_cli.errors import NumericalError, RewardFailure
 from tests.engine.test_distill import carry, evaluate
-from tests.tiny_tuning import CPU, FROZEN, PROMPT_SET, REWARDS, loads, make_tuner, stir
+from tests.tiny_tuning import CPU, FROZEN, PROMPT_SET, REWARDS, loads, make_tuner, stir, tune_preset
 
 SIGMAS = (1.0, 0.9, 0.75, 0.5, 0.0)  # of the published schedule at shift 3
 COS, SIN = math.cos(0.9 * math.pi / 2), math.sin(0.9 * math.pi / 2)
@@ -320,6 +321,26 @@ def test_matching_as_in_distill(images: int | None, backprop: float) -> None:
     update_generator(tuner, 1, rollouts, advantages)
     assert_close(gradients(tuner), expected)
     assert tuner.core.metrics["dmd_loss"] == pytest.approx(other.core.metrics["dmd_loss"], rel=1e-4)
+
+
+def matching_gradient(own: int | None, of_stage_1: int) -> dict[str, Tensor]:
+    """Of the generator's turn by matching alone, at every boundary."""
+    values: dict[str, Any] = OFF | {"dmd_weight": 1.0, "matching": "distill", "grad_clip": 1e6}
+    tuner, chosen = stir(make_tuner(**values)), tune_preset(**values, matching_backprop_steps=own)
+    joined = {"boundaries": "every", "boundaries_batched": True, "backprop_steps": of_stage_1}
+    chosen = chosen.model_copy(update={"distill": chosen.distill.model_copy(update=joined)})
+    tuner.core.config = stage_1_settings(chosen)
+    rollouts, _, advantages = epoch_of(tuner)
+    update_generator(tuner, 1, rollouts, advantages)
+    return gradients(tuner)
+
+
+def test_how_far_back_matching_reaches_is_stage_2s_own_choice() -> None:
+    alone, joined = matching_gradient(None, 1), matching_gradient(None, 4)
+    assert_close(matching_gradient(1, 4), alone)
+    assert_close(matching_gradient(4, 1), joined)
+    norm = sum(float(g.square().sum()) for g in alone.values())
+    assert sum(float((alone[name] - joined[name]).square().sum()) for name in alone) > 0.01 * norm > 0
 
 
 def test_the_fake_score_of_matching_as_in_distill() -> None:

@@ -45,6 +45,7 @@ ROWS = [
     "stage2-matching",
     "stage2-no-reward",
     "stage2-matching-last",
+    "stage2-matching-steps",
 ]
 PROMPTS = [
     {"prompt": "a red circle", "tag": "colors", "include": [{"class": "circle", "count": 1, "color": "red"}]},
@@ -216,7 +217,7 @@ def test_a_table_from_end_to_end_and_again(tmp_path: Path, pretended: list[Prete
         "3 of 3",
     ]
     assert lines["stage 1, full interval"][0] == "0.500" and lines["stage 1, full interval"][7] == "1 of 1"
-    assert kinds(pretended[0]).count("distill") == 3 + 6 and kinds(pretended[0]).count("tune-reward") == 3 + 7
+    assert kinds(pretended[0]).count("distill") == 3 + 6 and kinds(pretended[0]).count("tune-reward") == 3 + 8
     again = call(*options)
     assert again.stdout == first.stdout and pretended[1].ran == []
     score = json.loads(call(*options, "--json").stdout)["rows"][2]["score"]
@@ -433,7 +434,11 @@ def test_rows_follow_the_preset() -> None:
     assert own["stage2-tilt-only"].overrides == (nothing, off[0], "tune_reward.tilt=1.0")
     assert own["stage2-no-reward"].overrides == (nothing, *off)
     assert own["stage2-matching"].label == "stage 2, no distribution matching, and so no tilt"
-    last = ("tune_reward.matching=last", "tune_reward.matching_images=null", off[1])
+    inherited = "tune_reward.matching_backprop_steps=null"
+    last = ("tune_reward.matching=last", "tune_reward.matching_images=null", inherited, off[1])
+    assert own["stage2-matching-steps"].overrides == (inherited,)
+    assert "through 4 steps" in own["stage2-matching-steps"].label
+    assert "stage2-matching-steps" not in rows_of(inherited)
     assert own["stage2-matching-last"].overrides == last
     assert own["stage1-normaliser"].overrides == ("distill.normaliser=published",)
     assert own["stage1-batched"].overrides == ("distill.backprop_steps=1", "distill.boundaries_batched=false")
@@ -450,7 +455,7 @@ def test_rows_follow_the_preset() -> None:
     assert turned["stage1-backprop"].overrides == through
     assert turned["stage1-boundaries"].overrides == ("distill.boundaries=every",)
     assert turned["stage1-batched"].overrides == ("distill.boundaries_batched=true",)
-    assert turned["stage2-matching"].overrides == ("tune_reward.dmd_weight=0.0",)
+    assert turned["stage2-matching"].overrides == ("tune_reward.dmd_weight=0.0", inherited)
     assert turned["stage2-grpo-only"].overrides[0] == "tune_reward.policy_weight=2.0"
     assert turned["stage1-consistency"].label == "stage 1, without the consistency term"
     assert turned["stage1-consistency"].overrides == ("distill.consistency_weight=0",)
