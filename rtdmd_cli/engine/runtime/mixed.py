@@ -31,6 +31,13 @@ def resolve_mixed_precision(
     return resolve_dtype("bf16", device)
 
 
+def products_of(hardware: HardwareConfig, device: torch.device) -> str:
+    """The format of training's matrix products, for the record: "float32" or "bfloat16"."""
+    dtype = resolve_dtype(hardware.dtype, device)
+    mixed = resolve_mixed_precision(hardware, device, dtype)
+    return str(mixed or dtype).removeprefix("torch.")
+
+
 def multiplies_bf16(device: torch.device) -> bool:
     """Whether it is a CPU with AVX512-BF16 or AMX. Elsewhere on CPUs bf16 is no quicker than float32, or far slower."""
     if device.type != "cpu":

@@ -27,6 +27,7 @@ from rtdmd_cli import __version__
 from rtdmd_cli.config.loader import Resolved, dump_resolved
 from rtdmd_cli.engine.runtime import checkpoint, files
 from rtdmd_cli.engine.runtime.device import device_name
+from rtdmd_cli.engine.runtime.mixed import products_of
 from rtdmd_cli.errors import DataError, EnvironmentFailure, NumericalError, UsageError
 
 State: TypeAlias = Literal["running", "finished", "interrupted", "failed"]
@@ -247,7 +248,9 @@ def create_run(
     files.make_folder(building.checkpoints)
     files.make_folder(building.samples)
     files.write_text(building.preset, dump_resolved(resolved.preset))
-    files.write_json(building.path / ENVIRONMENT, {"stage": stage, **describe_environment(command, device)})
+    products = {"matrix_products": products_of(resolved.preset.hardware, device)}
+    environment = {"stage": stage, **describe_environment(command, device), **products}
+    files.write_json(building.path / ENVIRONMENT, environment)
     building.set_status("running", iteration=0)
     files.rename_folder(building.path, run.path)
     return run

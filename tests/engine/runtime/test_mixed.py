@@ -6,7 +6,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rtdmd_cli.config.schema import HardwareConfig
-from rtdmd_cli.engine.runtime.mixed import MixedPrecision, multiplies_bf16, resolve_mixed_precision
+from rtdmd_cli.engine.runtime.mixed import (
+    MixedPrecision,
+    multiplies_bf16,
+    products_of,
+    resolve_mixed_precision,
+)
 from rtdmd_cli.errors import EnvironmentFailure
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -42,6 +47,17 @@ def test_bf16_is_taken_wherever_the_device_has_it(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
     with pytest.raises(EnvironmentFailure, match="Some GPU does not compute in bf16"):
         resolved(CUDA, mixed_precision="bf16")
+
+
+def test_what_a_run_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    able(monkeypatch, "avx512_bf16")
+    for hardware, expected in (
+        ({}, "float32"),
+        ({"mixed_precision": "auto"}, "bfloat16"),
+        ({"mixed_precision": "auto", "dtype": "fp32"}, "float32"),
+        ({"dtype": "bf16"}, "bfloat16"),
+    ):
+        assert products_of(HardwareConfig.model_validate(hardware), CPU) == expected
 
 
 def layers() -> nn.Sequential:

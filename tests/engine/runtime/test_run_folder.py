@@ -10,6 +10,7 @@ import torch
 
 from rtdmd_cli.config.loader import Resolved, load_preset
 from rtdmd_cli.engine.runtime import checkpoint, files, run_folder
+from rtdmd_cli.engine.runtime.mixed import products_of
 from rtdmd_cli.engine.runtime.run_folder import Metrics, RunFolder, State
 from rtdmd_cli.errors import DataError, NumericalError, UsageError
 
@@ -41,6 +42,7 @@ def test_a_new_run_holds_preset_environment_and_status(run: RunFolder, resolved:
     assert environment["command"] == ["rtdmd", "distill"]
     assert environment["packages"]["torch"] == torch.__version__
     assert environment["device"].startswith("cpu")
+    assert environment["matrix_products"] == products_of(resolved.preset.hardware, CPU)
 
 
 def test_an_existing_run_is_refused_with_both_choices(run: RunFolder, resolved: Resolved) -> None:
