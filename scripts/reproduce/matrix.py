@@ -19,7 +19,7 @@ SEED_KEYS = ("distill.seed", "tune_reward.seed")
 PUBLISHED_CONSISTENCY = 0.01
 DIVERSITY_IMAGES, DIVERSITY_PROMPTS = 4, 120
 _UNUSED = ("name", "description", "hardware.tracker", "hardware.threads", "hardware.gradient_checkpointing")
-_BEFORE = (("hardware.mixed_precision", "none"), ("tune_reward.matching_backprop_steps", None))
+_BEFORE = ("hardware.mixed_precision", "none")
 """What every cell was made with before there was a choice: not part of a key, so that those cells are still known."""
 _SCHEDULE = ("save_every", "keep", "log_every", "sample_every")
 _SECTIONS: dict[Kind, tuple[str, ...]] = {
@@ -210,8 +210,7 @@ def _stage_2_changes(preset: Preset) -> list[tuple[str, str, _Values]]:
         tilt: _Values = {"tilt": own["tilt"] or 1.0}
         if preset.distill.interval == "sub" or own["matching"] == "last":
             table.append(("tilt-only", "the reward by the tilt of matching only", off | tilt))
-        none: _Values = {"dmd_weight": 0.0, "matching_backprop_steps": None}
-        table.append(("matching", "no distribution matching, and so no tilt", none))
+        table.append(("matching", "no distribution matching, and so no tilt", {"dmd_weight": 0.0}))
         table.append(("no-reward", "no reward, distribution matching alone", off))
     else:
         table.append(("matching", "with distribution matching", {"dmd_weight": 1.0}))
@@ -261,7 +260,7 @@ def _settings(
         if key.startswith(_SECTIONS[row.kind])
         and key not in schedule
         and key not in _UNUSED
-        and (key, value) not in _BEFORE
+        and (key, value) != _BEFORE
     }
     limit, images = request.limit, preset.evaluate.images_per_prompt
     return {
