@@ -25,6 +25,7 @@ _MARGIN = 2
 Bools = NDArray[np.bool_]
 
 
+@cache
 def _palette() -> NDArray[np.float64]:
     """Reference colours [K,3]: the world's colours first, then greys of the background."""
     return np.concatenate([np.array(list(COLOURS.values())), np.repeat(_GREYS[:, None], 3, axis=1)])
@@ -32,32 +33,34 @@ def _palette() -> NDArray[np.float64]:
 
 def segment(images: NDArray[np.floating]) -> NDArray[np.int64]:
     """Nearest reference colour of every pixel: [B,3,H,W] in 0..1 to [B,H,W], index into COLOURS, -1 for background."""
-    pixels = np.moveaxis(np.asarray(images, dtype=np.float64), 1, -1)[..., None, :]
-    nearest = np.square(pixels - _palette()).sum(axis=-1).argmin(axis=-1)
+    pixels = np.asarray(images, dtype=np.float64)[..., None]
+    red, green, blue = (np.square(pixels[:, i] - _palette()[:, i]) for i in range(3))
+    nearest = (red + green + blue).argmin(axis=-1)
     return np.where(nearest < len(COLOURS), nearest, -1)
 
 
 def components(labels: NDArray[np.int64]) -> NDArray[np.int64]:
     """Connected components (8 neighbours) of equal labels: [B,H,W], each pixel the smallest flat index of its own component.
 
-    Background pixels (label -1) get -1. Every image of the batch is labelled at once, by spreading the smallest index.
+    Background pixels (label -1) get -1. Every image of the batch is labelled at once: each pixel takes the smallest
+    index around it, then the one that the pixel of that index has, until nothing changes.
     """
     batch, height, width = labels.shape
-    start = np.arange(height * width).reshape(1, height, width)
-    index = np.where(labels >= 0, start, -1)
-    padded_labels = np.pad(labels, ((0, 0), (1, 1), (1, 1)), constant_values=-1)
     far = height * width
+    shifts = [np.s_[:, y : y + height, x : x + width] for y in range(3) for x in range(3)]
+    around = np.pad(labels, ((0, 0), (1, 1), (1, 1)), constant_values=-1)
+    barriers = [np.where(around[shift] == labels, 0, far).astype(np.int32) for shift in shifts]
+    index = np.where(labels >= 0, np.arange(far).reshape(1, height, width), far).astype(np.int32)
     while True:
-        padded = np.pad(np.where(index < 0, far, index), ((0, 0), (1, 1), (1, 1)), constant_values=far)
-        smallest = np.full((batch, height, width), far)
-        for dy in range(3):
-            for dx in range(3):
-                same = padded_labels[:, dy : dy + height, dx : dx + width] == labels
-                near = padded[:, dy : dy + height, dx : dx + width]
-                smallest = np.minimum(smallest, np.where(same, near, far))
-        update = np.where(labels >= 0, smallest, -1)
+        padded = np.pad(index, ((0, 0), (1, 1), (1, 1)), constant_values=far)
+        smallest = index
+        for shift, barrier in zip(shifts, barriers, strict=True):
+            smallest = np.minimum(smallest, padded[shift] + barrier)
+        known = np.concatenate([smallest.reshape(batch, far), np.full((batch, 1), far, np.int32)], axis=1)
+        update = np.take_along_axis(known, known, axis=1)[:, :far].reshape(labels.shape)
+        update = np.where(labels >= 0, update, np.int32(far))
         if np.array_equal(update, index):
-            return index
+            return np.where(labels >= 0, index, -1).astype(np.int64)
         index = update
 
 
@@ -67,8 +70,11 @@ def _contrast(share: NDArray[np.floating]) -> NDArray[np.float64]:
 
 
 @cache
-def _templates(edge: int) -> tuple[tuple[str, ...], NDArray[np.float64]]:
-    """Every shape at sizes around `edge` px, at every place in a window of `edge` + 4 px: (names [N], templates [N,W,W])."""
+def _templates(edge: int) -> tuple[tuple[str, ...], NDArray[np.float64], NDArray[np.float64]]:
+    """Every shape at sizes around `edge` px, at every place in a window of `edge` + 4 px.
+
+    Names [N], templates [N,W*W] and their sums [N].
+    """
     window = edge + 2 * _MARGIN
     names, stack = [], []
     for shape in SHAPES:
@@ -81,8 +87,9 @@ def _templates(edge: int) -> tuple[tuple[str, ...], NDArray[np.float64]]:
                         coverage(shape, size, size)
                     )[max(-y, 0) : window - y, max(-x, 0) : window - x]
                     names.append(shape)
-                    stack.append(canvas)
-    return tuple(names), np.stack(stack)
+                    stack.append(canvas.ravel())
+    templates = np.stack(stack)
+    return tuple(names), templates, templates.sum(axis=1)
 
 
 def match(share: NDArray[np.floating], edge: int) -> tuple[str, float]:
@@ -95,9 +102,10 @@ def match(share: NDArray[np.floating], edge: int) -> tuple[str, float]:
     Returns:
         Name of the shape, and the intersection over union of soft masks (sum of minima over sum of maxima).
     """
-    names, templates = _templates(edge)
-    soft = _contrast(share)
-    overlap = np.minimum(soft, templates).sum(axis=(1, 2)) / np.maximum(soft, templates).sum(axis=(1, 2))
+    names, templates, sums = _templates(edge)
+    soft = _contrast(share).ravel()
+    shared = np.minimum(soft, templates).sum(axis=1)
+    overlap = shared / (soft.sum() + sums - shared)  # maxima: what either has, less what both have
     best = int(overlap.argmax())
     return names[best], float(overlap[best])
 
@@ -156,7 +164,7 @@ def _share(
     """How far each pixel around an object has moved from the local background to the object's colour: [edge + 4, edge + 4]."""
     x, y = corner
     inside = np.s_[max(y - _MARGIN, 0) : y + edge + _MARGIN, max(x - _MARGIN, 0) : x + edge + _MARGIN]
-    pixels = np.moveaxis(np.asarray(image, dtype=np.float64), 0, -1)[inside]
+    pixels = np.moveaxis(image, 0, -1)[inside].astype(np.float64)
     empty = labels[inside] < 0
     background = np.median(pixels[empty], axis=0) if empty.any() else np.full(3, _GREYS.mean())
     direction = _palette()[colour] - background

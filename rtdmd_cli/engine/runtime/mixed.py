@@ -6,11 +6,12 @@ was computed outside these modules, a reward's gradient say.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rtdmd_cli.config.schema import HardwareConfig
 from rtdmd_cli.engine.runtime.device import resolve_dtype
@@ -52,21 +53,29 @@ def cast_forward(module: nn.Module, wanted: Callable[[], torch.dtype | None]) ->
     Without autocast's cache: a weight is used once in a pass, and inside another autocast the cache would hand a cast
     that was made without gradient to a step with one.
     """
-    entered: list[AbstractContextManager[Any]] = []
+    entered: list[ExitStack] = []
 
     def enter(module: nn.Module, *_: Any) -> None:
         dtype, device = wanted(), next(module.parameters()).device.type
-        cast: AbstractContextManager[Any] = nullcontext()
+        entered.append(ExitStack())
         if dtype is not None:
-            cast = torch.autocast(device, dtype, cache_enabled=False)
-        cast.__enter__()
-        entered.append(cast)
+            entered[-1].enter_context(torch.autocast(device, dtype, cache_enabled=False))
+            entered[-1].enter_context(_attention(device))
 
     def leave(*_: Any) -> None:
-        entered.pop().__exit__(None, None, None)
+        entered.pop().close()
 
     module.register_forward_pre_hook(enter)
     module.register_forward_hook(leave, always_call=True)
+
+
+def _attention(device: str) -> AbstractContextManager[Any]:
+    """The fused attention on the CPU, where no gradient is recorded: a pass then takes a fifth less time.
+
+    With a gradient it stays as `device.float32_matmul` has it: the fused one's backward pass is slow on the CPU.
+    """
+    fused = device == "cpu" and not torch.is_grad_enabled()
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]) if fused else nullcontext()
 
 
 class MixedPrecision:

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rtdmd_cli.config.schema import HardwareConfig
+from rtdmd_cli.engine.runtime.device import float32_matmul
 from rtdmd_cli.engine.runtime.mixed import (
     MixedPrecision,
     multiplies_bf16,
@@ -82,6 +83,36 @@ def test_only_the_forward_passes_of_its_modules_while_active() -> None:
     assert inside(x).dtype == FP32
     with MixedPrecision().active():
         assert outside(x).dtype == FP32
+
+
+class Attention(nn.Module):
+    """Four heads of 16; notes which of torch's two attentions on the CPU ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(64, 64)
+        self.seen: list[str] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = self.project(x).unflatten(-1, (4, 16)).transpose(1, 2)
+        with torch.profiler.profile() as profile:
+            mixed = nn.functional.scaled_dot_product_attention(heads, heads, heads)
+        names = {event.key for event in profile.key_averages()}
+        kinds = {"flash": "flash_attention", "math": "attention_math"}
+        self.seen += [kind for kind, part in kinds.items() if any(part in name for name in names)]
+        return mixed
+
+
+def test_attention_is_the_fused_one_where_no_gradient_is_recorded() -> None:
+    module, x = Attention(), torch.randn(2, 12, 64)
+    mixed = MixedPrecision([module], BF16)
+    with float32_matmul("medium", CPU), mixed.active():
+        with torch.no_grad():
+            fused = module(x)
+        plain = module(x)
+        plain.float().square().sum().backward()
+    assert module.seen == ["flash", "math"]
+    torch.testing.assert_close(fused, plain.detach(), rtol=0.02, atol=0.02)
 
 
 def gradient(module: nn.Module, x: Tensor, checkpointed: bool = False) -> Tensor:
