@@ -21,6 +21,9 @@ DIVERSITY_IMAGES, DIVERSITY_PROMPTS = 4, 120
 _UNUSED = ("name", "description", "hardware.tracker", "hardware.threads", "hardware.gradient_checkpointing")
 _BEFORE = ("hardware.mixed_precision", "none")
 """What every cell was made with before there was a choice: not part of a key, so that those cells are still known."""
+STAGE_1_OWN = ("hardware.mixed_precision=none",)
+"""Stage 1's cells are in float32, which came out alike on all processors that were tried, unless --set says otherwise.
+Stage 2's, which take longest, are as the preset says: on processors that multiply bf16, in half the time."""
 _SCHEDULE = ("save_every", "keep", "log_every", "sample_every")
 _SECTIONS: dict[Kind, tuple[str, ...]] = {
     "teacher": ("model.", "hardware."),
@@ -236,10 +239,11 @@ def chosen_rows(rows: Sequence[Row], names: Sequence[str]) -> set[str]:
 
 def make_cell(request: Request, row: Row, seed: int, rows: Sequence[Row]) -> Cell:
     """The cell of a row and a seed; a stage-2 cell holds the stage-1 cell that it starts from."""
-    base = load_preset(request.preset, request.overrides).preset
+    given = request.overrides if row.kind == "tune-reward" else (*STAGE_1_OWN, *request.overrides)
+    base = load_preset(request.preset, given).preset
     own = dict(zip(SEED_KEYS, (base.distill.seed, base.tune_reward.seed), strict=True))
     seeds = tuple(f"{key}={value + seed}" for key, value in own.items())
-    resolved = load_preset(request.preset, (*request.overrides, *row.overrides, *seeds))
+    resolved = load_preset(request.preset, (*given, *row.overrides, *seeds))
     stage_1 = None
     if row.kind == "tune-reward":
         stage_1 = make_cell(request, next(each for each in rows if each.name == "stage1"), seed, rows)

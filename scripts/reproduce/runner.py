@@ -24,6 +24,7 @@ from rtdmd_cli.errors import DataError, RtdmdError
 from scripts.reproduce.matrix import Cell
 
 ROOT = Path(__file__).resolve().parents[2]
+PRODUCTS = "matrix_products"  # in a run's ENVIRONMENT
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -114,8 +115,9 @@ class Runner:
             "overrides": list(cell.row.overrides),
             "version": __version__,
             "machines": sorted(
-                {device_name(resolve_device(preset.hardware.device)), *self._trained_on(cell)}
+                {device_name(resolve_device(preset.hardware.device)), *self._trained(cell, "device")}
             ),
+            "products": self._trained(cell, PRODUCTS),
             "commands": [[self._portable(text) for text in command] for command in self.ran[first:]],
             "training_seconds": seconds,
             "evaluation": best,
@@ -139,11 +141,12 @@ class Runner:
     def _path(self, cell: Cell) -> Path:
         return self.cells / f"{cell.name}.json"
 
-    def _trained_on(self, cell: Cell) -> list[str]:
-        """The device of the cell's training; its run may have been made on another machine than this."""
+    def _trained(self, cell: Cell, fact: str) -> list[str]:
+        """What the cell's run recorded of its surroundings (its device is perhaps another than this one), if it did."""
         if cell.row.kind == "teacher":
             return []
-        return [str(json.loads((self.run_of(cell).path / ENVIRONMENT).read_bytes())["device"])]
+        recorded = json.loads((self.run_of(cell).path / ENVIRONMENT).read_bytes())
+        return [str(recorded[fact])] if fact in recorded else []
 
     def _portable(self, text: str) -> str:
         """A path inside `out` as seen from there."""

@@ -145,8 +145,21 @@ def conditions(preset: str, limit: int | None, records: Sequence[dict[str, Any]]
     machines = sorted({name for each in records for name in each.get("machines", ["a machine not recorded"])})
     if records:
         lines.append(f"Evaluated on {' and '.join(made)}, one CPU thread; rtdmd {' and '.join(versions)}.")
+        lines += _formats(records)
         lines.append(f"Times are those of {' and '.join(machines)}.")
     return lines
+
+
+def _formats(records: Sequence[dict[str, Any]]) -> list[str]:
+    """A sentence on the formats of training's matrix products, where there are trainings among the cells."""
+    kinds = {"distill": "stage 1", "tune-reward": "stage 2"}
+    found: dict[str, set[str]] = {}
+    for each in records:
+        kind = each["settings"]["training"]["kind"]
+        if kind in kinds:  # cells that don't tell are from the time when all were in float32
+            found.setdefault(kinds[kind], set()).update(each.get("products") or ["float32"])
+    parts = [f"{stage} in {' and '.join(sorted(formats))}" for stage, formats in sorted(found.items())]
+    return [f"Matrix products of the trainings: {', '.join(parts)}."] if parts else []
 
 
 def missing(lines: Sequence[Line]) -> list[str]:

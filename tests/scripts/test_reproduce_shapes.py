@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner, Result
 
 from rtdmd_cli.config.loader import load_preset
+from rtdmd_cli.engine.runtime.mixed import products_of
 from rtdmd_cli.engine.runtime.run_folder import RunFolder
 from rtdmd_cli.errors import UsageError
 from scripts.reproduce import __main__ as reproduce
@@ -190,12 +192,16 @@ def test_real_commands_stopped_in_the_middle_go_on(tmp_path: Path) -> None:
         assert row["score"] == {**dict.fromkeys(("mean", "min", "max"), shown["overall"]), "n": 1}
         assert record["diversity"] == shown["clip"]["diversity"] > 0
         assert record["training_seconds"] > 0 and len(record["machines"]) == 1
+        hardware = cell.resolved.preset.hardware
+        assert hardware.mixed_precision == ("none" if name == "stage1" else "auto")
+        assert record["products"] == [products_of(hardware, torch.device("cpu"))]
         assert str(tmp_path / "out") not in json.dumps(record)
     with Image.open(tmp_path / "out/samples.png") as grid:  # of both stages; the teacher's cell is not made
         assert grid.width > 8 * 128 and 2 * 128 < grid.height < 3 * 128 + 100
         assert len(grid.convert("L").crop((30, 100, 150, 210)).getcolors() or []) > 10
     text = (tmp_path / "out/table.md").read_text()
     assert table_of(text)["stage 2"][7] == "1 of 1" and table["note"] in text and "Limited to 6" in text
+    assert f"trainings: stage 1 in float32, stage 2 in {record['products'][0]}." in text
 
 
 def test_a_table_from_end_to_end_and_again(tmp_path: Path, pretended: list[Pretended]) -> None:
