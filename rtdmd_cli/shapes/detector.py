@@ -58,7 +58,6 @@ def components(labels: NDArray[np.int64]) -> NDArray[np.int64]:
             smallest = np.minimum(smallest, padded[shift] + barrier)
         known = np.concatenate([smallest.reshape(batch, far), np.full((batch, 1), far, np.int32)], axis=1)
         update = np.take_along_axis(known, known, axis=1)[:, :far].reshape(labels.shape)
-        update = np.where(labels >= 0, update, np.int32(far))
         if np.array_equal(update, index):
             return np.where(labels >= 0, index, -1).astype(np.int64)
         index = update

@@ -22,8 +22,9 @@ _UNUSED = ("name", "description", "hardware.tracker", "hardware.threads", "hardw
 _BEFORE = ("hardware.mixed_precision", "none")
 """What every cell was made with before there was a choice: not part of a key, so that those cells are still known."""
 STAGE_1_OWN = ("hardware.mixed_precision=none",)
-"""Stage 1's cells are in float32, which came out alike on all processors that were tried, unless --set says otherwise.
-Stage 2's, which take longest, are as the preset says: on processors that multiply bf16, in half the time."""
+"""Stage 1's cells (and the teacher's, which train nothing) are in float32, which came out alike on all processors that
+were tried, unless --set says otherwise. Stage 2's, which take longest, are as the preset says: on processors that
+multiply bf16, in two thirds of the time."""
 _SCHEDULE = ("save_every", "keep", "log_every", "sample_every")
 _SECTIONS: dict[Kind, tuple[str, ...]] = {
     "teacher": ("model.", "hardware."),

@@ -70,7 +70,7 @@ def cast_forward(module: nn.Module, wanted: Callable[[], torch.dtype | None]) ->
 
 
 def _attention(device: str) -> AbstractContextManager[Any]:
-    """The fused attention on the CPU, where no gradient is recorded: a pass then takes a fifth less time.
+    """The fused attention on the CPU, where no gradient is recorded: about a tenth less time.
 
     With a gradient it stays as `device.float32_matmul` has it: the fused one's backward pass is slow on the CPU.
     """
