@@ -41,8 +41,8 @@ ROWS = [
     "stage1-backprop",
     "stage1-batched",
     "stage2-grpo-only",
-    "stage2-backprop-only",
     "stage2-all-steps",
+    "stage2-backprop-only",
     "stage2-tilt-only",
     "stage2-matching",
     "stage2-no-reward",
@@ -432,10 +432,14 @@ def test_rows_follow_the_preset() -> None:
     assert own["stage1-consistency"].overrides == ("distill.consistency_weight=0.01",)
     assert own["stage1-interval"].overrides == ("distill.interval=full",)
     policy = "tune_reward.policy_weight=1.0"
-    assert own["stage2-all-steps"].overrides == ("tune_reward.subset_steps=3", policy)
     off = ("tune_reward.backprop_weight=0.0", "tune_reward.tilt=0.0")
     nothing = "tune_reward.policy_weight=0.0"
     assert own["stage2-grpo-only"].overrides == (policy, *off)
+    assert own["stage2-all-steps"].overrides == (policy, *off, "tune_reward.subset_steps=3")
+    assert own["stage2-all-steps"].label.startswith("stage 2, GRPO only, on all 3")
+    beside = rows_of("tune_reward.policy_weight=0.5")["stage2-all-steps"]
+    assert beside.overrides == ("tune_reward.subset_steps=3",)
+    assert beside.label.startswith("stage 2, policy gradient on all 3")
     assert own["stage2-backprop-only"].overrides == (nothing, "tune_reward.backprop_weight=2.0", off[1])
     assert own["stage2-tilt-only"].overrides == (nothing, off[0], "tune_reward.tilt=1.0")
     assert own["stage2-no-reward"].overrides == (nothing, *off)
