@@ -171,7 +171,7 @@ def stage_1_of(reference: str | None, out: Path, quiet: bool) -> tuple["RunFolde
 
 
 def require_same_model(run: "RunFolder", resolved: Resolved) -> None:
-    """DataError if the recipe is for another model than stage 1's: its adapters would not fit."""
+    """DataError if the recipe is for another model than stage 1's, or other noise levels than it was made for."""
     made_with, now = load_preset(str(run.preset), environ={}).preset, resolved.preset
     pairs = {
         "model.family": (made_with.model.family, now.model.family),
@@ -179,12 +179,13 @@ def require_same_model(run: "RunFolder", resolved: Resolved) -> None:
         "distill.train": (made_with.distill.train, now.distill.train),
         "model.generator_init": (made_with.model.generator_init, now.model.generator_init),
         "distill.lora": (made_with.distill.lora, now.distill.lora),
+        "sampler.raw_steps": (made_with.sampler.raw_steps, now.sampler.raw_steps),
     }
     for key, (before, after) in pairs.items():
         if before != after:
             raise DataError(
                 f"{run.path} was distilled with another `{key}` than the preset has.",
-                "Leave --preset out: the run's own recipe is then used.",
+                "Leave --preset and that --set out: the run's own recipe is then used.",
             )
 
 
@@ -227,15 +228,18 @@ def plan(
 
 def result(outcome: "Outcome", resolved: Resolved, as_json: bool) -> dict[str, Any]:
     """What the command prints at its end; for people a line for each reward."""
+    from rtdmd_cli.engine.rewards.registry import find_reward
     from rtdmd_cli.engine.runtime.checkpoint import step_name
+    from rtdmd_cli.engine.tune_checks import followed
     from rtdmd_cli.engine.tune_report import held_out_first
     from rtdmd_cli.engine.tune_watch import BEST, alarm
 
     config = resolved.preset.tune_reward
     before, after = outcome.records["rewards_before"], outcome.records["rewards_after"]
+    trained = followed(config, [name for name in before if find_reward(name).differentiable])
     rewards: dict[str, Any] = {
-        name: {"before": before[name], "after": after[name], "trained_on": name not in config.held_out}
-        for name in held_out_first(before, config.held_out)
+        name: {"before": before[name], "after": after[name], "trained_on": name in trained}
+        for name in held_out_first(before, [name for name in before if name not in trained])
     }
     if not as_json:
         rewards = {

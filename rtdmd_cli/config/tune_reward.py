@@ -64,7 +64,7 @@ class TuneRewardConfig(Section):
         default=2,
         ge=1,
         le=999,
-        description="stochastic steps that are trained in an epoch (SubGRPO), at most all of them",
+        description="stochastic steps with noise of each image's own (SubGRPO), at most all; divides every loss, plus 1",
     )
     generator_lr: float = Field(
         default=3e-6, gt=0, le=1, description="learning rate of the generator, no unit"

@@ -194,11 +194,6 @@ def build_trainer(
     """Fresh roles, optimisers and EMA on the backbone; UsageError if schedule and preset disagree."""
     config = preset.distill
     sigmas = training_sigmas(backbone, preset)
-    if sigmas[1] >= config.t_max:
-        raise UsageError(
-            f"The first boundary of the schedule lies at sigma {sigmas[1]:.3f}, not below `distill.t_max`.",
-            "Choose other `sampler.raw_steps`, or a larger `distill.t_max`.",
-        )
     roles: RoleSet
     if config.train == "full":
         roles = FullRoles(backbone.transformer)
@@ -209,9 +204,18 @@ def build_trainer(
 
 
 def training_sigmas(backbone: Backbone, preset: Preset) -> tuple[float, ...]:
-    """The few-step schedule at the preset's resolution; UsageError for a size that the model can't do."""
+    """The few-step schedule at the preset's resolution.
+
+    UsageError for a size that the model can't do, or a first boundary above the levels of matching.
+    """
     shape = backbone.latent_shape(preset.model.resolution, preset.model.resolution)
-    return tuple(backbone.sigmas(few_step_levels(preset.sampler), shape).tolist())
+    sigmas = tuple(backbone.sigmas(few_step_levels(preset.sampler), shape).tolist())
+    if sigmas[1] >= preset.distill.t_max:
+        raise UsageError(
+            f"The first boundary of the schedule lies at sigma {sigmas[1]:.3f}, not below `distill.t_max`.",
+            "Choose other `sampler.raw_steps`, or a larger `distill.t_max`.",
+        )
+    return sigmas
 
 
 def assemble(

@@ -72,8 +72,8 @@ def make_previews(
     reference: Kind = "teacher",
     reference_label: str = "teacher",
 ) -> Previews:
-    """Choose the prompts and sample the reference: the teacher as `rtdmd sample --from PRESET` would, or the
-    generator as it is now.
+    """Choose the prompts and sample the reference: the teacher as `rtdmd sample --from PRESET` would, or, in stage 2,
+    the generator that it started from.
     """
     chosen = pick(len(prompts))
     previews = Previews(

@@ -28,7 +28,8 @@ from rtdmd_cli.engine.roles import RoleSet
 from rtdmd_cli.engine.runtime import rng
 from rtdmd_cli.errors import UsageError
 
-Kind = Literal["teacher", "generator"]
+Kind = Literal["teacher", "generator", "start"]
+"""Roles that pictures are drawn with; `start` is the generator that stage 2 began from."""
 Velocity = Callable[[Tensor, Tensor], Tensor]  # x [B,C,H,W], sigma [B] -> v [B,C,H,W]
 
 
@@ -130,7 +131,7 @@ def sampling_plan(
         raise UsageError(f"--guidance must lie between 1 and 100, not {guidance:g}.", "1 means none.")
     few = len(sampler.raw_steps)
     shape = backbone.latent_shape(*(size or (model.resolution, model.resolution)))
-    if kind == "generator":
+    if kind != "teacher":
         if guidance not in (None, 1):
             raise UsageError("A generator is sampled without guidance.", "Leave --guidance out, or give 1.")
         raw = few_step_levels(sampler) if steps in (None, few) else evenly_spaced(steps or few)

@@ -1,6 +1,6 @@
 """What is looked at before stage 2 trains: rewards, numbers that don't fit, and settings that exclude each other."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 
@@ -28,24 +28,21 @@ def open_rewards(
     device: torch.device,
     say: Callable[[str], None],
 ) -> RewardMixture:
-    """The preset's rewards, each (and the watch's CLIP) loaded once; says which take no part in back-propagation."""
+    """The preset's rewards, each (and the watch's CLIP) loaded once; says which take no part in which term."""
     weights, paths = split_weights(config.rewards), split_paths(config.reward_paths)
     memory, limits = config.rewards_in_memory, Limits(config.max_bad_share, config.reward_seconds)
     open_mixture(weights, config.held_out, paths, eval_prompts, device, memory)
     mixture = open_mixture(weights, config.held_out, paths, prompts, device, memory, limits=limits)
-    without = [name for name in weights if name not in mixture.differentiable]
-    tilted = config.tilt and config.dmd_weight
-    others = [
-        name for name, on in (("policy term", config.policy_weight), ("tilt of matching", tilted)) if on
-    ]
-    if without and not others:
-        say(
-            f"no gradient in {', '.join(without)}, and neither policy term nor tilt: measured, not trained on"
-        )
-    elif without and config.backprop_weight:
-        say(
-            f"no gradient in {', '.join(without)}: in the {' and the '.join(others)} only, not in back-propagation"
-        )
+    trained = followed(config, mixture.differentiable)
+    idle = [name for name in weights if name not in trained]
+    without = [name for name in trained if name not in mixture.differentiable]
+    if idle:
+        say(f"no term that is on can follow {', '.join(idle)}: measured, not trained on")
+    if without and config.backprop_weight:
+        tilted = config.tilt and config.dmd_weight
+        terms = {"policy term": config.policy_weight, "tilt of matching": tilted}
+        on = " and the ".join(name for name, weight in terms.items() if weight)
+        say(f"no gradient in {', '.join(without)}: in the {on} only, not in back-propagation")
     if (
         config.backprop_weight
         and not mixture.differentiable
@@ -59,6 +56,14 @@ def open_rewards(
     if config.watch.features:
         open_clip(config.watch.features, device)
     return mixture
+
+
+def followed(config: TuneRewardConfig, differentiable: Collection[str]) -> tuple[str, ...]:
+    """The rewards of the preset that some term trains on: all by policy gradient or tilt, else those with a gradient."""
+    names = tuple(split_weights(config.rewards))
+    if config.policy_weight or (config.tilt and config.dmd_weight):
+        return names
+    return tuple(name for name in names if config.backprop_weight and name in differentiable)
 
 
 def check_counts(config: TuneRewardConfig, prompts: int, steps: int, eta: float) -> None:
@@ -94,6 +99,6 @@ def check_tilt(preset: Preset) -> None:
     ):
         raise UsageError(
             f"`tune_reward.tilt` ({config.tilt:g}) with `tune_reward.matching: distill` can't be with "
-            "`distill.interval: full`, which this run was distilled with.",
+            "`distill.interval: full`.",
             "Set `tune_reward.matching` to last, or `tune_reward.tilt` to 0.",
         )

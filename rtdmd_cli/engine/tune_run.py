@@ -13,13 +13,7 @@ from rtdmd_cli.config.tune_reward import TuneRewardConfig
 from rtdmd_cli.engine import previews as pictures
 from rtdmd_cli.engine.backbones.base import Backbone, Conditioning, load_backbone
 from rtdmd_cli.engine.distill import ROLES, Trainer
-from rtdmd_cli.engine.distill_run import (
-    assemble,
-    encode_prompts,
-    model_line,
-    prepare_prompts,
-    training_sigmas,
-)
+from rtdmd_cli.engine.distill_run import assemble, encode_prompts, model_line, training_sigmas
 from rtdmd_cli.engine.distill_start import Start
 from rtdmd_cli.engine.full_roles import FullRoles
 from rtdmd_cli.engine.prompts import PromptSet, known_by
@@ -29,11 +23,10 @@ from rtdmd_cli.engine.runtime import optim
 from rtdmd_cli.engine.runtime.checkpoint import Checkpoint
 from rtdmd_cli.engine.runtime.device import resolve_device, resolve_dtype
 from rtdmd_cli.engine.runtime.processes import join
-from rtdmd_cli.engine.runtime.run_folder import RunFolder, State, create_run
+from rtdmd_cli.engine.runtime.run_folder import RunFolder, create_run
 from rtdmd_cli.engine.runtime.signals import StopRequest
 from rtdmd_cli.engine.training_run import (
     Outcome,
-    Schedule,
     Session,
     Stage,
     failing,
@@ -45,30 +38,11 @@ from rtdmd_cli.engine.training_run import (
     train,
 )
 from rtdmd_cli.engine.tune_checks import check_counts, check_tilt, open_rewards, require_shares
-from rtdmd_cli.engine.tune_measure import (
-    Measured,
-    Measurement,
-    evenly_chosen,
-    measure,
-    teacher_features,
-)
-from rtdmd_cli.engine.tune_report import write_tune_report
-from rtdmd_cli.engine.tune_reward import tune
-from rtdmd_cli.engine.tune_rollouts import Tuner, chosen_prompts
-from rtdmd_cli.engine.tune_watch import (
-    AFTER,
-    BEFORE,
-    BEST,
-    LEFT_OUT,
-    STOPPED,
-    WATCH,
-    begin_watch,
-    standing,
-    watch,
-)
+from rtdmd_cli.engine.tune_measure import Measurement, evenly_chosen, measure, teacher_features
+from rtdmd_cli.engine.tune_rollouts import Tuner
+from rtdmd_cli.engine.tune_stage import STAGE, tune_stage
+from rtdmd_cli.engine.tune_watch import BEFORE, BEST, STOPPED, begin_watch
 from rtdmd_cli.errors import DataError, RewardFailure
-
-STAGE = "tune-reward"
 
 
 def run_tune(
@@ -85,7 +59,7 @@ def run_tune(
 ) -> Outcome:
     """Train from `start`, on top of stage 1's checkpoint `begin`, to `tune_reward.epochs`.
 
-    A run that is continued has its own copy of stage 1's adapters, which is used instead.
+    A run that is continued has its own copy of stage 1's weights, which is used instead.
 
     Args:
         resolved: the preset; prompts, eval_prompts: for training and for measuring the rewards; out, name: where a
@@ -97,7 +71,6 @@ def run_tune(
     """
     loaded = _load(resolved.preset, prompts, eval_prompts, begin, say)
     core, saved = loaded.tuner.core, start.checkpoint
-    untrained = core.roles.state(GENERATOR)
     if saved:
         restore(core, saved, STAGE, core.roles.frozen)
 
@@ -106,7 +79,7 @@ def run_tune(
 
     epochs = resolved.preset.tune_reward.epochs
     with opened(start, out / name, make, resolved, epochs, core.processes) as (run, tracker, done):
-        stage, measurement = _begin(loaded, resolved.preset, untrained, run, say)
+        stage, measurement = _begin(loaded, resolved.preset, run, say)
         seconds = float(saved.state["seconds"]) if saved else 0.0
         records, known = records_of(start, loaded.tuner.config), known_by(prompts, eval_prompts)
         session = Session(run, resolved, core, stage, tracker, done, seconds, records, known)
@@ -152,26 +125,14 @@ def _load(
 
 
 def _begin(
-    loaded: _Loaded,
-    preset: Preset,
-    untrained: dict[str, torch.Tensor],
-    run: RunFolder,
-    say: Callable[[str], None],
+    loaded: _Loaded, preset: Preset, run: RunFolder, say: Callable[[str], None]
 ) -> tuple[Stage, Measurement]:
-    """The stage and what it measures, with the pictures that both compare with: `untrained`'s and the teacher's."""
+    """The stage and what it measures, with the pictures that both compare with: stage 1's and the teacher's."""
     tuner, texts = loaded.tuner, loaded.prompts.texts
     core = tuner.core
-    with core.roles.swapped(GENERATOR, untrained):
-        shown = pictures.make_previews(
-            core.backbone,
-            core.roles,
-            preset,
-            texts,
-            loaded.conditioning,
-            core.empty,
-            "generator",
-            "stage 1",
-        )
+    shown = pictures.make_previews(
+        core.backbone, core.roles, preset, texts, loaded.conditioning, core.empty, "start", "stage 1"
+    )
     if core.processes.main:
         tuner.tell = run.log
     if loaded.wide.texts:
@@ -283,96 +244,6 @@ def load_stage_1(core: Trainer, begin: Checkpoint) -> None:
     require_base(core, begin)
     core.roles.begin_stage_2(begin.tensors["ema"], begin.tensors["fake"])
     core.ema = optim.ema_start(core.roles.named_parameters(GENERATOR))
-
-
-def tune_stage(
-    tuner: Tuner,
-    previews: pictures.Previews,
-    measurement: Measurement,
-    mixture: RewardMixture,
-    warn: Callable[[str], None],
-) -> Stage:
-    """Stage 2 as a training run knows it. `warn` is given a sentence for people and the log."""
-    core, config = tuner.core, tuner.config
-    newest: dict[int, Measured] = {}
-    alarmed: set[int] = set()
-
-    def advance(epoch: int) -> None:
-        prepare_prompts(core, epoch, config.epochs, lambda i: chosen_prompts(tuner, i))
-        with core.precision():
-            tune(tuner, epoch)
-
-    def measured(session: Session) -> Measured:
-        """Of this epoch, once."""
-        epoch = session.iteration
-        if epoch not in newest:
-            newest.clear()
-            where = f"the measurement of epoch {epoch}"
-            newest[epoch] = measure(core, measurement, mixture, where, session.run.log)
-        return newest[epoch]
-
-    def judged(session: Session) -> dict[str, float]:
-        """Measure, and take it into the records; as figures of a metric line."""
-        found, figures = measured(session), figures_of(measured(session))
-        if WATCH not in session.records:  # a run that was begun by a version without a watch
-            return figures
-        now = standing(session.iteration, found, session.records, mixture.weights)
-        warning = watch(session.records, now, config.watch)
-        if warning:
-            warn(f"warning, epoch {session.iteration}: {warning}")
-            alarmed.add(session.iteration)
-        return figures if now.held_out is None else figures | {"watch/held_out": now.held_out}
-
-    def due(session: Session) -> bool:
-        return bool(config.eval_every) and session.iteration % config.eval_every == 0
-
-    def after(session: Session) -> dict[str, float]:
-        count_left_out(session, warn)
-        figures = judged(session) if due(session) else {}
-        if config.watch.stop and session.iteration in alarmed:
-            session.records[STOPPED] = True
-        return figures
-
-    def end(session: Session, state: State) -> None:
-        # Out of turn: not in the checkpoint, so that a run that is extended goes on as if it had not ended here.
-        last = {} if due(session) else {"iteration": session.iteration, **judged(session)}
-        session.records[AFTER] = measured(session).means
-        path = session.run.path / "health.png"
-        pictures.save_health_panel(previews, path, session.iteration)
-        write_tune_report(session, state, config, mixture.held_out, pictures.lag(previews), last)
-
-    return Stage(
-        name=STAGE,
-        schedule=schedule(config),
-        advance=advance,
-        figures=lambda: pictures.lag(previews),
-        sample=lambda path, epoch: pictures.save_sample_grid(previews, core.ema, path, epoch),
-        finish=end,
-        after=after,
-        frozen=core.roles.frozen,
-    )
-
-
-def count_left_out(session: Session, warn: Callable[[str], None]) -> None:
-    """Keep the number of pictures that were left out of training; say so the first time."""
-    count = int(session.trainer.metrics.get(LEFT_OUT, 0))
-    if count and LEFT_OUT not in session.records:
-        warn(
-            f"epoch {session.iteration}: {count} pictures that a reward can't judge are left out, see log.txt"
-        )
-    if count:
-        session.records[LEFT_OUT] = session.records.get(LEFT_OUT, 0) + count
-
-
-def figures_of(found: Measured) -> dict[str, float]:
-    """As names of a metric line."""
-    features = {f"watch/{name}": value for name, value in found.features.items()}
-    return {f"measured/{name}": value for name, value in found.means.items()} | features
-
-
-def schedule(config: TuneRewardConfig) -> Schedule:
-    """The distances of a stage-2 run, in epochs."""
-    return Schedule(config.epochs, config.save_every, config.log_every, config.sample_every, config.keep)
 
 
 def stage_1_state(checkpoint: Checkpoint) -> Checkpoint:

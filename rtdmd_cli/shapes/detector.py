@@ -70,7 +70,7 @@ def _contrast(share: NDArray[np.floating]) -> NDArray[np.float64]:
 
 @cache
 def _templates(edge: int) -> tuple[tuple[str, ...], NDArray[np.float64], NDArray[np.float64]]:
-    """Every shape at sizes around `edge` px, at every place in a window of `edge` + 4 px.
+    """Every shape at sizes around `edge` px, at the nine places around the middle of a window of `edge` + 4 px.
 
     Names [N], templates [N,W*W] and their sums [N].
     """
@@ -78,13 +78,12 @@ def _templates(edge: int) -> tuple[tuple[str, ...], NDArray[np.float64], NDArray
     names, stack = [], []
     for shape in SHAPES:
         for size in range(edge - 1, edge + 3):
-            first = min((window - size) // 2, _MARGIN)
-            for y in range(first - 1, first + 2):
-                for x in range(first - 1, first + 2):
+            drawn = _contrast(coverage(shape, size, size))
+            first = (window - size) // 2 - 1
+            for y in range(first, first + 3):
+                for x in range(first, first + 3):
                     canvas = np.zeros((window, window))
-                    canvas[max(y, 0) : y + size, max(x, 0) : x + size] = _contrast(
-                        coverage(shape, size, size)
-                    )[max(-y, 0) : window - y, max(-x, 0) : window - x]
+                    canvas[y : y + size, x : x + size] = drawn
                     names.append(shape)
                     stack.append(canvas.ravel())
     templates = np.stack(stack)

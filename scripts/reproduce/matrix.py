@@ -216,7 +216,7 @@ def _stage_2_changes(preset: Preset) -> list[tuple[str, str, _Values]]:
     else:
         table.append(("matching", "with distribution matching", {"dmd_weight": 1.0}))
     if matched and own["matching"] == "distill":
-        label = "distribution matching through the last step (published)"
+        label = "distribution matching through the last step, as published, no tilt"
         last: _Values = {"matching": "last", "matching_images": None, "matching_backprop_steps": None}
         table.append(("matching-last", label, last | {"tilt": 0.0}))
         joined = preset.distill.backprop_steps

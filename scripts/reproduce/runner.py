@@ -201,14 +201,17 @@ class Runner:
             raise DataError("rtdmd eval shapes gave no score.", "Run it by hand: rtdmd eval shapes --json")
         return result
 
-    def command(self, arguments: list[str], defaults: dict[str, str] | None = None) -> dict[str, Any]:
-        """The JSON object of a command. On a signal it gets the chance to save before Stopped goes on."""
+    def command(self, arguments: list[str], fixed: dict[str, str] | None = None) -> dict[str, Any]:
+        """The JSON object of a command run with `fixed` in its environment.
+
+        On a signal it gets the chance to save before Stopped goes on.
+        """
         self.ran.append(arguments)
         process = subprocess.Popen(
             [sys.executable, "-m", "rtdmd_cli", *arguments],
             stdout=subprocess.PIPE,
             cwd=ROOT,
-            env={**(defaults or {}), **os.environ},
+            env={**os.environ, **(fixed or {})},
             process_group=0,  # a Ctrl-C reaches us alone, and is passed on once
         )
         try:

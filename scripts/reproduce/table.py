@@ -146,7 +146,10 @@ def conditions(preset: str, limit: int | None, records: Sequence[dict[str, Any]]
     if records:
         lines.append(f"Evaluated on {' and '.join(made)}, one CPU thread; rtdmd {' and '.join(versions)}.")
         lines += _formats(records)
-        lines.append(f"Times are those of {' and '.join(machines)}.")
+        lines.append(
+            f"Times are those of {' and '.join(machines)}. Minutes of training depend on its threads and on what else it "
+            "did: they do not compare rows."
+        )
     return lines
 
 

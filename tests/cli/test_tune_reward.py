@@ -304,6 +304,7 @@ def test_mistakes(folder: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> 
         (("--set", "tune_reward.eval_prompts=none.txt"), 4, "none.txt"),
         (("--from", "first", "--preset", "other.yaml"), 4, "another `model.path`"),
         (("--from", "first", "--preset", "rank.yaml"), 4, "another `distill.lora`"),
+        (("--set", "sampler.raw_steps=[1000, 900, 500, 250]"), 4, "another `sampler.raw_steps`"),
         (("--from", "first", "--preset", "shapes-4step"), 4, "another `model.path`"),
         (("--from", "tuned"), 4, "a run of rtdmd tune-reward"),
         (("--from", "runs/tuned/checkpoints/step-000010"), 4, "a run of rtdmd tune-reward"),
@@ -343,7 +344,7 @@ def test_a_reward_without_a_gradient_is_noted(
     assert json.loads(done.out)["rewards"] == {}
     off = ("--set", "tune_reward.policy_weight=0", "--set", "tune_reward.dmd_weight=0.1", "--name", "off")
     done = call("tune-reward", *SETTINGS, *few, *off)
-    assert done.code == 0 and "neither policy term nor tilt: measured, not trained on" in done.err
+    assert done.code == 0 and "no term that is on can follow rule: measured, not trained on" in done.err
     tilt = ("--set", "tune_reward.policy_weight=0", "--set", "tune_reward.tilt=1", "--name", "tilted")
     done = call("tune-reward", *SETTINGS, *few, *tilt)
     assert done.code == 0 and "no gradient in rule: in the tilt of matching only" in done.err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from rtdmd_cli.config.loader import Resolved, preset_sha256
 from rtdmd_cli.config.schema import DistillConfig, HardwareConfig, Preset
 from rtdmd_cli.config.section import LoraConfig
-from rtdmd_cli.engine import distill_run, tune_run
+from rtdmd_cli.engine import distill_run, tune_stage
 from rtdmd_cli.engine.distill import Trainer
 from rtdmd_cli.engine.distill_run import run_distill
 from rtdmd_cli.engine.distill_start import Start
@@ -170,11 +171,34 @@ def test_stage_2_on_a_generator_trained_in_full(out: Path, finished: dict[str, C
     assert all(torch.equal(loaded[name], tensor) for name, tensor in saved.tensors["ema"].items())
 
 
+def test_a_continued_run_shows_the_stage_1_that_it_began_from(
+    out: Path, finished: dict[str, Checkpoint], tmp_path: Path
+) -> None:
+    """In the second row of its grids, even where the stage-1 run has gone on since."""
+    begin = finished["full"]
+    moved = {
+        group: {name: tensor + 0.1 for name, tensor in part.items()} for group, part in begin.tensors.items()
+    }
+    grids = []
+    for name, stages in (("straight", (2,)), ("continued", (1, 2))):
+        values = {"rewards": ("shapes-clip",), "eval_images": 0, "sample_every": 1, "save_every": 1}
+        start = NOTHING
+        for epochs in stages:
+            plain = tune_preset(**values, epochs=epochs)
+            chosen = plain.model_copy(update={"distill": plain.distill.model_copy(update=FULL["distill"])})
+            resolved, where = Resolved(chosen, {}, preset_sha256(chosen)), (start, tmp_path, name, ["rtdmd"])
+            stage_1 = begin if start is NOTHING else replace(begin, tensors=moved)
+            outcome = run_tune(resolved, TRAINING, TRAINING, stage_1, *where, lambda text: None, True)
+            start = Start(RunFolder(outcome.run), load_checkpoint(outcome.checkpoint))
+        grids.append((outcome.run / "samples" / "step-000002.png").read_bytes())
+    assert grids[0] == grids[1]
+
+
 def test_stage_2_in_mixed_precision(
     out: Path, finished: dict[str, Checkpoint], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The epoch's own rewards are of pictures in bf16, near the exact ones; what is measured before it is exact."""
-    turn, decoded = tune_run.tune, list[set[torch.dtype]]()
+    turn, decoded = tune_stage.tune, list[set[torch.dtype]]()
 
     def spy(tuner: Tuner, epoch: int) -> None:
         made: list[torch.dtype] = []
@@ -182,7 +206,7 @@ def test_stage_2_in_mixed_precision(
             turn(tuner, epoch)
         decoded.append(set(made))
 
-    monkeypatch.setattr(tune_run, "tune", spy)
+    monkeypatch.setattr(tune_stage, "tune", spy)
     values = {"rewards": ("shapes-clip",), "epochs": 1, "eval_images": 4, "sample_every": 0}
     rewards, measured, weights = [], [], []
     for setting in ("none", "bf16"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,11 +41,18 @@ NOTHING = Start(None, None)
 GROUPS = {"ema", "generator", "fake", "optimizer_generator", "optimizer_fake", *FROZEN}
 
 
-def run(out: Path, name: str, begin: Checkpoint, start: Start = NOTHING, **values: Any) -> Outcome:
+def run(
+    out: Path,
+    name: str,
+    begin: Checkpoint,
+    start: Start = NOTHING,
+    said: Callable[[str], None] = lambda text: None,
+    **values: Any,
+) -> Outcome:
     config = {"rewards": (TRAINED,), "held_out": (JUDGE,), "epochs": 2, "eval_images": 3, "sample_every": 0}
     preset = tune_preset(**(config | values))
     resolved = Resolved(preset, {}, preset_sha256(preset))
-    return run_tune(resolved, TRAINING, MEASURED, begin, start, out, name, ["rtdmd"], lambda text: None, True)
+    return run_tune(resolved, TRAINING, MEASURED, begin, start, out, name, ["rtdmd"], said, True)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -200,6 +207,7 @@ def test_no_run_folder_for_numbers_that_do_not_fit(begin: Checkpoint, tmp_path: 
         ({"subset_steps": 4}, "`tune_reward.subset_steps` is 4; the sampler has 3 stochastic"),
         ({"subset_steps": 2, "sampler": {"raw_steps": (1000, 500)}}, "has 1 stochastic"),
         ({"backprop_steps": 5}, "`tune_reward.backprop_steps` is 5; the sampler has 4 steps"),
+        ({"sampler": {"raw_steps": (1000, 999, 500, 250)}}, "not below `distill.t_max`"),
         ({"sampler": {"eta": 0.0}}, "has 0 stochastic"),
         ({"sampler": {"eta": 0.0}, "policy_weight": 0.0, "kl_weight": 1.0}, "has 0 stochastic"),
         ({"reward_paths": ("clipscore=/x",)}, "names clipscore"),
@@ -274,6 +282,14 @@ def test_rewards_without_a_gradient(
     mixture = tune_checks.open_rewards(config, TRAINING, MEASURED, CPU, said.append)
     assert mixture.differentiable == (TRAINED,)
     assert len(said) == 1 and "rule" in said[0] and TRAINED not in said[0]
+    said.clear()
+    nothing = {"policy_weight": 0.0, "backprop_weight": 0.0, "rewards": (TRAINED, "rule")}
+    outcome = run(tmp_path, "measured", begin, epochs=1, said=said.append, **nothing)
+    assert f"no term that is on can follow {TRAINED}, rule: measured, not trained on" in said
+    report = RunFolder(outcome.run).report.read_text(encoding="utf-8")
+    assert f"{TRAINED}, held out" in report
+    assert ", trained on" not in report and "(trained on)" not in report
+    assert outcome.records["watch"]["best"]["trained"] is None
     said.clear()
     for values in ({"rewards": (TRAINED,)}, {"rewards": ("rule",), "backprop_weight": 0.0}):
         tune_checks.open_rewards(tune_preset(**values).tune_reward, TRAINING, MEASURED, CPU, said.append)

@@ -86,7 +86,7 @@ class Pretended(Runner):
     fails: str | None = None
     teachers = {"4": 0.4, "2": 0.3, "50": 0.9}
 
-    def command(self, arguments: list[str], defaults: dict[str, str] | None = None) -> dict[str, Any]:
+    def command(self, arguments: list[str], fixed: dict[str, str] | None = None) -> dict[str, Any]:
         self.ran.append(arguments)
         if arguments[0] == self.fails:
             raise CommandFailed(arguments, 5)
@@ -424,6 +424,28 @@ def test_full_runs_every_row_with_every_seed() -> None:
     ]
     assert len({cell.key for cell in full}) == len(full) == 3 * len(ROWS)
     assert json.loads(call("--full", "--list", "--json").stdout)["rows"][9]["seeds"] == 3
+
+
+def test_an_evaluation_takes_one_thread_whatever_the_environment_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that its seconds a picture can be compared; a training takes what it is given."""
+    seen: list[str | None] = []
+
+    class Stopped(Exception):
+        pass
+
+    def stop(*arguments: Any, env: dict[str, str], **options: Any) -> None:
+        seen.append(env.get("OMP_NUM_THREADS"))
+        raise Stopped
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    monkeypatch.setattr(runner.subprocess, "Popen", stop)
+    made = Runner(tmp_path, tmp_path / "cells", lambda text: None)
+    for name in ("teacher", "stage1"):
+        with pytest.raises(Stopped):
+            made.make(cell_of(name, 0))
+    assert seen == ["1", "2"]
 
 
 def test_rows_follow_the_preset() -> None:

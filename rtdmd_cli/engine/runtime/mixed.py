@@ -33,14 +33,17 @@ def resolve_mixed_precision(
 
 
 def products_of(hardware: HardwareConfig, device: torch.device) -> str:
-    """The format of training's matrix products, for the record: "float32" or "bfloat16"."""
+    """The nominal format of training's matrix products, for the record: "float32" or "bfloat16".
+
+    Within it, `hardware.float32_matmul` may let torch round further.
+    """
     dtype = resolve_dtype(hardware.dtype, device)
     mixed = resolve_mixed_precision(hardware, device, dtype)
     return str(mixed or dtype).removeprefix("torch.")
 
 
 def multiplies_bf16(device: torch.device) -> bool:
-    """Whether it is a CPU with AVX512-BF16 or AMX. Elsewhere on CPUs bf16 is no quicker than float32, or far slower."""
+    """Whether it is a CPU with AVX512-BF16 or AMX. On others bf16 was far slower than float32, or was not tried."""
     if device.type != "cpu":
         return False
     able = torch.cpu.get_capabilities()
