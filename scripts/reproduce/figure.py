@@ -8,10 +8,10 @@ from html import escape
 from rtdmd_cli.engine.report.charts import CHART_CSS, format_number
 from scripts.reproduce.table import NOT_RUN, Line, Spread
 
-WIDTH, LEFT, RIGHT = 780, 400, 60  # px; LEFT holds the labels, RIGHT the values
+WIDTH, LEFT, RIGHT = 920, 540, 60  # px; LEFT holds the labels, RIGHT the values
 TOP, STEP, BOTTOM = 40, 26, 44  # px; STEP from row to row
 TICKS = 5
-LONGEST = 55  # characters of a label
+LONGEST = 76  # characters of a label
 
 STYLE = """
 svg { font-family: system-ui, sans-serif; background: transparent; }
