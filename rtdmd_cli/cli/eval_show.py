@@ -127,6 +127,8 @@ def _cost(summary: Mapping[str, Any]) -> list[str]:
     lines = [_making(summary)]
     if summary["departures"]:
         lines.append(f"departs from the benchmark, so not comparable: {'; '.join(summary['departures'])}")
+    if "extra_objects" in summary:
+        lines.append(f"more objects than asked for in {summary['extra_objects']:.1%} of the pictures")
     if "clip" in summary:
         lines += _clip(summary["clip"])
     for each in summary["failures"][:3]:

@@ -125,4 +125,5 @@ def _shapes(evaluation: Evaluation, clip: ClipScorer | None) -> Summary:
     """The built-in world's own summary, and the figures of its independent CLIP."""
     judged, pictures = shapes_parts(evaluation)
     found = shapes.scores(judged)
+    found["extra_objects"] = shapes.extra_objects(pictures.numpy(), [each.caption for each in judged])
     return found | {"clip": shapes.clip_figures(clip, pictures, judged) if clip else None}

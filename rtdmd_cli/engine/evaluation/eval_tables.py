@@ -120,6 +120,7 @@ def _side_table(summary: Summary) -> Table:
         "Frechet distance to rendered pictures": [clip.get("frechet") for clip in clips],
         "its floor at this number of pictures": [clip.get("frechet_floor") for clip in clips],
         "diversity within a prompt": [clip.get("diversity") for clip in clips],
+        "share of pictures with more objects than asked for": [side.get("extra_objects") for side in sides],
         "evaluations a picture": [side.get("evaluations") for side in sides],
         "seconds a picture": [side.get("seconds_per_picture") for side in sides],
     }

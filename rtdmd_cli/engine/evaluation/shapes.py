@@ -1,7 +1,8 @@
 """The benchmark `shapes`: 553 held-out prompts of the built-in world, its detector, the strict GenEval rule.
 
-Beside the score, where the judge's weights are there: the CLIP score of an independent CLIP that nothing is
-trained on, and the Frechet distance of its picture features to rendered pictures of the same captions.
+Beside the score: how often there are more objects than asked for, and, where the judge's weights are there, the CLIP
+score of an independent CLIP that nothing is trained on, with the Frechet distance of its picture features to rendered
+pictures of the same captions.
 """
 
 from __future__ import annotations
@@ -73,6 +74,18 @@ def judge_pictures(pictures: NDArray[np.floating], captions: Sequence[Caption]) 
             for row, found in zip(part, detect(pictures[list(part)], threshold), strict=True):
                 verdicts[row] = judge(found, requirement(captions[row]))
     return [verdicts[row] for row in range(len(captions))]
+
+
+def extra_objects(pictures: NDArray[np.floating], captions: Sequence[Caption]) -> float:
+    """Share in 0..1 of pictures [N,3,32,32] in which more objects are found than the caption asks for.
+
+    GenEval's strict rule lets them pass, except in counting, where only those of the class asked for count.
+    """
+    wanted, more = [sum(thing.count for thing in caption.things) for caption in captions], 0
+    for part in batched(range(len(wanted)), JUDGE_BATCH):
+        for row, found in zip(part, detect(pictures[list(part)], THRESHOLD), strict=True):
+            more += len(found) > wanted[row]
+    return more / len(wanted)
 
 
 def scores(judged: Sequence[Judged]) -> dict[str, Any]:

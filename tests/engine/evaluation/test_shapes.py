@@ -18,6 +18,7 @@ from rtdmd_cli.engine.evaluation.judges import find_judge
 from rtdmd_cli.engine.evaluation.shapes import (
     Judged,
     clip_figures,
+    extra_objects,
     judge_pictures,
     open_judge,
     rendered,
@@ -66,6 +67,19 @@ def test_rendered_pictures_pass_and_those_of_other_captions_do_not() -> None:
     shifted = judge_pictures(pictures, captions[1:] + captions[:1])
     assert sum(verdict.correct for verdict in shifted) < 20
     assert all(verdict.reasons for verdict in shifted if not verdict.correct)
+
+
+def test_pictures_with_more_objects_than_asked_for_are_counted() -> None:
+    """Whatever the strict rule says of them: a second shape beside the one asked for passes it."""
+    two, one = Thing("ring", "red"), Thing("circle", "blue")
+    both, alone = Caption("color_attr", (two, one)), Caption("colors", (two,))
+    judged = [Judged((row, 0), both, Verdict(True, [])) for row in range(300)]  # more than a batch
+    pictures = rendered(judged, 0).numpy()
+    assert extra_objects(pictures, [both] * 300) == 0
+    assert extra_objects(pictures, [alone] * 3 + [both] * 297) == pytest.approx(0.01)
+    assert judge_pictures(pictures[:1], [alone])[0].correct
+    three = Caption("counting", (Thing("ring", count=3),))
+    assert extra_objects(pictures, [three] * 300) == 0  # too few are not too many
 
 
 def test_counting_is_judged_at_its_own_threshold(monkeypatch: pytest.MonkeyPatch) -> None:
