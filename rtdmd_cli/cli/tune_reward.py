@@ -231,7 +231,6 @@ def result(outcome: "Outcome", resolved: Resolved, as_json: bool) -> dict[str, A
     from rtdmd_cli.engine.rewards.registry import find_reward
     from rtdmd_cli.engine.runtime.checkpoint import step_name
     from rtdmd_cli.engine.tune_checks import followed
-    from rtdmd_cli.engine.tune_report import held_out_first
     from rtdmd_cli.engine.tune_watch import BEST, alarm
 
     config = resolved.preset.tune_reward
@@ -239,7 +238,7 @@ def result(outcome: "Outcome", resolved: Resolved, as_json: bool) -> dict[str, A
     trained = followed(config, [name for name in before if find_reward(name).differentiable])
     rewards: dict[str, Any] = {
         name: {"before": before[name], "after": after[name], "trained_on": name in trained}
-        for name in held_out_first(before, [name for name in before if name not in trained])
+        for name in sorted(before, key=lambda name: name in trained)  # those held out first
     }
     if not as_json:
         rewards = {

@@ -59,29 +59,34 @@ class _Watcher:
     mixture: RewardMixture
     warn: Callable[[str], None]
     newest: dict[int, Measured] = field(default_factory=dict)
-    alarmed: set[int] = field(default_factory=set)
 
     @property
     def config(self) -> TuneRewardConfig:
         return self.tuner.config
 
+    @property
+    def trained(self) -> tuple[str, ...]:
+        return followed(self.config, self.mixture.differentiable)
+
     def after(self, session: Session) -> dict[str, float]:
         """Measure where it is the epoch's turn; as figures of a metric line."""
         count_left_out(session, self.warn)
-        figures = self.judged(session) if self.due(session) else {}
-        if self.config.watch.stop and session.iteration in self.alarmed:
+        if not self.due(session):
+            return {}
+        figures, warning = self.judged(session)
+        if warning and self.config.watch.stop:
             session.records[STOPPED] = True
         return figures
 
     def finish(self, session: Session, state: State) -> None:
         """The last measurement, the health panel and the report."""
         # Out of turn: not in the checkpoint, so that a run that is extended goes on as if it had not ended here.
-        last = {} if self.due(session) else {"iteration": session.iteration, **self.judged(session)}
+        last = {} if self.due(session) else {"iteration": session.iteration, **self.judged(session)[0]}
         session.records[AFTER] = self.measured(session).means
         path = session.run.path / "health.png"
         pictures.save_health_panel(self.previews, path, session.iteration)
-        trained = followed(self.config, self.mixture.differentiable)
-        others = [name for name in (*self.mixture.weights, *self.mixture.held_out) if name not in trained]
+        measured = (*self.mixture.weights, *self.mixture.held_out)
+        others = [name for name in measured if name not in self.trained]
         write_tune_report(session, state, self.config, others, pictures.lag(self.previews), last)
 
     def due(self, session: Session) -> bool:
@@ -98,18 +103,18 @@ class _Watcher:
             )
         return self.newest[epoch]
 
-    def judged(self, session: Session) -> dict[str, float]:
-        """Measure, and take it into the records; as figures of a metric line."""
+    def judged(self, session: Session) -> tuple[dict[str, float], str]:
+        """Measure, and take it into the records; the figures of a metric line, and the watch's warning or ""."""
         found = self.measured(session)
-        trained = followed(self.config, self.mixture.differentiable)
-        weights = {name: self.mixture.weights[name] for name in trained}
+        weights = {name: self.mixture.weights[name] for name in self.trained}
         now = standing(session.iteration, found, session.records, weights)
         warning = watch(session.records, now, self.config.watch)
         if warning:
             self.warn(f"warning, epoch {session.iteration}: {warning}")
-            self.alarmed.add(session.iteration)
         figures = figures_of(found)
-        return figures if now.held_out is None else figures | {"watch/held_out": now.held_out}
+        if now.held_out is not None:
+            figures["watch/held_out"] = now.held_out
+        return figures, warning
 
 
 def count_left_out(session: Session, warn: Callable[[str], None]) -> None:

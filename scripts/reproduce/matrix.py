@@ -197,14 +197,14 @@ def _stage_2_changes(preset: Preset) -> list[tuple[str, str, _Values]]:
     policy: _Values = {"policy_weight": own["policy_weight"] or 1.0}
     off: _Values = {"policy_weight": 0.0, "backprop_weight": 0.0, "tilt": 0.0}
     matched = own["dmd_weight"] > 0
+    grpo, propagated = off | policy, off | {"backprop_weight": own["backprop_weight"] or 1.0}
     all_steps: _Values = {"subset_steps": every}
-    beside = "policy gradient"
+    subject = "policy gradient"
     if not own["policy_weight"]:  # then the row to compare with is the one of GRPO only
-        all_steps, beside = off | policy | all_steps, "GRPO only,"
-    propagated: _Values = off | {"backprop_weight": own["backprop_weight"] or 1.0}
+        all_steps, subject = grpo | all_steps, "GRPO only,"
     table: list[tuple[str, str, _Values]] = [
-        ("grpo-only", "the reward by policy gradient (GRPO) only", off | policy),
-        ("all-steps", f"{beside} on all {every} stochastic steps, not a subset", all_steps),
+        ("grpo-only", "the reward by policy gradient (GRPO) only", grpo),
+        ("all-steps", f"{subject} on all {every} stochastic steps, not a subset", all_steps),
         ("backprop-only", "the reward by back-propagation only", propagated),
     ]
     if matched:

@@ -81,7 +81,8 @@ def extra_objects(pictures: NDArray[np.floating], captions: Sequence[Caption]) -
 
     GenEval's strict rule lets them pass, except in counting, where only those of the class asked for count.
     """
-    wanted, more = [sum(thing.count for thing in caption.things) for caption in captions], 0
+    wanted = [sum(thing.count for thing in caption.things) for caption in captions]
+    more = 0
     for part in batched(range(len(wanted)), JUDGE_BATCH):
         for row, found in zip(part, detect(pictures[list(part)], THRESHOLD), strict=True):
             more += len(found) > wanted[row]

@@ -196,7 +196,8 @@ def test_wrong_levels_are_refused(sigma: float, sigma_next: float, eta: float, c
 
 def test_equal_levels_of_different_precision_are_in_order() -> None:
     x, v, noise = draws(3, dtype=torch.float32)
-    cps_step(x, v, torch.tensor(0.9, dtype=torch.float32), 0.9, 0.9, noise)
+    found = cps_step(x, v, torch.tensor(0.9, dtype=torch.float32), 0.9, 0.9, noise)
+    torch.testing.assert_close(found, cps_step(x, v, 0.9, 0.9, 0.9, noise))
 
 
 def test_wrong_shapes_and_forms_are_refused() -> None:
