@@ -3,10 +3,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from rtdmd_cli.config.schema import HardwareConfig
-from rtdmd_cli.engine.runtime.device import float32_matmul
 from rtdmd_cli.engine.runtime.mixed import (
     MixedPrecision,
     multiplies_bf16,
@@ -86,33 +86,62 @@ def test_only_the_forward_passes_of_its_modules_while_active() -> None:
 
 
 class Attention(nn.Module):
-    """Four heads of 16; notes which of torch's two attentions on the CPU ran."""
+    """Four heads of 16 and a linear layer after them, of every token but the first."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.project = nn.Linear(64, 64)
-        self.seen: list[str] = []
+        torch.manual_seed(0)
+        self.project, self.out = nn.Linear(64, 64), nn.Linear(64, 64)
 
     def forward(self, x: Tensor) -> Tensor:
         heads = self.project(x).unflatten(-1, (4, 16)).transpose(1, 2)
-        with torch.profiler.profile() as profile:
-            mixed = nn.functional.scaled_dot_product_attention(heads, heads, heads)
-        names = {event.key for event in profile.key_averages()}
-        kinds = {"flash": "flash_attention", "math": "attention_math"}
-        self.seen += [kind for kind, part in kinds.items() if any(part in name for name in names)]
-        return mixed
+        mixed = nn.functional.scaled_dot_product_attention(heads, heads, heads)
+        out: Tensor = self.out(mixed.transpose(1, 2).flatten(2)[:, 1:])
+        return out
 
 
-def test_attention_is_the_fused_one_where_no_gradient_is_recorded() -> None:
+def operations(module: nn.Module, x: Tensor) -> set[str]:
+    with torch.profiler.profile() as profile:
+        module(x)
+    return {event.key for event in profile.key_averages()}
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_attention_on_the_cpu_is_the_plain_one_in_short_format(recorded: bool) -> None:
     module, x = Attention(), torch.randn(2, 12, 64)
-    mixed = MixedPrecision([module], BF16)
-    with float32_matmul("medium", CPU), mixed.active():
-        with torch.no_grad():
-            fused = module(x)
-        plain = module(x)
-        plain.float().square().sum().backward()
-    assert module.seen == ["flash", "math"]
-    torch.testing.assert_close(fused, plain.detach(), rtol=0.02, atol=0.02)
+    mixed = MixedPrecision([module], BF16, CPU)
+    with mixed.active(), torch.set_grad_enabled(recorded):
+        found, names = module(x), operations(module, x)
+    assert "aten::_scaled_dot_product_attention_math" in names
+    assert not any("flash" in name for name in names)
+    assert not torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+    with torch.autocast("cpu", BF16):
+        heads = module.project(x).unflatten(-1, (4, 16)).transpose(1, 2)
+        scores = (heads / 2) @ (heads / 2).transpose(-1, -2)  # 1/sqrt(16), half to either side, as torch does
+        pooled = (scores.to(BF16).softmax(-1).to(BF16) @ heads).transpose(1, 2).flatten(2)
+        same = module.out(pooled[:, 1:].contiguous())
+    assert torch.equal(found, same)
+    with pytest.raises(KeyError), mixed.active():
+        raise KeyError
+    assert not torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+
+
+def test_attention_of_other_devices_and_without_modules_is_as_it_was() -> None:
+    for mixed in (MixedPrecision([Attention()], BF16, CUDA), MixedPrecision()):
+        with mixed.active():
+            assert not torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+
+
+def test_a_slice_is_no_product_for_each_picture() -> None:
+    plain, module = (Attention().requires_grad_(False) for _ in range(2))
+    x = torch.randn(2, 12, 64)
+    mixed = MixedPrecision([module], BF16, CPU)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        assert "aten::bmm" in operations(plain, x) & operations(module, x)
+        assert torch.equal(module(x), plain(x))
+    with mixed.active(), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        assert "aten::bmm" not in operations(module, x)
+        torch.testing.assert_close(module(x).float(), plain(x), rtol=0.02, atol=0.02)
 
 
 def gradient(module: nn.Module, x: Tensor, checkpointed: bool = False) -> Tensor:
