@@ -261,7 +261,5 @@ def assemble(
         generator_optimizer=generator,
         ema=optim.ema_start(roles.named_parameters(GENERATOR)),
         matmul=preset.hardware.float32_matmul,
-        mixed=MixedPrecision((backbone.transformer, backbone.decoder), mixed, backbone.device)
-        if mixed
-        else MixedPrecision(),
+        mixed=MixedPrecision((backbone.transformer, backbone.decoder), mixed) if mixed else MixedPrecision(),
     )

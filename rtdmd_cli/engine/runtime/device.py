@@ -59,16 +59,32 @@ def float32_matmul(precision: str, device: torch.device) -> Iterator[None]:
 
     On cuda the latter two are TF32. On the CPU high changes nothing, and medium hands the products to oneDNN, which may
     round what goes in to bf16: processors with AMX may, one with AVX-512 alone was seen not to, and to be faster
-    nonetheless. With medium on the CPU attention is the plain one: the fused one became about ten times slower.
+    nonetheless. With medium on the CPU attention is `plain_attention`: the fused one became about ten times slower.
     """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     plain = device.type == "cpu" and precision == "medium"
     try:
-        with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
+        with plain_attention() if plain else nullcontext():
             yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """Within the block attention is torch's plain one, with its products in the format of what goes in.
+
+    Of bf16 torch would otherwise compute them in float32, and a training step take a tenth longer on the CPU. To be
+    entered around a backward pass as well: checkpointing recomputes there, and must find the same.
+    """
+    before = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # of the CPU too, in spite of its name
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(before)
 
 
 def device_name(device: torch.device) -> str:

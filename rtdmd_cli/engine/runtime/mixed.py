@@ -6,12 +6,11 @@ was computed outside these modules, a reward's gradient say.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rtdmd_cli.config.schema import HardwareConfig
 from rtdmd_cli.engine.runtime.device import resolve_dtype
@@ -71,32 +70,17 @@ def cast_forward(module: nn.Module, wanted: Callable[[], torch.dtype | None]) ->
     module.register_forward_hook(leave, always_call=True)
 
 
-@contextmanager
-def short_attention() -> Iterator[None]:
-    """Within the block attention is the plain one, with its products in the format of what goes in.
-
-    Without it torch would compute them in float32 on the CPU, and the whole training step takes a tenth longer. The
-    fused attention is no quicker forward for some dozens of tokens, and slow over both directions. To be entered around
-    a backward pass as well: checkpointing recomputes there, and must find the same.
-    """
-    before = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
-    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # of the CPU too, in spite of its name
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(before)
-
-
 def take_contiguous(module: nn.Module, wanted: Callable[[], torch.dtype | None]) -> None:
-    """From now on, linear layers in `module` get their input as one block of memory wherever `wanted()` is a dtype.
+    """From now on, linear layers in `module` get inputs on the CPU as one block of memory wherever `wanted()` is a dtype.
 
     Of a slice, such as the part of a joint attention's output that is the picture's, torch makes one product for each
     picture where no gradient is recorded, each with a copy of the weights: a tenth of a forward pass on the CPU.
     """
 
     def gather(_: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return given if wanted() is None else (given[0].contiguous(), *given[1:])
+        if wanted() is None or given[0].device.type != "cpu":
+            return given
+        return given[0].contiguous(), *given[1:]
 
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
@@ -104,24 +88,14 @@ def take_contiguous(module: nn.Module, wanted: Callable[[], torch.dtype | None])
 
 
 class MixedPrecision:
-    """Products of `modules` in `dtype`, in their forward passes while `active` is entered; of none by default.
+    """Products of `modules` in `dtype`, in their forward passes while `active` is entered; of none by default."""
 
-    device: where they compute, which need not be where their weights wait.
-    """
-
-    def __init__(
-        self,
-        modules: Iterable[nn.Module] = (),
-        dtype: torch.dtype = torch.bfloat16,
-        device: torch.device | None = None,
-    ) -> None:
+    def __init__(self, modules: Iterable[nn.Module] = (), dtype: torch.dtype = torch.bfloat16) -> None:
         self.dtype = dtype
         self._active = False
-        self._on_cpu = device is not None and device.type == "cpu"
         for module in modules:
             cast_forward(module, self._wanted)
-            if self._on_cpu:
-                take_contiguous(module, self._wanted)
+            take_contiguous(module, self._wanted)
 
     def _wanted(self) -> torch.dtype | None:
         return self.dtype if self._active else None
@@ -131,7 +105,6 @@ class MixedPrecision:
         """Within the block, not outside: measurements and pictures are in the base's precision."""
         self._active = True
         try:
-            with short_attention() if self._on_cpu else nullcontext():
-                yield
+            yield
         finally:
             self._active = False

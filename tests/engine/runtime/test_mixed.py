@@ -7,6 +7,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from rtdmd_cli.config.schema import HardwareConfig
+from rtdmd_cli.engine.runtime.device import float32_matmul
 from rtdmd_cli.engine.runtime.mixed import (
     MixedPrecision,
     multiplies_bf16,
@@ -109,8 +110,8 @@ def operations(module: nn.Module, x: Tensor) -> set[str]:
 @pytest.mark.parametrize("recorded", [False, True])
 def test_attention_on_the_cpu_is_the_plain_one_in_short_format(recorded: bool) -> None:
     module, x = Attention(), torch.randn(2, 12, 64)
-    mixed = MixedPrecision([module], BF16, CPU)
-    with mixed.active(), torch.set_grad_enabled(recorded):
+    mixed = MixedPrecision([module], BF16)
+    with float32_matmul("medium", CPU), mixed.active(), torch.set_grad_enabled(recorded):
         found, names = module(x), operations(module, x)
     assert "aten::_scaled_dot_product_attention_math" in names
     assert not any("flash" in name for name in names)
@@ -121,21 +122,38 @@ def test_attention_on_the_cpu_is_the_plain_one_in_short_format(recorded: bool) -
         pooled = (scores.to(BF16).softmax(-1).to(BF16) @ heads).transpose(1, 2).flatten(2)
         same = module.out(pooled[:, 1:].contiguous())
     assert torch.equal(found, same)
-    with pytest.raises(KeyError), mixed.active():
+    with pytest.raises(KeyError), float32_matmul("medium", CPU):
         raise KeyError
     assert not torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
 
 
-def test_attention_of_other_devices_and_without_modules_is_as_it_was() -> None:
-    for mixed in (MixedPrecision([Attention()], BF16, CUDA), MixedPrecision()):
-        with mixed.active():
+def test_attention_of_other_devices_and_of_full_precision_is_as_it_was() -> None:
+    for precision, device in (("medium", CUDA), ("highest", CPU)):
+        with float32_matmul(precision, device):
             assert not torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+    q, whole = torch.randn(2, 4, 12, 16), nn.functional.scaled_dot_product_attention
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = whole(q, q, q)
+    with float32_matmul("medium", CPU):
+        assert torch.equal(whole(q, q, q), expected)  # float32 stays float32
+
+
+def test_attention_recomputed_in_a_backward_pass_is_the_same() -> None:
+    module, x = Attention(), torch.randn(2, 12, 64)
+    found = []
+    for checkpointed in (False, True):
+        module.zero_grad()
+        with float32_matmul("medium", CPU), MixedPrecision([module], BF16).active():
+            out = checkpoint(module, x, use_reentrant=False) if checkpointed else module(x)
+            out.float().square().sum().backward()
+        found.append(module.project.weight.grad)
+    assert found[0] is not None and found[0].any() and torch.equal(found[0], found[1])
 
 
 def test_a_slice_is_no_product_for_each_picture() -> None:
     plain, module = (Attention().requires_grad_(False) for _ in range(2))
     x = torch.randn(2, 12, 64)
-    mixed = MixedPrecision([module], BF16, CPU)
+    mixed = MixedPrecision([module], BF16)
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         assert "aten::bmm" in operations(plain, x) & operations(module, x)
         assert torch.equal(module(x), plain(x))
