@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rtdmd_cli.engine.runtime.run_folder import RunFolder
+from rtdmd_cli.engine.storage.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[1]
 ENDLESS = 1_000_000

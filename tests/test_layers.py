@@ -17,7 +17,7 @@ RULES = {
     "rtdmd_cli.engine.algo": {"rtdmd_cli.engine.algo"},
     "rtdmd_cli.engine": {"rtdmd_cli.engine", "rtdmd_cli.config", "rtdmd_cli.shapes", "rtdmd_cli.errors"},
     "rtdmd_cli.config": {"rtdmd_cli.config", "rtdmd_cli.errors"},
-    "rtdmd_cli.shapes": {"rtdmd_cli.shapes", "rtdmd_cli.engine.evaluation.geneval", "rtdmd_cli.errors"},
+    "rtdmd_cli.shapes": {"rtdmd_cli.shapes", "rtdmd_cli.engine.judges.geneval", "rtdmd_cli.errors"},
     "rtdmd_cli.errors": set(),
     "rtdmd_cli": set(),
 }
@@ -124,11 +124,11 @@ def test_third_party_imports_are_declared() -> None:
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("rtdmd_cli.engine.sample", "from rtdmd_cli.cli import console"),
+        ("rtdmd_cli.engine.sampling.sample", "from rtdmd_cli.cli import console"),
         ("rtdmd_cli.engine.algo.flow", "from rtdmd_cli import errors"),
         ("rtdmd_cli.engine.algo.flow", "def f():\n    import numpy as np"),
         ("rtdmd_cli.engine.algo.flow", "from rtdmd_cli import __version__"),
-        ("rtdmd_cli.config.schema", "import rtdmd_cli.engine.roles"),
+        ("rtdmd_cli.config.schema", "import rtdmd_cli.engine.roles.adapters"),
         ("rtdmd_cli.shapes.render", "from rtdmd_cli.engine.evaluation import features"),
         ("rtdmd_cli.shapes.render", "from rtdmd_cli.config.schema import Preset"),
         ("rtdmd_cli.errors", "from rtdmd_cli.config import schema"),
@@ -141,8 +141,8 @@ def test_a_wrong_import_is_found(module: str, source: str) -> None:
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("rtdmd_cli.cli.app", "from rtdmd_cli.engine.sample import euler"),
-        ("rtdmd_cli.engine.runtime.files", "from rtdmd_cli import __version__"),
+        ("rtdmd_cli.cli.app", "from rtdmd_cli.engine.sampling.sample import euler"),
+        ("rtdmd_cli.engine.storage.files", "from rtdmd_cli import __version__"),
         ("rtdmd_cli.engine.algo.losses", "import math\nfrom torch import Tensor"),
         ("rtdmd_cli.shapes.detector", "from rtdmd_cli.engine.evaluation import geneval"),
     ],

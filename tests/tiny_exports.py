@@ -9,9 +9,9 @@ from torch import Tensor
 
 from rtdmd_cli.config.loader import load_preset
 from rtdmd_cli.engine.backbones.base import load_backbone
-from rtdmd_cli.engine.roles import GENERATOR, STAGE1_GENERATOR, Roles
-from rtdmd_cli.engine.runtime.checkpoint import save_checkpoint
-from rtdmd_cli.engine.runtime.run_folder import RunFolder, create_run
+from rtdmd_cli.engine.roles.adapters import GENERATOR, STAGE1_GENERATOR, Roles
+from rtdmd_cli.engine.storage.checkpoint import save_checkpoint
+from rtdmd_cli.engine.storage.run_folder import RunFolder, create_run
 from tests.tiny_flux import TINY, tiny_folder
 
 RANK, FRESH_RANK = 2, 3  # of stage 1's adapters and of stage 2's

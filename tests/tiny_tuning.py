@@ -12,11 +12,11 @@ from torch import Tensor
 from rtdmd_cli.config.schema import DistillConfig, HardwareConfig, Preset, SamplerConfig
 from rtdmd_cli.config.section import LoraConfig
 from rtdmd_cli.config.tune_reward import TuneRewardConfig, split_weights
-from rtdmd_cli.engine.prompts import PromptSet
+from rtdmd_cli.engine.prompts.reading import PromptSet
 from rtdmd_cli.engine.rewards.base import Metadata, Reward, RewardEntry
 from rtdmd_cli.engine.rewards.mixture import open_mixture
-from rtdmd_cli.engine.tune_rollouts import Tuner
-from rtdmd_cli.engine.tune_run import build_tuner
+from rtdmd_cli.engine.tune_reward.rollouts import Tuner
+from rtdmd_cli.engine.tune_reward.run import build_tuner
 from tests.tiny_models import PROMPTS, RESOLUTION, load_sd3, sd3_config
 
 CPU = torch.device("cpu")

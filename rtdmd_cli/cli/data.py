@@ -12,7 +12,7 @@ from rtdmd_cli.cli import console
 from rtdmd_cli.errors import DataError
 
 if TYPE_CHECKING:
-    from rtdmd_cli.engine.data.registry import DataSet
+    from rtdmd_cli.engine.prompts.public_sets import DataSet
 
 app = typer.Typer(
     name="data",
@@ -28,7 +28,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Nothing on stderr bu
 @app.command("list")
 def list_(as_json: Json = False, quiet: Quiet = False) -> None:
     """List the sets: what they are, how many prompts, licence, source, and whether they are here."""
-    from rtdmd_cli.engine.data.registry import DATA
+    from rtdmd_cli.engine.prompts.public_sets import DATA
 
     rows = [row(each) for each in DATA.values()]
     if as_json:
@@ -40,7 +40,7 @@ def list_(as_json: Json = False, quiet: Quiet = False) -> None:
 
 def row(data: DataSet) -> dict[str, Any]:
     """A set as JSON. here: "yes", "no", "damaged", or "made on demand"."""
-    from rtdmd_cli.engine.data.store import stored
+    from rtdmd_cli.engine.prompts.store import stored
 
     try:
         found = stored(data)
@@ -93,9 +93,9 @@ def fetch(
     quiet: Quiet = False,
 ) -> None:
     """Bring a set into the cache, checked by its sha256, and name its licence and source."""
-    from rtdmd_cli.engine.data import store
-    from rtdmd_cli.engine.data.registry import find_data
-    from rtdmd_cli.engine.prompts import read_stored
+    from rtdmd_cli.engine.prompts import store
+    from rtdmd_cli.engine.prompts.public_sets import find_data
+    from rtdmd_cli.engine.prompts.reading import read_stored
 
     data = find_data(name)
     found = store.fetch(data, read_stored, file, force)
@@ -125,8 +125,8 @@ def _readable(value: Any) -> Any:
 @app.command()
 def path(name: Name, as_json: Json = False, quiet: Quiet = False) -> None:
     """Print where a set lies on this machine; exit code 3 if it isn't here."""
-    from rtdmd_cli.engine.data import store
-    from rtdmd_cli.engine.data.registry import find_data
+    from rtdmd_cli.engine.prompts import store
+    from rtdmd_cli.engine.prompts.public_sets import find_data
 
     found = store.require(find_data(name))
     typer.echo(json.dumps({"path": str(found.path)}) if as_json else str(found.path))

@@ -27,7 +27,7 @@ from rtdmd_cli.cli.starting import (
 from rtdmd_cli.config.loader import Resolved, load_preset
 
 if TYPE_CHECKING:
-    from rtdmd_cli.engine.distill_start import Start
+    from rtdmd_cli.engine.training.start import Start
 
 DEFAULT_PRESET = "shapes-4step"
 
@@ -56,7 +56,7 @@ def distill(
     if not dry_run:
         in_processes(processes)
     quiet, silent = quiet or is_follower(), is_follower()
-    from rtdmd_cli.engine.prompts import known_by
+    from rtdmd_cli.engine.prompts.reading import known_by
 
     prompts = find_prompts(resolved.preset.distill.prompts, dry_run, quiet)
     run_name = resolved.preset.name if name is None else name
@@ -66,7 +66,7 @@ def distill(
         console.show(plan(resolved, len(prompts) if prompts else None, out / run_name, start), json_output)
         return
     console.quiet_libraries(quiet)
-    from rtdmd_cli.engine.distill_run import run_distill
+    from rtdmd_cli.engine.distill.run import run_distill
 
     def say(text: str) -> None:
         console.say(text, quiet)

@@ -135,8 +135,8 @@ def eval_command(
         compare,
     )
     console.quiet_libraries(quiet)
-    from rtdmd_cli.engine.evaluation.eval_run import choose_judges
-    from rtdmd_cli.engine.runtime.signals import stop_on_signals
+    from rtdmd_cli.engine.evaluation.run import choose_judges
+    from rtdmd_cli.engine.training.signals import stop_on_signals
 
     judges = choose_judges(row, [name for text in rewards or () for name in text.split(",") if name])
     with stop_on_signals() as stop, ExitStack() as held:

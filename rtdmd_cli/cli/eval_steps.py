@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
     import torch
 
-    from rtdmd_cli.engine.evaluation.benchmark_prompts import EvalPrompts
     from rtdmd_cli.engine.evaluation.benchmarks import Benchmark
-    from rtdmd_cli.engine.evaluation.eval_run import Evaluation
-    from rtdmd_cli.engine.evaluation.judges import JudgeEntry
-    from rtdmd_cli.engine.model_source import Source
-    from rtdmd_cli.engine.runtime.signals import StopRequest
+    from rtdmd_cli.engine.evaluation.metrics import JudgeEntry
+    from rtdmd_cli.engine.evaluation.prompts import EvalPrompts
+    from rtdmd_cli.engine.evaluation.run import Evaluation
+    from rtdmd_cli.engine.sampling.model_source import Source
+    from rtdmd_cli.engine.training.signals import StopRequest
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,8 @@ def make(
     held: ExitStack,
 ) -> Made:
     """Make the pictures; the model is gone when this returns. held: takes the lock on the folder."""
-    from rtdmd_cli.engine.evaluation.benchmark_prompts import choose_prompts
-    from rtdmd_cli.engine.evaluation.eval_run import check
+    from rtdmd_cli.engine.evaluation.prompts import choose_prompts
+    from rtdmd_cli.engine.evaluation.run import check
 
     prompts = choose_prompts(benchmark, prompts_file, options.limit)
     check(judges, prompts)
@@ -104,10 +104,10 @@ def _painted(
     stop: StopRequest,
     held: ExitStack,
 ) -> Made:
-    from rtdmd_cli.engine.evaluation.eval_run import Ask, Evaluation, generate, require_size
-    from rtdmd_cli.engine.evaluation.eval_run import trained_on as judges_trained_on
     from rtdmd_cli.engine.evaluation.generate_phase import Generation
-    from rtdmd_cli.engine.pictures import default_batch
+    from rtdmd_cli.engine.evaluation.run import Ask, Evaluation, generate, require_size
+    from rtdmd_cli.engine.evaluation.run import trained_on as judges_trained_on
+    from rtdmd_cli.engine.sampling.pictures import default_batch
 
     source, model = load_model(options.from_, options.guidance, options.device, options.dtype, options.quiet)
     settings, side = source.preset.evaluate, source.preset.model.resolution
@@ -141,10 +141,10 @@ def find_made(
     held: ExitStack,
 ) -> Made:
     """The pictures of a folder that is there."""
-    from rtdmd_cli.engine.evaluation.eval_folder import locked
-    from rtdmd_cli.engine.evaluation.eval_run import Ask, Evaluation, check, judge_paths
+    from rtdmd_cli.engine.compute.device import resolve_device
+    from rtdmd_cli.engine.evaluation.folder import locked
+    from rtdmd_cli.engine.evaluation.run import Ask, Evaluation, check, judge_paths
     from rtdmd_cli.engine.evaluation.score_only import find_pictures
-    from rtdmd_cli.engine.runtime.device import resolve_device
 
     found = find_pictures(benchmark, root, options.images, options.limit, prompts_file)
     check(judges, found.prompts)
@@ -181,7 +181,7 @@ def _compared(
 ) -> dict[str, Any]:
     """The comparison with another evaluation's folder, or with a model that is evaluated in the same way first."""
     from rtdmd_cli.engine.evaluation.comparison import as_json, other_from_folder
-    from rtdmd_cli.engine.evaluation.eval_folder import is_evaluation
+    from rtdmd_cli.engine.evaluation.folder import is_evaluation
 
     assert mine.folder is not None, "--compare keeps a folder"
     ask, seed = mine.ask, mine.conditions["seed"]
@@ -195,7 +195,7 @@ def _other_evaluation(
     mine: Evaluation, other: str, options: Options, stop: StopRequest, held: ExitStack
 ) -> Path:
     """Evaluate the other model beside this one's results, as its preset says, at the same prompts and seed."""
-    from rtdmd_cli.engine.evaluation.eval_folder import default_folder
+    from rtdmd_cli.engine.evaluation.folder import default_folder
 
     began, ask = time.monotonic(), mine.ask
     assert mine.folder is not None
@@ -219,7 +219,7 @@ def _other_evaluation(
 
 
 def _judged(made: Made, options: Options, stop: StopRequest) -> Evaluation:
-    from rtdmd_cli.engine.evaluation.eval_run import score
+    from rtdmd_cli.engine.evaluation.run import score
 
     bare = made.evaluation
 
@@ -233,8 +233,8 @@ def _judged(made: Made, options: Options, stop: StopRequest) -> Evaluation:
 
 
 def _summary(evaluation: Evaluation, device: torch.device, seconds: float) -> dict[str, Any]:
-    from rtdmd_cli.engine.evaluation.eval_summary import summarise
     from rtdmd_cli.engine.evaluation.shapes import open_judge
+    from rtdmd_cli.engine.evaluation.summary import summarise
 
     clip = open_judge(device) if evaluation.ask.benchmark.built_in else None
     summary = summarise(evaluation, clip)
@@ -245,11 +245,11 @@ def _summary(evaluation: Evaluation, device: torch.device, seconds: float) -> di
 def _write(
     evaluation: Evaluation, summary: dict[str, Any], folder: Path, device: torch.device, quiet: bool
 ) -> None:
-    from rtdmd_cli.engine.evaluation.eval_folder import REPORT, RESULTS
-    from rtdmd_cli.engine.evaluation.eval_report import write_reports
-    from rtdmd_cli.engine.evaluation.eval_summary import records, shapes_parts
+    from rtdmd_cli.engine.evaluation.folder import REPORT, RESULTS
+    from rtdmd_cli.engine.evaluation.report import write_reports
     from rtdmd_cli.engine.evaluation.shapes_grid import SAMPLES, save_verdict_grid
-    from rtdmd_cli.engine.runtime.files import write_json
+    from rtdmd_cli.engine.evaluation.summary import records, shapes_parts
+    from rtdmd_cli.engine.storage.files import write_json
 
     if evaluation.ask.benchmark.built_in:
         save_verdict_grid(summary, *shapes_parts(evaluation), folder / SAMPLES)
@@ -284,8 +284,8 @@ def _folder(
     held: ExitStack,
 ) -> Path | None:
     """The folder to write to, begun and locked; None where nothing is kept."""
-    from rtdmd_cli.engine.evaluation import eval_folder
-    from rtdmd_cli.engine.runtime.run_folder import scrub
+    from rtdmd_cli.engine.evaluation import folder as eval_folder
+    from rtdmd_cli.engine.storage.run_folder import scrub
 
     if not options.keep:
         return None
@@ -311,7 +311,7 @@ def _folder(
 def _paths(judges: Sequence[JudgeEntry], options: Options, source: Source) -> dict[str, str]:
     """Where judges' weights are: the preset's paths of rewards, the command line's before them."""
     from rtdmd_cli.config.tune_reward import split_paths
-    from rtdmd_cli.engine.evaluation.eval_run import judge_paths
+    from rtdmd_cli.engine.evaluation.run import judge_paths
 
     names = {entry.name for entry in judges}
     usual = split_paths(source.preset.tune_reward.reward_paths)
@@ -319,7 +319,7 @@ def _paths(judges: Sequence[JudgeEntry], options: Options, source: Source) -> di
 
 
 def _say_missing(judges: Sequence[JudgeEntry], paths: dict[str, str], quiet: bool) -> None:
-    from rtdmd_cli.engine.evaluation.eval_run import to_fetch
+    from rtdmd_cli.engine.evaluation.run import to_fetch
 
     for line in to_fetch(judges, paths):
         console.say(line, quiet)

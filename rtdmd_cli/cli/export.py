@@ -15,7 +15,7 @@ from rtdmd_cli.errors import UsageError
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-    from rtdmd_cli.engine.model_source import Source
+    from rtdmd_cli.engine.sampling.model_source import Source
 
 FORMATS = ("diffusers", "comfyui", "merged")
 ALL = "all"
@@ -68,9 +68,9 @@ def export(
     if public and push_to_hub is None:
         raise UsageError("--public is about the repository of --push-to-hub.", "Add --push-to-hub USER/NAME.")
     console.quiet_libraries(quiet)
+    from rtdmd_cli.engine.compute.device import resolve_device, resolve_dtype
     from rtdmd_cli.engine.export.card import local_name
-    from rtdmd_cli.engine.export.export_run import Request, default_formats, run_export
-    from rtdmd_cli.engine.runtime.device import resolve_device, resolve_dtype
+    from rtdmd_cli.engine.export.run import Request, default_formats, run_export
 
     source = _source(run, quiet)
     hardware = source.preset.hardware
@@ -113,7 +113,7 @@ def _formats(text: str) -> tuple[str, ...]:
 
 def _source(run: str | None, quiet: bool) -> Source:
     """The generator to export. UsageError for a base model and for what is exported already."""
-    from rtdmd_cli.engine.model_source import resolve
+    from rtdmd_cli.engine.sampling.model_source import resolve
 
     source = resolve(run, RUNS)
     if source.exported is not None:

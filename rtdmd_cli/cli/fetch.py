@@ -8,7 +8,7 @@ import typer
 from rtdmd_cli.cli import console
 
 if TYPE_CHECKING:
-    from rtdmd_cli.engine.fetch import Fetched
+    from rtdmd_cli.engine.rewards.fetch import Fetched
 
 
 def fetch(
@@ -25,7 +25,7 @@ def fetch(
 
     Example: rtdmd fetch sd3-4step
     """
-    from rtdmd_cli.engine import fetch as weights
+    from rtdmd_cli.engine.rewards import fetch as weights
     from rtdmd_cli.engine.rewards.local import readable
 
     results = []

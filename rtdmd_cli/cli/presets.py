@@ -130,7 +130,7 @@ def copy(
         raise UsageError(
             f"The folder {file.parent} does not exist.", f"Make it first: mkdir -p {file.parent}"
         )
-    from rtdmd_cli.engine.runtime.files import write_text
+    from rtdmd_cli.engine.storage.files import write_text
 
     write_text(file, text)
     if as_json:

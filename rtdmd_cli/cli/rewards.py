@@ -130,8 +130,8 @@ def check(
     from rtdmd_cli.engine.rewards.registry import REWARDS, find_reward
 
     entries = [find_reward(name) for name in dict.fromkeys(names or REWARDS)]
+    from rtdmd_cli.engine.compute.device import resolve_device
     from rtdmd_cli.engine.rewards.check import check_rewards
-    from rtdmd_cli.engine.runtime.device import resolve_device
 
     where = resolve_device(device)
     results = list(

@@ -13,7 +13,7 @@ from rtdmd_cli.cli import console
 from rtdmd_cli.cli.starting import Out
 
 if TYPE_CHECKING:
-    from rtdmd_cli.engine.runs import RunSummary
+    from rtdmd_cli.engine.storage.runs import RunSummary
 
 SHOWN_FIGURES = 3  # of a run, in the table for people
 FIRST_FIGURES = ("measured/", "reward/", "lag", "dmd_loss", "fake_loss")
@@ -32,7 +32,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Nothing on stderr bu
 @app.command("list")
 def list_(out: Out = Path("runs"), as_json: Json = False, quiet: Quiet = False) -> None:
     """List the runs, the one that changed last first: stage, state, length, last figures, preset, date."""
-    from rtdmd_cli.engine.runs import list_runs
+    from rtdmd_cli.engine.storage.runs import list_runs
 
     found = list_runs(out)
     if as_json:
@@ -72,7 +72,7 @@ def _print_table(found: list[RunSummary]) -> None:
     from rich.table import Table
 
     from rtdmd_cli.cli.rewards import PIPED_WIDTH
-    from rtdmd_cli.engine.runtime.progress import duration
+    from rtdmd_cli.engine.training.progress import duration
 
     table = Table("run", "stage", "state", "iterations", "time", "last figures", "preset", "date (UTC)")
     table.columns[0].no_wrap = True
@@ -99,7 +99,7 @@ def figures(each: RunSummary) -> str:
 @app.command()
 def show(name: Name, out: Out = Path("runs"), as_json: Json = False, quiet: Quiet = False) -> None:
     """Show one run: what it is, how far it came, its checkpoints, its last figures, its command."""
-    from rtdmd_cli.engine.runs import find_run, recorded, saved, summary
+    from rtdmd_cli.engine.storage.runs import find_run, recorded, saved, summary
 
     run = find_run(name, out)
     each, kept, environment = summary(run), saved(run), recorded(run)
@@ -146,8 +146,8 @@ def compare(
     quiet: Quiet = False,
 ) -> None:
     """Write one HTML page with the curves and sample grids of two runs side by side."""
-    from rtdmd_cli.engine.run_compare import compare_runs
-    from rtdmd_cli.engine.runs import find_run
+    from rtdmd_cli.engine.report.run_compare import compare_runs
+    from rtdmd_cli.engine.storage.runs import find_run
 
     one, other = find_run(left, out), find_run(right, out)
     names = "-".join(each.path.resolve().name for each in (one, other))

@@ -14,8 +14,8 @@ from rtdmd_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from rtdmd_cli.config.schema import Preset
-    from rtdmd_cli.engine.model_source import Model, Source
-    from rtdmd_cli.engine.pictures import Job, Written
+    from rtdmd_cli.engine.sampling.model_source import Model, Source
+    from rtdmd_cli.engine.sampling.pictures import Job, Written
 
 RUNS = Path("runs")
 LONGEST_SIDE = 8192  # px
@@ -88,7 +88,13 @@ def sample(
     """
     console.quiet_libraries(quiet)
     texts = _texts(prompt, prompts)
-    from rtdmd_cli.engine.pictures import Job, choose_folder, default_batch, write_grid, write_pictures
+    from rtdmd_cli.engine.sampling.pictures import (
+        Job,
+        choose_folder,
+        default_batch,
+        write_grid,
+        write_pictures,
+    )
 
     source, model = load_model(from_, guidance, device, dtype, quiet)
     preset = source.preset
@@ -109,7 +115,7 @@ def sample(
 
 def _texts(prompt: str | None, prompts: str | None) -> list[str]:
     """The prompts of the command line. UsageError unless one of both is given; errors of `read_prompts`."""
-    from rtdmd_cli.engine.prompts import check_prompt, read_prompts
+    from rtdmd_cli.engine.prompts.reading import check_prompt, read_prompts
 
     if prompt is not None and prompts is not None:
         raise UsageError(
@@ -126,8 +132,8 @@ def load_model(
     reference: str | None, guidance: float | None, device: str | None, dtype: str | None, quiet: bool
 ) -> tuple[Source, Model]:
     """Find and open what `--from` names; says on stderr what was chosen."""
-    from rtdmd_cli.engine.model_source import open_model, refuse_guidance, resolve
-    from rtdmd_cli.engine.runtime.device import resolve_device, resolve_dtype
+    from rtdmd_cli.engine.compute.device import resolve_device, resolve_dtype
+    from rtdmd_cli.engine.sampling.model_source import open_model, refuse_guidance, resolve
 
     source = resolve(reference, RUNS)
     for note in source.notes:

@@ -12,10 +12,10 @@ from rtdmd_cli.config.loader import Resolved, load_preset
 from rtdmd_cli.errors import DataError, EnvironmentFailure, UsageError
 
 if TYPE_CHECKING:
-    from rtdmd_cli.engine.distill_start import Start
-    from rtdmd_cli.engine.prompts import PromptSet
-    from rtdmd_cli.engine.runtime.checkpoint import Checkpoint
-    from rtdmd_cli.engine.runtime.run_folder import RunFolder, RunReference
+    from rtdmd_cli.engine.prompts.reading import PromptSet
+    from rtdmd_cli.engine.storage.checkpoint import Checkpoint
+    from rtdmd_cli.engine.storage.run_folder import RunFolder, RunReference
+    from rtdmd_cli.engine.training.start import Start
 
 
 Overrides = Annotated[
@@ -82,14 +82,14 @@ TUNE_REWARD = Stage(
 
 def is_follower() -> bool:
     """Whether this is one of several processes and not the one that speaks."""
-    from rtdmd_cli.engine.runtime import processes
+    from rtdmd_cli.engine.compute import processes
 
     return processes.is_follower()
 
 
 def in_processes(count: int | None) -> None:
     """Run this very command in `count` processes, and leave with their exit code; nothing for one or inside one."""
-    from rtdmd_cli.engine.runtime.processes import launched
+    from rtdmd_cli.engine.compute.processes import launched
 
     if count is None or count == launched():
         return
@@ -108,8 +108,8 @@ def find_prompts(source: str, dry_run: bool, quiet: bool) -> "PromptSet | None":
 
     None in a dry run for a public set that has not been fetched, which is said: a dry run needs no network.
     """
-    from rtdmd_cli.engine.data.registry import PREFIX
-    from rtdmd_cli.engine.prompts import read_prompt_set
+    from rtdmd_cli.engine.prompts.public_sets import PREFIX
+    from rtdmd_cli.engine.prompts.reading import read_prompt_set
 
     try:
         return read_prompt_set(source)
@@ -139,8 +139,8 @@ def find_start(
         UsageError: the run exists and is not to be resumed, or PATH names no run; a name that no run can have.
         DataError: no good checkpoint, or one that was made with other settings or prompts.
     """
-    from rtdmd_cli.engine.distill_start import Start
-    from rtdmd_cli.engine.runtime import checkpoint, run_folder
+    from rtdmd_cli.engine.storage import checkpoint, run_folder
+    from rtdmd_cli.engine.training.start import Start
 
     if name is not None or resume in ("auto", "never"):
         run_folder.check_name(run_name)
@@ -175,7 +175,7 @@ def find_start(
 
 def reference_of(resume: str, run: Path, out: Path) -> "RunReference | None":
     """What `--resume auto` or `--resume PATH` names; None where auto finds no run of that path to continue."""
-    from rtdmd_cli.engine.runtime import run_folder
+    from rtdmd_cli.engine.storage import run_folder
 
     if resume != "auto":
         named = run_folder.resolve_run(resume, out)
@@ -220,7 +220,7 @@ def require_same_training(
 
 def newest(run: "RunFolder", quiet: bool) -> Path | None:
     """The newest good checkpoint of a run, saying which were skipped; None where the run never saved one."""
-    from rtdmd_cli.engine.runtime import checkpoint
+    from rtdmd_cli.engine.storage import checkpoint
 
     path, skipped = checkpoint.newest_valid(run.checkpoints)
     for bad, reason in skipped:

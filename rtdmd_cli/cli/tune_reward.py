@@ -31,11 +31,11 @@ from rtdmd_cli.config.tune_reward import split_weights
 from rtdmd_cli.errors import DataError, UsageError
 
 if TYPE_CHECKING:
-    from rtdmd_cli.engine.distill_start import Start
-    from rtdmd_cli.engine.prompts import PromptSet
-    from rtdmd_cli.engine.runtime.checkpoint import Checkpoint
-    from rtdmd_cli.engine.runtime.run_folder import RunFolder
-    from rtdmd_cli.engine.training_run import Outcome
+    from rtdmd_cli.engine.prompts.reading import PromptSet
+    from rtdmd_cli.engine.storage.checkpoint import Checkpoint
+    from rtdmd_cli.engine.storage.run_folder import RunFolder
+    from rtdmd_cli.engine.training.session import Outcome
+    from rtdmd_cli.engine.training.start import Start
 
 SUFFIX = "-tuned"
 
@@ -84,7 +84,7 @@ def tune_reward(
     run, checkpoint = stage_1_of(from_, out, quiet)
     resolved = load_preset(preset or str(run.preset), settings)
     require_same_model(run, resolved)
-    from rtdmd_cli.engine.prompts import known_by
+    from rtdmd_cli.engine.prompts.reading import known_by
 
     config = resolved.preset.tune_reward
     prompts = find_prompts(config.prompts, dry_run, quiet)
@@ -101,7 +101,7 @@ def tune_reward(
         console.show(plan(resolved, checkpoint, count, out / run_name, start), json_output)
         return
     console.quiet_libraries(quiet)
-    from rtdmd_cli.engine.tune_run import run_tune, stage_1_state
+    from rtdmd_cli.engine.tune_reward.run import run_tune, stage_1_state
 
     def say(text: str) -> None:
         console.say(text, quiet)
@@ -138,7 +138,7 @@ def stage_1_of(reference: str | None, out: Path, quiet: bool) -> tuple["RunFolde
 
     UsageError if there is none; DataError for a run of another stage or without a good checkpoint.
     """
-    from rtdmd_cli.engine.runtime import checkpoint, run_folder
+    from rtdmd_cli.engine.storage import checkpoint, run_folder
 
     if reference is None:
         newest = run_folder.find_newest_finished(out, "distill")
@@ -229,9 +229,9 @@ def plan(
 def result(outcome: "Outcome", resolved: Resolved, as_json: bool) -> dict[str, Any]:
     """What the command prints at its end; for people a line for each reward."""
     from rtdmd_cli.engine.rewards.registry import find_reward
-    from rtdmd_cli.engine.runtime.checkpoint import step_name
-    from rtdmd_cli.engine.tune_checks import followed
-    from rtdmd_cli.engine.tune_watch import BEST, alarm
+    from rtdmd_cli.engine.storage.checkpoint import step_name
+    from rtdmd_cli.engine.tune_reward.checks import followed
+    from rtdmd_cli.engine.tune_reward.watch import BEST, alarm
 
     config = resolved.preset.tune_reward
     before, after = outcome.records["rewards_before"], outcome.records["rewards_after"]
@@ -262,7 +262,7 @@ def result(outcome: "Outcome", resolved: Resolved, as_json: bool) -> dict[str, A
 
 def finish(outcome: "Outcome", quiet: bool) -> None:
     """Say what to do next; leave with the signal's exit code after a signal."""
-    from rtdmd_cli.engine.tune_watch import advice
+    from rtdmd_cli.engine.tune_reward.watch import advice
 
     if outcome.signal_exit_code:
         again = shlex.join(["--resume", str(outcome.run)])

@@ -8,7 +8,7 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from rtdmd_cli.engine.evaluation.geneval import Detection
+from rtdmd_cli.engine.judges.geneval import Detection
 from rtdmd_cli.shapes.render import COLOURS, PICTURE, SHAPES, coverage
 
 THRESHOLD = 0.3

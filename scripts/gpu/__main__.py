@@ -15,8 +15,8 @@ import torch
 import typer
 
 from rtdmd_cli.cli.quiet import quiet_libraries
-from rtdmd_cli.engine.runtime.files import write_json
-from rtdmd_cli.engine.runtime.run_folder import describe_environment
+from rtdmd_cli.engine.storage.files import write_json
+from rtdmd_cli.engine.storage.run_folder import describe_environment
 from rtdmd_cli.errors import RtdmdError
 from scripts.gpu.report import agreement_lines, beyond, table
 

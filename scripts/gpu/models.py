@@ -18,8 +18,8 @@ from rtdmd_cli.engine.backbones import flux1, flux2, sd3
 from rtdmd_cli.engine.backbones.base import Backbone, Conditioning
 from rtdmd_cli.engine.backbones.loading import Loaded, Sources
 from rtdmd_cli.engine.backbones.two_bases import TwoBases
-from rtdmd_cli.engine.runtime.blocks import repeated_blocks
-from rtdmd_cli.engine.runtime.quantise import Base, place, swap_linears
+from rtdmd_cli.engine.compute.blocks import repeated_blocks
+from rtdmd_cli.engine.compute.quantise import Base, place, swap_linears
 
 BACKBONES: dict[str, tuple[Any, Any]] = {
     "sd3": (sd3.LAYOUT, sd3.SD3Backbone),

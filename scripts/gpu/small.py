@@ -13,11 +13,11 @@ from rtdmd_cli.config.loader import Resolved, preset_sha256
 from rtdmd_cli.config.schema import DistillConfig, HardwareConfig, Preset
 from rtdmd_cli.config.section import LoraConfig
 from rtdmd_cli.config.tune_reward import TuneRewardConfig
-from rtdmd_cli.engine.distill_run import run_distill
-from rtdmd_cli.engine.distill_start import Start
-from rtdmd_cli.engine.prompts import PromptSet
-from rtdmd_cli.engine.runtime.checkpoint import load_checkpoint
-from rtdmd_cli.engine.tune_run import run_tune
+from rtdmd_cli.engine.distill.run import run_distill
+from rtdmd_cli.engine.prompts.reading import PromptSet
+from rtdmd_cli.engine.storage.checkpoint import load_checkpoint
+from rtdmd_cli.engine.training.start import Start
+from rtdmd_cli.engine.tune_reward.run import run_tune
 from tests.tiny_flux import TINY, tiny_config
 from tests.tiny_models import PROMPTS
 

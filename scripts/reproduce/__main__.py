@@ -15,7 +15,7 @@ import typer
 
 from rtdmd_cli.cli.quiet import quiet_libraries
 from rtdmd_cli.config.loader import load_preset
-from rtdmd_cli.engine.runtime.files import write_text
+from rtdmd_cli.engine.storage.files import write_text
 from rtdmd_cli.errors import RtdmdError
 from scripts.reproduce import figure, samples, table
 from scripts.reproduce.matrix import Cell, Request, Row, chosen_rows, table_cells, table_rows

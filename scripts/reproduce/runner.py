@@ -16,10 +16,10 @@ from typing import Any
 
 from rtdmd_cli import __version__
 from rtdmd_cli.config.loader import dump_resolved
-from rtdmd_cli.engine.runtime.checkpoint import checkpoint_steps
-from rtdmd_cli.engine.runtime.device import device_name, resolve_device
-from rtdmd_cli.engine.runtime.files import write_json, write_text
-from rtdmd_cli.engine.runtime.run_folder import ENVIRONMENT, RunFolder
+from rtdmd_cli.engine.compute.device import device_name, resolve_device
+from rtdmd_cli.engine.storage.checkpoint import checkpoint_steps
+from rtdmd_cli.engine.storage.files import write_json, write_text
+from rtdmd_cli.engine.storage.run_folder import ENVIRONMENT, RunFolder
 from rtdmd_cli.errors import DataError, RtdmdError
 from scripts.reproduce.matrix import Cell
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from rtdmd_cli.engine.runtime.files import write_text, write_with
+from rtdmd_cli.engine.storage.files import write_text, write_with
 from rtdmd_cli.errors import DataError
 
 

@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch import multiprocessing as mp
 
-from rtdmd_cli.engine.evaluation.geneval import task_scores
 from rtdmd_cli.engine.evaluation.shapes import judge_pictures
-from rtdmd_cli.engine.runtime.files import (
+from rtdmd_cli.engine.judges.geneval import task_scores
+from rtdmd_cli.engine.storage.files import (
     make_folder,
     replace_folder,
     tmp_path,

@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 
 from rtdmd_cli.cli.starting import DISTILL, find_start
 from rtdmd_cli.config.loader import Resolved, load_preset
-from rtdmd_cli.engine.runtime.checkpoint import load_checkpoint, save_checkpoint
-from rtdmd_cli.engine.runtime.run_folder import RunFolder
+from rtdmd_cli.engine.storage.checkpoint import load_checkpoint, save_checkpoint
+from rtdmd_cli.engine.storage.run_folder import RunFolder
 from rtdmd_cli.errors import DataError, UsageError
 from tests.commands import ENDLESS, LIMIT, Done, World, launch, newest, steps, timeless, wait
 from tests.tiny_models import PROMPTS, TEXT_LENGTH, sd3_folder

@@ -128,7 +128,7 @@ def test_interrupted_anywhere_and_resumed_gives_the_same_bytes(monkeypatch: pyte
     Path("cut/00000/samples/.tmp-0123abcd-0001.png").write_bytes(b"half")
     with monkeypatch.context() as patch:
         patch.setattr(score_phase.ScoreFile, "add", stop_after(score_phase.ScoreFile.add, 1))
-        patch.setattr("rtdmd_cli.engine.evaluation.judges._OWN", small_batches(6))
+        patch.setattr("rtdmd_cli.engine.evaluation.metrics._OWN", small_batches(6))
         stopped = run(*ASKED, "--out", "cut", "--resume")
     assert stopped.exit_code == 130, stopped.exception
     lines = Path("cut/scores/shapes.jsonl").read_bytes()
@@ -146,7 +146,7 @@ def test_interrupted_anywhere_and_resumed_gives_the_same_bytes(monkeypatch: pyte
 def small_batches(size: int) -> dict[str, Any]:
     from dataclasses import replace
 
-    from rtdmd_cli.engine.evaluation.judges import _OWN
+    from rtdmd_cli.engine.evaluation.metrics import _OWN
 
     return {name: replace(own, batch=size) for name, own in _OWN.items()}
 

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from typer.testing import CliRunner
 
 from rtdmd_cli.cli.eval import eval_command
-from rtdmd_cli.engine.evaluation import detector
+from rtdmd_cli.engine.judges import detector
 from rtdmd_cli.engine.rewards.local import extra_installed
 from rtdmd_cli.errors import DataError, EnvironmentFailure, UsageError
 from tests.public_data import benchmark_file

@@ -22,9 +22,9 @@ from safetensors.torch import load_file, save_file
 from rtdmd_cli.cli.app import main
 from rtdmd_cli.config.loader import load_preset
 from rtdmd_cli.engine.export.generator import adapter_stacks
-from rtdmd_cli.engine.export.lora_files import read_header
-from rtdmd_cli.engine.runtime.checkpoint import load_checkpoint
-from rtdmd_cli.engine.runtime.run_folder import RunFolder
+from rtdmd_cli.engine.storage.checkpoint import load_checkpoint
+from rtdmd_cli.engine.storage.lora_files import read_header
+from rtdmd_cli.engine.storage.run_folder import RunFolder
 from tests.tiny_exports import FRESH_RANK, RANK, make_run, write_preset
 from tests.tiny_flux import build_flux2_pipeline, save, tiny_folder
 

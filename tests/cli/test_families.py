@@ -15,11 +15,11 @@ from rtdmd_cli.cli import app
 from rtdmd_cli.config import list_presets
 from rtdmd_cli.config.loader import load_preset
 from rtdmd_cli.config.tune_reward import split_weights
-from rtdmd_cli.engine.prompts import read_prompt_set
+from rtdmd_cli.engine.prompts.reading import read_prompt_set
 from rtdmd_cli.engine.rewards.base import require_metadata
 from rtdmd_cli.engine.rewards.registry import find_reward
-from rtdmd_cli.engine.runtime.checkpoint import load_checkpoint
-from rtdmd_cli.engine.tune_measure import open_clip
+from rtdmd_cli.engine.storage.checkpoint import load_checkpoint
+from rtdmd_cli.engine.tune_reward.measure import open_clip
 from rtdmd_cli.errors import DataError, EnvironmentFailure
 from tests.tiny_clip import save_clip
 from tests.tiny_flux import TINY, build_flux2_pipeline, save, tiny_folder

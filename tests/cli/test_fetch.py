@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from rtdmd_cli.cli import failures
 from rtdmd_cli.cli.app import app
-from rtdmd_cli.engine.fetch import LICENCES, is_whole
+from rtdmd_cli.engine.rewards.fetch import LICENCES, is_whole
 from rtdmd_cli.engine.rewards.registry import REWARDS
 from tests.tiny_hub import offline_hub, publish
 from tests.tiny_models import sd3_folder

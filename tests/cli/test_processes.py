@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from rtdmd_cli.cli.launching import without_option
-from rtdmd_cli.engine.runtime.checkpoint import load_checkpoint
-from rtdmd_cli.engine.runtime.run_folder import RunFolder
+from rtdmd_cli.engine.storage.checkpoint import load_checkpoint
+from rtdmd_cli.engine.storage.run_folder import RunFolder
 from tests.cli.test_distill import write_preset
 from tests.commands import ROOT, World, launch, wait
 
@@ -130,7 +130,7 @@ def test_what_happens_in_one_process_is_known_to_all(tmp_path: Path) -> None:
     """A script of two processes: sums, rows in order, and a failure of one that stops the other."""
     options = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"]
     quiet = ["--mixed_precision", "no", "--dynamo_backend", "no"]
-    script = str(ROOT / "tests/engine/runtime/two_processes.py")
+    script = str(ROOT / "tests/engine/compute/two_processes.py")
     done = wait(launch(tmp_path, "accelerate.commands.launch", *options, *quiet, script), LIMIT)
     lines = sorted(line for line in done.out.splitlines() if line.startswith("process "))
     assert lines == ["process 0: all right, other stopped with 5", "process 1: all right, stopped with 5"], (

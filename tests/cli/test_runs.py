@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from rtdmd_cli.cli import failures
 from rtdmd_cli.cli.app import app
 from rtdmd_cli.engine.report.grid import GridRow, picture_grid, save_png
-from rtdmd_cli.engine.runtime.run_folder import RunFolder
+from rtdmd_cli.engine.storage.run_folder import RunFolder
 from tests.tiny_runs import make_run
 
 

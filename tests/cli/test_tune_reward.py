@@ -21,11 +21,11 @@ from safetensors.torch import load_file
 from rtdmd_cli.cli import app
 from rtdmd_cli.cli.tune_reward import result
 from rtdmd_cli.config.loader import load_preset
-from rtdmd_cli.engine.prompts import known_by, read_prompt_set
+from rtdmd_cli.engine.prompts.reading import known_by, read_prompt_set
 from rtdmd_cli.engine.rewards import registry
-from rtdmd_cli.engine.runtime.checkpoint import load_checkpoint, save_checkpoint
-from rtdmd_cli.engine.runtime.run_folder import RunFolder
-from rtdmd_cli.engine.training_run import Outcome
+from rtdmd_cli.engine.storage.checkpoint import load_checkpoint, save_checkpoint
+from rtdmd_cli.engine.storage.run_folder import RunFolder
+from rtdmd_cli.engine.training.session import Outcome
 from tests.commands import ENDLESS, LIMIT, Done, World, launch, newest, steps, timeless, wait
 from tests.tiny_models import PROMPTS
 from tests.tiny_runs import add_checkpoint, generator_weights, make_run
@@ -268,8 +268,8 @@ def test_mistakes(folder: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> 
     def never(*arguments: object) -> None:
         raise AssertionError("loaded a model")
 
-    monkeypatch.setattr("rtdmd_cli.engine.tune_run.load_backbone", never)
-    monkeypatch.setattr("rtdmd_cli.engine.distill_run.load_backbone", never)
+    monkeypatch.setattr("rtdmd_cli.engine.tune_reward.run.load_backbone", never)
+    monkeypatch.setattr("rtdmd_cli.engine.distill.run.load_backbone", never)
     for name in ("rule", "prompt"):
         monkeypatch.setitem(registry.REWARDS, name, find(name))
     make_run(Path("runs"), "tuned", stage="tune-reward")

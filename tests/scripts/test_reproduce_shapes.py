@@ -20,8 +20,8 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from rtdmd_cli.config.loader import load_preset
-from rtdmd_cli.engine.runtime.mixed import products_of
-from rtdmd_cli.engine.runtime.run_folder import RunFolder
+from rtdmd_cli.engine.compute.mixed import products_of
+from rtdmd_cli.engine.storage.run_folder import RunFolder
 from rtdmd_cli.errors import UsageError
 from scripts.reproduce import __main__ as reproduce
 from scripts.reproduce import runner

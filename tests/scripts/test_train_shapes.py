@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
-from rtdmd_cli.engine.evaluation.features import ClipScorer
-from rtdmd_cli.engine.evaluation.geneval import Detection, judge
+from rtdmd_cli.engine.judges.features import ClipScorer
+from rtdmd_cli.engine.judges.geneval import Detection, judge
 from rtdmd_cli.errors import DataError, UsageError
 from rtdmd_cli.shapes.grammar import Caption, Thing, combination, requirement, scene_for
 from rtdmd_cli.shapes.prompts import benchmark, held_out_combinations, training_captions

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from rtdmd_cli.engine.evaluation.geneval import judge, task_scores
+from rtdmd_cli.engine.judges.geneval import judge, task_scores
 from rtdmd_cli.shapes.detector import COUNTING_THRESHOLD, THRESHOLD, components, detect, match, segment
 from rtdmd_cli.shapes.grammar import Caption, Thing, parse, requirement, scene_for
 from rtdmd_cli.shapes.prompts import benchmark

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rtdmd_cli.engine.evaluation.geneval import Detection, check_requirement, judge
+from rtdmd_cli.engine.judges.geneval import Detection, check_requirement, judge
 from rtdmd_cli.shapes.grammar import (
     TASKS,
     Caption,

@@ -33,9 +33,9 @@ from torch import nn
 from rtdmd_cli.config.schema import SHARED_BASE, HardwareConfig, ModelConfig
 from rtdmd_cli.engine.backbones.base import ModelId
 from rtdmd_cli.engine.backbones.two_bases import TwoBases, bases_of
-from rtdmd_cli.engine.runtime.quantise import place, shrink_encoder
-from rtdmd_cli.engine.runtime.quiet import quiet_loading
-from rtdmd_cli.engine.runtime.tiling import enable_tiling
+from rtdmd_cli.engine.compute.quantise import place, shrink_encoder
+from rtdmd_cli.engine.compute.quiet import quiet_loading
+from rtdmd_cli.engine.compute.tiling import enable_tiling
 from rtdmd_cli.errors import DataError, EnvironmentFailure, UsageError
 
 VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")

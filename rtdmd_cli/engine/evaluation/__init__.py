@@ -1,1 +1,1 @@
-"""Benchmarks, judges and statistics."""
+"""`rtdmd eval`: benchmarks, their two phases (make pictures, score them), figures with intervals, reports."""

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 from pathlib import Path
 
-from rtdmd_cli.engine.data.registry import DATA, PREFIX, DataSet
-from rtdmd_cli.engine.prompts import SUFFIXES
+from rtdmd_cli.engine.prompts.public_sets import DATA, PREFIX, DataSet
+from rtdmd_cli.engine.prompts.reading import SUFFIXES
 from rtdmd_cli.errors import UsageError
 from rtdmd_cli.shapes.prompts import benchmark as captions
 

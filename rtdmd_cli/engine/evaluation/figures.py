@@ -11,9 +11,9 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rtdmd_cli.engine.evaluation.benchmark_prompts import EvalPrompts
-from rtdmd_cli.engine.evaluation.geneval import TASKS
-from rtdmd_cli.engine.evaluation.report_stats import Interval, bootstrap_overall
+from rtdmd_cli.engine.evaluation.intervals import Interval, bootstrap_overall
+from rtdmd_cli.engine.evaluation.prompts import EvalPrompts
+from rtdmd_cli.engine.judges.geneval import TASKS
 
 TAG = "tag"  # of a prompt's metadata: its task
 COMMON_FAILURES = 10

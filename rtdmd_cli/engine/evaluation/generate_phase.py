@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from rtdmd_cli import __version__
-from rtdmd_cli.engine.evaluation.benchmark_prompts import EvalPrompts, Key
-from rtdmd_cli.engine.model_source import Model
-from rtdmd_cli.engine.pictures import DTYPE_NAMES, batched, encode_to_cache, paint, text_chunks
-from rtdmd_cli.engine.runtime.files import append_line, os_errors
-from rtdmd_cli.engine.runtime.signals import StopRequest
-from rtdmd_cli.engine.sample import SamplingPlan
+from rtdmd_cli.engine.evaluation.prompts import EvalPrompts, Key
+from rtdmd_cli.engine.sampling.model_source import Model
+from rtdmd_cli.engine.sampling.pictures import DTYPE_NAMES, batched, encode_to_cache, paint, text_chunks
+from rtdmd_cli.engine.sampling.sample import SamplingPlan
+from rtdmd_cli.engine.storage.files import append_line, os_errors
+from rtdmd_cli.engine.training.signals import StopRequest
 
 
 class WritablePictures(Protocol):

@@ -24,10 +24,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from rtdmd_cli.engine.evaluation.benchmark_prompts import EvalPrompts, Key, spread
-from rtdmd_cli.engine.prompts import PromptSet, known_by
+from rtdmd_cli.engine.evaluation.prompts import EvalPrompts, Key, spread
+from rtdmd_cli.engine.prompts.reading import PromptSet, known_by
 from rtdmd_cli.engine.report.grid import save_png, to_pil
-from rtdmd_cli.engine.runtime.files import os_errors, write_bytes, write_text
+from rtdmd_cli.engine.storage.files import os_errors, write_bytes, write_text
 from rtdmd_cli.errors import DataError
 
 METADATA, SAMPLES, EXACT = "metadata.jsonl", "samples", "exact"

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from rtdmd_cli import __version__
-from rtdmd_cli.engine.evaluation.benchmark_prompts import EvalPrompts, choose_prompts, shortened
 from rtdmd_cli.engine.evaluation.benchmarks import Benchmark
-from rtdmd_cli.engine.evaluation.eval_folder import TIMING, read_about
+from rtdmd_cli.engine.evaluation.folder import TIMING, read_about
 from rtdmd_cli.engine.evaluation.generate_phase import Timing
 from rtdmd_cli.engine.evaluation.picture_store import FoundPictures, scan_folder
-from rtdmd_cli.engine.runtime.files import os_errors
+from rtdmd_cli.engine.evaluation.prompts import EvalPrompts, choose_prompts, shortened
+from rtdmd_cli.engine.storage.files import os_errors
 from rtdmd_cli.errors import DataError, EnvironmentFailure
 
 UNKNOWN = ("model_hash", "kind", "steps", "evaluations", "guidance", "eta", "seed", "width", "height")

@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 
-from rtdmd_cli.engine.evaluation.benchmark_prompts import EvalPrompts, Key
-from rtdmd_cli.engine.evaluation.judges import JudgeEntry
+from rtdmd_cli.engine.evaluation.metrics import JudgeEntry
 from rtdmd_cli.engine.evaluation.picture_store import Pictures
-from rtdmd_cli.engine.pictures import batched
-from rtdmd_cli.engine.runtime.files import append_lines, os_errors, write_bytes
-from rtdmd_cli.engine.runtime.signals import StopRequest
+from rtdmd_cli.engine.evaluation.prompts import EvalPrompts, Key
+from rtdmd_cli.engine.sampling.pictures import batched
+from rtdmd_cli.engine.storage.files import append_lines, os_errors, write_bytes
+from rtdmd_cli.engine.training.signals import StopRequest
 from rtdmd_cli.errors import DataError, NumericalError
 
 Line = dict[str, Any]

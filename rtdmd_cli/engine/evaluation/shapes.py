@@ -19,14 +19,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rtdmd_cli.engine.evaluation.features import (
-    ClipScorer,
-    frechet_distance,
-    mean_pairwise_cosine_distance,
-)
-from rtdmd_cli.engine.evaluation.geneval import Verdict, judge, task_scores
-from rtdmd_cli.engine.evaluation.report_stats import bootstrap_overall
-from rtdmd_cli.engine.pictures import batched
+from rtdmd_cli.engine.evaluation.intervals import bootstrap_overall
+from rtdmd_cli.engine.judges.features import ClipScorer, frechet_distance, mean_pairwise_cosine_distance
+from rtdmd_cli.engine.judges.geneval import Verdict, judge, task_scores
+from rtdmd_cli.engine.sampling.pictures import batched
 from rtdmd_cli.shapes.detector import COUNTING_THRESHOLD, THRESHOLD, detect
 from rtdmd_cli.shapes.grammar import TASKS, Caption, parse, requirement, scene_for
 from rtdmd_cli.shapes.prompts import benchmark, benchmark_facts

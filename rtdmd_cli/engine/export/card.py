@@ -16,8 +16,8 @@ from rtdmd_cli.engine.export import code
 from rtdmd_cli.engine.export.families import Licence, Loader, generator_revision
 from rtdmd_cli.engine.export.generator import is_full
 from rtdmd_cli.engine.export.roundtrip import RoundTrip
-from rtdmd_cli.engine.runtime.run_folder import scrub
-from rtdmd_cli.engine.tune_report import held_out_first, terms
+from rtdmd_cli.engine.storage.run_folder import scrub
+from rtdmd_cli.engine.tune_reward.report import held_out_first, terms
 
 PAPER = "https://arxiv.org/abs/2605.26108"
 ETA_NOTE = (

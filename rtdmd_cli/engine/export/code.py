@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from rtdmd_cli.engine.export.lora_files import DIFFUSERS_NAME
+from rtdmd_cli.engine.storage.lora_files import DIFFUSERS_NAME
 
 BUILTIN = "builtin:"
 

@@ -9,9 +9,9 @@ from torch import Tensor
 from rtdmd_cli.config.schema import Preset
 from rtdmd_cli.config.section import LoraConfig
 from rtdmd_cli.engine.export.fold import A, B, Part
-from rtdmd_cli.engine.model_source import EMA
-from rtdmd_cli.engine.roles import STAGE1_GENERATOR
-from rtdmd_cli.engine.runtime.checkpoint import Checkpoint
+from rtdmd_cli.engine.roles.adapters import STAGE1_GENERATOR
+from rtdmd_cli.engine.sampling.model_source import EMA
+from rtdmd_cli.engine.storage.checkpoint import Checkpoint
 
 TUNED = "tune-reward"
 

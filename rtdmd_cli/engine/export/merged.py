@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rtdmd_cli.engine.export.fold import Folded
 from rtdmd_cli.engine.export.schedule import stock_config
-from rtdmd_cli.engine.runtime import files
+from rtdmd_cli.engine.storage import files
 from rtdmd_cli.errors import DataError
 
 Change = Callable[[Tensor], Tensor]

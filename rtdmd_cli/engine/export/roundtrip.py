@@ -18,13 +18,13 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from rtdmd_cli.engine.backbones.loading import Layout
+from rtdmd_cli.engine.compute import rng
+from rtdmd_cli.engine.compute.quiet import quiet_loading
 from rtdmd_cli.engine.export.families import Bases
-from rtdmd_cli.engine.model_source import Model
-from rtdmd_cli.engine.pictures import encode
-from rtdmd_cli.engine.roles import GENERATOR
-from rtdmd_cli.engine.runtime import rng
-from rtdmd_cli.engine.runtime.quiet import quiet_loading
-from rtdmd_cli.engine.sample import SamplingPlan, cps, decode_all, guided
+from rtdmd_cli.engine.roles.adapters import GENERATOR
+from rtdmd_cli.engine.sampling.model_source import Model
+from rtdmd_cli.engine.sampling.pictures import encode
+from rtdmd_cli.engine.sampling.sample import SamplingPlan, cps, decode_all, guided
 from rtdmd_cli.errors import NumericalError
 
 SEED = 0  # of the first picture; the others count on

@@ -11,7 +11,7 @@ from pathlib import Path
 from rtdmd_cli.engine.report.charts import Series, line_chart
 from rtdmd_cli.engine.report.html import CURVES, NO_CURVE, metrics_series
 from rtdmd_cli.engine.report.page import Cell, Picture, Table, figure_html, page, table_html
-from rtdmd_cli.engine.runtime.files import write_text
+from rtdmd_cli.engine.storage.files import write_text
 
 EARLIER_GRIDS = 8  # steps that both runs have, at most, below the newest grids
 

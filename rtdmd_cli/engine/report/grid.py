@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from rtdmd_cli.engine.runtime.files import write_bytes
+from rtdmd_cli.engine.storage.files import write_bytes
 
 # All lengths in pixels.
 SMALL_SIDE = 128  # smaller pictures are magnified to at least this

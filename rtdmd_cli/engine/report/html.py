@@ -22,7 +22,7 @@ from rtdmd_cli.engine.report.page import (
     pairs_html,
     table_html,
 )
-from rtdmd_cli.engine.runtime.files import write_text
+from rtdmd_cli.engine.storage.files import write_text
 
 OPEN_GRIDS = 1  # grids shown at once; older ones unfold
 MAX_GRIDS = 16  # embedded at most, spread evenly over the run, to keep the file small enough to send

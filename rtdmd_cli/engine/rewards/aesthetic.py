@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from rtdmd_cli.engine.evaluation.features import ClipScorer
+from rtdmd_cli.engine.judges.features import ClipScorer
 from rtdmd_cli.engine.rewards.base import Metadata
 from rtdmd_cli.engine.rewards.convert import check_tensors, converted_from
 from rtdmd_cli.errors import DataError

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from rtdmd_cli.engine.evaluation.features import ClipScorer
+from rtdmd_cli.engine.judges.features import ClipScorer
 from rtdmd_cli.engine.rewards.base import Metadata
 
 

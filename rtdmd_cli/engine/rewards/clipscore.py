@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from rtdmd_cli.engine.evaluation.features import ClipScorer
+from rtdmd_cli.engine.judges.features import ClipScorer
 from rtdmd_cli.engine.rewards.clip_reward import ClipReward
 
 MODEL = "openai/clip-vit-large-patch14"

@@ -28,8 +28,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rtdmd_cli.engine.rewards.hub import hub_file
-from rtdmd_cli.engine.runtime.files import cache_folder, os_errors, write_json, write_with
+from rtdmd_cli.engine.storage.files import cache_folder, os_errors, write_json, write_with
+from rtdmd_cli.engine.storage.hub import hub_file
 from rtdmd_cli.errors import DataError, EnvironmentFailure
 
 Convert: TypeAlias = Callable[[dict[str, Tensor]], dict[str, Tensor]]

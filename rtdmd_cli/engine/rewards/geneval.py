@@ -10,14 +10,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from rtdmd_cli.engine.evaluation import colours, detector
-from rtdmd_cli.engine.evaluation.colours import ColourNamer
-from rtdmd_cli.engine.evaluation.detector import CLASSES, Found, ObjectDetector
-from rtdmd_cli.engine.evaluation.geneval import Detection, judge
-from rtdmd_cli.engine.evaluation.geneval_soft import soft_score
+from rtdmd_cli.engine.judges import colours, detector
+from rtdmd_cli.engine.judges.colours import ColourNamer
+from rtdmd_cli.engine.judges.detector import CLASSES, Found, ObjectDetector
+from rtdmd_cli.engine.judges.geneval import Detection, judge
+from rtdmd_cli.engine.judges.geneval_soft import soft_score
+from rtdmd_cli.engine.judges.pixels import check_batch
+from rtdmd_cli.engine.judges.requirements import read_requirement, shown, threshold_of
 from rtdmd_cli.engine.rewards.base import Metadata
-from rtdmd_cli.engine.rewards.pixels import check_batch
-from rtdmd_cli.engine.rewards.requirements import read_requirement, shown, threshold_of
 from rtdmd_cli.errors import DataError
 
 DETECTOR_FOLDER, CLIP_FOLDER = "detector", "clip"

@@ -9,10 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from rtdmd_cli.engine.judges.pixels import check_batch
+from rtdmd_cli.engine.judges.qwen_vl import QwenVL
+from rtdmd_cli.engine.judges.soft_tifa import geometric_mean, question, read_atoms, spellings
 from rtdmd_cli.engine.rewards.base import Metadata
-from rtdmd_cli.engine.rewards.pixels import check_batch
-from rtdmd_cli.engine.rewards.qwen_vl import QwenVL
-from rtdmd_cli.engine.rewards.soft_tifa import geometric_mean, question, read_atoms, spellings
 
 
 @dataclass(frozen=True)

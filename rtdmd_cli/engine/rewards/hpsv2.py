@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from rtdmd_cli.engine.evaluation.features import ClipScorer, Preprocess, resize
+from rtdmd_cli.engine.judges.features import ClipScorer, Preprocess, resize
+from rtdmd_cli.engine.judges.open_clip import clip_config, to_transformers
 from rtdmd_cli.engine.rewards.clip_reward import ClipReward
 from rtdmd_cli.engine.rewards.convert import converted_from
-from rtdmd_cli.engine.rewards.open_clip import clip_config, to_transformers
 
 MODEL = "xswu/HPSv2"
 FILE = "HPS_v2.1_compressed.pt"

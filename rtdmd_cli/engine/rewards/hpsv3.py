@@ -18,11 +18,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import Qwen2VLConfig, Qwen2VLModel
 
-from rtdmd_cli.engine.rewards.base import Metadata
-from rtdmd_cli.engine.rewards.convert import check_tensors
-from rtdmd_cli.engine.rewards.hub import hub_file
-from rtdmd_cli.engine.rewards.pixels import check_batch
-from rtdmd_cli.engine.rewards.qwen_inputs import (
+from rtdmd_cli.engine.compute.quiet import quiet_loading
+from rtdmd_cli.engine.judges.pixels import check_batch
+from rtdmd_cli.engine.judges.qwen_inputs import (
     AGAIN,
     INPUT_FILES,
     Chat,
@@ -32,7 +30,9 @@ from rtdmd_cli.engine.rewards.qwen_inputs import (
     load_chat,
     read_preprocess,
 )
-from rtdmd_cli.engine.runtime.quiet import quiet_loading
+from rtdmd_cli.engine.rewards.base import Metadata
+from rtdmd_cli.engine.rewards.convert import check_tensors
+from rtdmd_cli.engine.storage.hub import hub_file
 from rtdmd_cli.errors import DataError
 
 SOURCE = "MizzenAI/HPSv3"

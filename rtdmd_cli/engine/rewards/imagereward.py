@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
-from rtdmd_cli.engine.evaluation.features import resize
+from rtdmd_cli.engine.compute.quiet import quiet_loading
+from rtdmd_cli.engine.judges.features import resize
+from rtdmd_cli.engine.judges.pixels import check_batch, normalise
 from rtdmd_cli.engine.rewards.base import Metadata
 from rtdmd_cli.engine.rewards.convert import check_tensors, converted_from
-from rtdmd_cli.engine.rewards.hub import hub_file
-from rtdmd_cli.engine.rewards.pixels import check_batch, normalise
-from rtdmd_cli.engine.runtime.quiet import quiet_loading
+from rtdmd_cli.engine.storage.hub import hub_file
 from rtdmd_cli.errors import DataError
 
 SOURCE = "THUDM/ImageReward"

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from rtdmd_cli.engine.prompts import PromptSet
+from rtdmd_cli.engine.prompts.reading import PromptSet
 from rtdmd_cli.engine.rewards.base import Reward, RewardEntry, require_metadata
 from rtdmd_cli.engine.rewards.registry import find_reward
 from rtdmd_cli.engine.rewards.scoring import DEFAULT_LIMITS, Limits, Scores, Unjudged, score_all

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rtdmd_cli.engine.judges.pixels import check_batch
+from rtdmd_cli.engine.judges.requirements import shown
 from rtdmd_cli.engine.rewards.base import Metadata
-from rtdmd_cli.engine.rewards.pixels import check_batch
-from rtdmd_cli.engine.rewards.requirements import shown
 from rtdmd_cli.errors import DataError, EnvironmentFailure
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from types import FrameType
 import torch
 from torch import Tensor
 
-from rtdmd_cli.engine.prompts import PromptSet
+from rtdmd_cli.engine.prompts.reading import PromptSet
 from rtdmd_cli.engine.rewards.base import Reward
 from rtdmd_cli.errors import RewardFailure, RtdmdError
 

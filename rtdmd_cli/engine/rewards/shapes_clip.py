@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from rtdmd_cli.engine.evaluation.features import ClipScorer
+from rtdmd_cli.engine.judges.features import ClipScorer
 from rtdmd_cli.engine.rewards.clip_reward import ClipReward
 
 REWARD = "shapes/weights/clip"  # in the package

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from rtdmd_cli.engine.compute.processes import Processes
 from rtdmd_cli.engine.rewards.scoring import Scores, Unjudged
-from rtdmd_cli.engine.runtime.processes import Processes
 from rtdmd_cli.errors import RewardFailure
 
 

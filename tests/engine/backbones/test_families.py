@@ -11,8 +11,8 @@ import torch
 
 from rtdmd_cli.config.schema import SamplerConfig
 from rtdmd_cli.engine.backbones.base import FAMILIES, Backbone
-from rtdmd_cli.engine.runtime.mixed import MixedPrecision
-from rtdmd_cli.engine.sample import euler, guided, sampling_plan
+from rtdmd_cli.engine.compute.mixed import MixedPrecision
+from rtdmd_cli.engine.sampling.sample import euler, guided, sampling_plan
 from rtdmd_cli.errors import RtdmdError, UsageError
 from tests.tiny_flux import TINY, build_flux1_pipeline, load_tiny, save, tiny_config, tiny_folder
 from tests.tiny_models import PROMPTS, RESOLUTION

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from rtdmd_cli.engine.evaluation.benchmark_prompts import choose_prompts, spread
 from rtdmd_cli.engine.evaluation.benchmarks import BENCHMARKS, PUBLISHED, find_benchmark
-from rtdmd_cli.engine.evaluation.eval_run import Ask, choose_judges, judge_paths
-from rtdmd_cli.engine.evaluation.judges import check_prompts, find_judge
+from rtdmd_cli.engine.evaluation.metrics import check_prompts, find_judge
+from rtdmd_cli.engine.evaluation.prompts import choose_prompts, spread
+from rtdmd_cli.engine.evaluation.run import Ask, choose_judges, judge_paths
 from rtdmd_cli.errors import DataError, EnvironmentFailure, UsageError
 from rtdmd_cli.shapes.grammar import TASKS
 from tests.public_data import benchmark_file

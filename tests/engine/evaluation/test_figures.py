@@ -9,10 +9,8 @@ import numpy as np
 import pytest
 
 from rtdmd_cli.config.loader import load_preset
-from rtdmd_cli.engine.evaluation.benchmark_prompts import EvalPrompts
 from rtdmd_cli.engine.evaluation.benchmarks import BENCHMARKS
 from rtdmd_cli.engine.evaluation.comparison import compare
-from rtdmd_cli.engine.evaluation.eval_run import Ask, Evaluation, choose_judges, trained_on
 from rtdmd_cli.engine.evaluation.figures import (
     geneval2_figures,
     geneval_figures,
@@ -20,10 +18,12 @@ from rtdmd_cli.engine.evaluation.figures import (
     plain_figures,
 )
 from rtdmd_cli.engine.evaluation.generate_phase import Timing
-from rtdmd_cli.engine.evaluation.judges import find_judge
+from rtdmd_cli.engine.evaluation.metrics import find_judge
 from rtdmd_cli.engine.evaluation.picture_store import MemoryPictures
-from rtdmd_cli.engine.export.exported import Exported
-from rtdmd_cli.engine.model_source import Source
+from rtdmd_cli.engine.evaluation.prompts import EvalPrompts
+from rtdmd_cli.engine.evaluation.run import Ask, Evaluation, choose_judges, trained_on
+from rtdmd_cli.engine.sampling.model_source import Source
+from rtdmd_cli.engine.storage.exported import Exported
 
 
 def prompts(metadata: dict[int, dict[str, Any]]) -> EvalPrompts:

@@ -11,10 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rtdmd_cli.engine.evaluation.benchmark_prompts import choose_prompts
 from rtdmd_cli.engine.evaluation.benchmarks import BENCHMARKS
-from rtdmd_cli.engine.evaluation.geneval import Verdict
-from rtdmd_cli.engine.evaluation.judges import find_judge
+from rtdmd_cli.engine.evaluation.metrics import find_judge
+from rtdmd_cli.engine.evaluation.prompts import choose_prompts
 from rtdmd_cli.engine.evaluation.shapes import (
     Judged,
     clip_figures,
@@ -25,6 +24,7 @@ from rtdmd_cli.engine.evaluation.shapes import (
     scores,
 )
 from rtdmd_cli.engine.evaluation.shapes_grid import save_verdict_grid
+from rtdmd_cli.engine.judges.geneval import Verdict
 from rtdmd_cli.shapes.grammar import TASKS, Caption, Thing
 from rtdmd_cli.shapes.prompts import benchmark
 

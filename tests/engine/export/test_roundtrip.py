@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rtdmd_cli.engine.backbones.sd3 import LAYOUT
 from rtdmd_cli.engine.export.roundtrip import RoundTrip, compare, initial_noise, open_stock, stock_pictures
-from rtdmd_cli.engine.sample import cps, decode_all, guided
+from rtdmd_cli.engine.sampling.sample import cps, decode_all, guided
 from rtdmd_cli.errors import NumericalError
 from tests.tiny_models import PROMPTS, RESOLUTION, TEXT_LENGTH, load_sd3, sd3_folder
 

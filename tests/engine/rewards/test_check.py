@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rtdmd_cli.engine.evaluation.features import ClipScorer
+from rtdmd_cli.engine.judges.features import ClipScorer
 from rtdmd_cli.engine.rewards import probes
 from rtdmd_cli.engine.rewards.base import Need, RewardEntry
 from rtdmd_cli.engine.rewards.check import CheckResult, check_reward

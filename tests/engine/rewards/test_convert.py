@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from rtdmd_cli.engine.rewards.convert import check_tensors, converted, converted_from
-from rtdmd_cli.engine.rewards.hub import hub_file
+from rtdmd_cli.engine.storage.hub import hub_file
 from rtdmd_cli.errors import DataError, EnvironmentFailure
 from tests.tiny_hub import offline_hub, publish
 
@@ -333,7 +333,7 @@ def test_hub_failures_say_what_to_do(
     def download(*_: object) -> str:
         raise error
 
-    monkeypatch.setattr("rtdmd_cli.engine.rewards.hub.hf_hub_download", download)
+    monkeypatch.setattr("rtdmd_cli.engine.storage.hub.hf_hub_download", download)
     with pytest.raises(EnvironmentFailure, match=message) as caught:
         hub_file("owner/name", "x.pt")
     assert hint in caught.value.hint

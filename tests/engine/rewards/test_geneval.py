@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from rtdmd_cli.engine.evaluation import detector
-from rtdmd_cli.engine.evaluation.colours import COLOURS
-from rtdmd_cli.engine.evaluation.detector import CLASSES
+from rtdmd_cli.engine.judges import detector
+from rtdmd_cli.engine.judges.colours import COLOURS
+from rtdmd_cli.engine.judges.detector import CLASSES
 from rtdmd_cli.engine.rewards.geneval import GenEval
 from rtdmd_cli.engine.rewards.registry import find_reward
 from rtdmd_cli.errors import DataError, EnvironmentFailure

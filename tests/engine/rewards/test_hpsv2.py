@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from transformers import CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from rtdmd_cli.engine.rewards import hpsv2, open_clip
+from rtdmd_cli.engine.judges import open_clip
+from rtdmd_cli.engine.rewards import hpsv2
 from rtdmd_cli.engine.rewards.registry import find_reward
 from rtdmd_cli.errors import DataError
 from tests.tiny_clip import LENGTH, PROMPTS, SIZE, as_pil, pictures, processor, tokenizer

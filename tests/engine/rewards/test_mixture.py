@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rtdmd_cli.engine.prompts import PromptSet
+from rtdmd_cli.engine.prompts.reading import PromptSet
 from rtdmd_cli.engine.rewards import scoring, shapes_clip
 from rtdmd_cli.engine.rewards.base import Reward, RewardEntry
 from rtdmd_cli.engine.rewards.mixture import RewardMixture, open_mixture

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rtdmd_cli.engine.evaluation.geneval_soft import soft_score
 from rtdmd_cli.engine.evaluation.shapes import judge_pictures
+from rtdmd_cli.engine.judges.geneval_soft import soft_score
 from rtdmd_cli.engine.rewards import shapes
 from rtdmd_cli.engine.rewards.registry import find_reward
 from rtdmd_cli.engine.rewards.shapes import ShapesGenEval

@@ -1,0 +1,1 @@
+"""How and where numbers are computed: device, precision, quantisation, compilation, optimisers, random numbers, processes."""

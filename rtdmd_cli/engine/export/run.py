@@ -1,0 +1,367 @@
+"""One export, from a run to a finished folder: fold, write, prove, describe, and only then give it its name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rtdmd_cli import __version__
+from rtdmd_cli.config.schema import Preset
+from rtdmd_cli.config.tune_reward import split_weights
+from rtdmd_cli.engine.backbones import base as backbones
+from rtdmd_cli.engine.export import merged
+from rtdmd_cli.engine.export.card import Facts, card_text, is_hub_id, local_name, public_name
+from rtdmd_cli.engine.export.code import SingleFile
+from rtdmd_cli.engine.export.comfyui import cps_workflow, euler_workflow
+from rtdmd_cli.engine.export.families import (
+    FAMILIES,
+    Bases,
+    ExportFamily,
+    find_bases,
+    generator_base,
+    generator_revision,
+    licence_of,
+    row,
+)
+from rtdmd_cli.engine.export.fold import Folded, fold
+from rtdmd_cli.engine.export.generator import adapter_stacks, is_full, is_tuned
+from rtdmd_cli.engine.export.roundtrip import RoundTrip, compare, open_stock, own_pictures, stock_pictures
+from rtdmd_cli.engine.report.grid import GridRow, picture_grid, save_png
+from rtdmd_cli.engine.sampling.model_source import EMA, Source, open_model
+from rtdmd_cli.engine.storage import files
+from rtdmd_cli.engine.storage.checkpoint import Checkpoint, load_checkpoint
+from rtdmd_cli.engine.storage.exported import FORMAT, MANIFEST, VERSION, file_sha256, is_exported
+from rtdmd_cli.engine.storage.lora_files import DIFFUSERS_NAME, header, lora_tensors, write_lora
+from rtdmd_cli.errors import EnvironmentFailure, UsageError
+from rtdmd_cli.shapes.prompts import benchmark
+
+FORMATS = ("diffusers", "comfyui", "merged")
+NO_ADAPTER = Folded({}, 0, 0, 0.0)
+PICTURES = 4
+PROMPTS = (
+    "a photo of a red bicycle leaning on a white wall",
+    "an oil painting of a lighthouse in a storm",
+    "a close-up portrait of an old fisherman in morning light",
+    "a wooden sign with the words open daily",
+)
+"""What the pictures of a card show where the model isn't of the built-in world."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to export. formats: of FORMATS; out: the folder to make; where: what the card's code loads.
+
+    rank: at most that, None for the exact one. check: run the round trip. stored: how the base was stored in training.
+    """
+
+    source: Source
+    formats: tuple[str, ...]
+    out: Path
+    where: str
+    rank: int | None
+    check: bool
+    force: bool
+    device: torch.device
+    dtype: torch.dtype
+    stored: str = "plain"
+
+
+@dataclass(frozen=True)
+class Own:
+    """The run's side: its pictures with its own eta and with Euler [n, 3, H, W], and what the card needs of it."""
+
+    pictures: Tensor
+    euler: Tensor
+    sigmas: tuple[float, ...]
+    stock_already: bool
+    base_hash: str
+    model_hash: str
+
+
+def run_export(request: Request, say: Callable[[str], None]) -> dict[str, Any]:
+    """Make the folder; what export.json says of it. say: prints a line for people.
+
+    UsageError for a target that may not be written, before anything is loaded; errors as `open_model`; NumericalError
+    where an export doesn't make the run's pictures. After any error the target is as before.
+    """
+    request = prepared(request, say)
+    assert request.source.checkpoint is not None
+    check_target(request)
+    prompts = picture_prompts(request.source)
+    own = draw_own(request, prompts)
+    checkpoint = load_checkpoint(request.source.checkpoint)
+    folded = NO_ADAPTER
+    if not is_full(request.source.preset):
+        stacks = adapter_stacks(request.source.preset, checkpoint)
+        folded = fold(stacks, request.rank)
+        say(_folded_line(folded, max(len(parts) for parts in stacks.values())))
+    bases = find_bases(request.source.preset)
+    out = request.out
+    files.make_folder(out.parent)
+    files.remove_leftovers(out.parent, out.name)
+    building = files.tmp_path(out)
+    try:
+        facts = build(request, building, bases, checkpoint, folded, own, prompts, say)
+        described = describe(request, building, facts)
+    except BaseException:
+        if building.exists():
+            with suppress(EnvironmentFailure):
+                files.remove_folder(building)
+        raise
+    (files.replace_folder if request.force else files.rename_folder)(building, out)
+    return described
+
+
+def default_formats(preset: Preset, rank: int | None) -> tuple[str, ...]:
+    """The adapter; the pipeline where there is none, unless an adapter's rank was asked for, which `prepared` refuses."""
+    return ("merged",) if is_full(preset) and rank is None else ("diffusers",)
+
+
+def prepared(request: Request, say: Callable[[str], None]) -> Request:
+    """The request as it can be met: whole weights as a pipeline alone, and the base model unquantised.
+
+    UsageError for an adapter of a generator that was trained in full.
+    """
+    preset, formats = request.source.preset, request.formats
+    if is_full(preset) and formats != ("merged",):
+        if "merged" not in formats or request.rank is not None:
+            raise UsageError(
+                "This generator was trained in full and has no adapter.",
+                "Use --format merged, without --rank.",
+            )
+        say("trained in full: there is no adapter, the whole pipeline alone is written")
+        formats = ("merged",)
+    plain = {"base": "plain", "vae_tiling": False, "text_encoder": "auto"}
+    stored = preset.hardware.base
+    if stored != "plain":
+        say(f"trained on the base model in {stored}: exported for the plain one, which makes other pictures")
+    exact = preset.model_copy(update={"hardware": preset.hardware.model_copy(update=plain)})
+    return replace(request, formats=formats, stored=stored, source=replace(request.source, preset=exact))
+
+
+def check_target(request: Request) -> None:
+    """UsageError for a target that exists without --force, is no export, or is or holds what is read."""
+    out, checkpoint = request.out, request.source.checkpoint
+    assert checkpoint is not None
+    bases = find_bases(request.source.preset)
+    if bases.file is not None and "merged" in request.formats:
+        raise UsageError(
+            f"{bases.file.name} is a single file, into which nothing is merged.",
+            "Use --format diffusers or comfyui.",
+        )
+    target = out.resolve()
+    for read in (checkpoint, *bases.read):
+        path = read.resolve()
+        if path.is_relative_to(target) or target.is_relative_to(path):
+            raise UsageError(f"{out} is, holds or lies in {read}, which is read.", "Choose another --out.")
+    with files.os_errors(out, "read"):
+        if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+            return
+    if not out.is_dir() or not is_exported(out):
+        raise UsageError(f"{out} exists and is no export of rtdmd.", "Choose another --out.")
+    if not request.force:
+        raise UsageError(f"{out} exists.", "Add --force to replace it, or choose another --out.")
+
+
+def picture_prompts(source: Source) -> list[str]:
+    """What the card's pictures show."""
+    if source.preset.model.path != "builtin:shapes":
+        return list(PROMPTS)
+    captions = benchmark()
+    return [captions[(2 * i + 1) * len(captions) // (2 * PICTURES)].text for i in range(PICTURES)]
+
+
+def draw_own(request: Request, prompts: Sequence[str]) -> Own:
+    """Open the run's generator, draw, and let it go again."""
+    model = open_model(request.source, request.device, request.dtype)
+    plan = model.plan()
+    pictures, euler = own_pictures(model, plan, prompts, (plan.eta, 0.0))
+    side = request.source.preset.model.resolution
+    stock = model.backbone.stock_sigmas(plan.steps, model.backbone.latent_shape(side, side)).tolist()
+    agree = all(abs(a - b) < 1e-6 for a, b in zip(stock, plan.sigmas, strict=True))
+    return Own(pictures, euler, plan.sigmas, agree, model.backbone.model_id.hash, model.model_hash)
+
+
+def build(
+    request: Request,
+    folder: Path,
+    bases: Bases,
+    checkpoint: Checkpoint,
+    folded: Folded,
+    own: Own,
+    prompts: Sequence[str],
+    say: Callable[[str], None],
+) -> Facts:
+    """Write everything but the descriptions."""
+    facts = gather(request, bases, checkpoint, folded, own, prompts)
+    family = FAMILIES[facts.preset.model.family]
+    if "merged" in facts.formats:
+        assert bases.transformer is not None
+        full = is_full(facts.preset)
+        changes = merged.full_changes(checkpoint.tensors[EMA]) if full else merged.lora_changes(folded)
+        exact = merged.write_merged(
+            folder, bases.pipeline, bases.transformer, changes, own.sigmas, own.stock_already, family.index
+        )
+        if not exact:
+            say("the stock scheduler can't take the run's noise levels by itself: call it with sigmas=")
+        facts = replace(facts, stock_schedule=exact)
+    write_loras(folder, facts, family, folded)
+    stock, trips = prove(request, folder, bases, facts, own, say) if request.check else (None, {})
+    rows = [GridRow(f"rtdmd sample, eta {facts.preset.sampler.eta:g}", own.pictures)]
+    rows += [GridRow("stock pipeline, Euler", stock)] if stock is not None else []
+    save_png(picture_grid(rows, list(prompts)), folder / "samples.png", {"model_hash": own.model_hash})
+    return replace(facts, trips=trips, files=_listing(folder))
+
+
+def gather(
+    request: Request, bases: Bases, checkpoint: Checkpoint, folded: Folded, own: Own, prompts: Sequence[str]
+) -> Facts:
+    """What is known before anything is written."""
+    preset = request.source.preset
+    base = generator_base(preset)
+    return Facts(
+        name=request.out.name,
+        where=request.where,
+        formats=request.formats,
+        preset=preset,
+        base=public_name(base),
+        on_hub=is_hub_id(base),
+        single=_single_file(preset, bases),
+        stored=request.stored,
+        base_hash=own.base_hash,
+        licence=licence_of(base),
+        pipeline=json.loads((bases.pipeline / merged.INDEX).read_bytes())["_class_name"],
+        loader=row(FAMILIES[preset.model.family].comfy, base),
+        tuned=is_tuned(checkpoint),
+        iterations=checkpoint.step,
+        preset_sha256=checkpoint.meta.get("preset_sha256", "not recorded"),
+        model_hash=own.model_hash,
+        records=checkpoint.state.get("records", {}),
+        sigmas=own.sigmas,
+        rank=folded.rank,
+        exact_rank=folded.exact_rank,
+        fold_error=folded.error,
+        stock_schedule=False,
+        prompts=prompts,
+    )
+
+
+def write_loras(folder: Path, facts: Facts, family: ExportFamily, folded: Folded) -> None:
+    """The LoRA for diffusers and for ComfyUI, and the workflows."""
+    model = facts.preset.model
+    tensors = lora_tensors(folded, family.prefix)
+    architecture = row(family.architecture, facts.base)
+    head = header(
+        {
+            "architecture": f"{architecture}/lora",
+            "implementation": "diffusers",
+            "title": facts.name,
+            "description": f"{facts.steps}-step generator, distilled from {facts.base} with RTDMD by rtdmd {__version__}",
+            "license": facts.licence.text,
+            "resolution": f"{model.resolution}x{model.resolution}",
+            "merged_from": facts.base,
+            "usage_hint": f"{facts.steps} steps, guidance 1.0, text length {model.text_length}",
+        }
+    )
+    if "diffusers" in facts.formats:
+        write_lora(folder / DIFFUSERS_NAME, tensors, head)
+    if "comfyui" in facts.formats:
+        name, prompt, side = f"{facts.name}.safetensors", facts.prompts[0], model.resolution
+        write_lora(folder / "comfyui" / name, tensors, head)
+        common = (facts.loader, name, prompt, side, facts.sigmas)
+        files.write_json(folder / "comfyui/workflow-euler.json", euler_workflow(*common, facts.name))
+        eta = facts.preset.sampler.eta
+        files.write_json(folder / "comfyui/workflow-cps.json", cps_workflow(*common, eta, facts.name))
+
+
+def prove(
+    request: Request, folder: Path, bases: Bases, facts: Facts, own: Own, say: Callable[[str], None]
+) -> tuple[Tensor, dict[str, RoundTrip]]:
+    """Reload each format in the stock pipeline; the last one's pictures, and the differences."""
+    model, trips, pictures = facts.preset.model, {}, own.euler
+    layout = backbones.FAMILIES[model.family].layout()
+    call: dict[str, Any] = {"guidance_scale": 1.0, "max_sequence_length": model.text_length}
+    call |= {"height": model.resolution, "width": model.resolution}
+    call |= {"num_inference_steps": facts.steps}  # FLUX.2's shift asks for it, whatever sigmas= says
+    for name in facts.formats:
+        dtype = request.dtype
+        steps = {"sigmas": facts.raw}
+        if name == "merged":
+            pipe = open_stock(folder, None, layout, request.device, dtype, None)
+            dtype = max(
+                dtype, merged.stored_dtype(folder / merged.TRANSFORMER), key=lambda d: torch.finfo(d).eps
+            )
+            steps = {} if facts.stock_schedule else steps
+        else:
+            file = (
+                folder / DIFFUSERS_NAME
+                if name == "diffusers"
+                else folder / f"comfyui/{facts.name}.safetensors"
+            )
+            pipe = open_stock(bases.pipeline, bases, layout, request.device, dtype, file)
+        pictures = stock_pictures(pipe, facts.prompts, call | steps)
+        trips[name] = compare(own.euler, pictures, dtype, facts.fold_error == 0, name)
+        say(
+            f"round trip {name}: mean difference {trips[name].mean:.2g}, largest {trips[name].largest:.2g} "
+            f"over {trips[name].pictures} pictures"
+        )
+    return pictures, trips
+
+
+def describe(request: Request, folder: Path, facts: Facts) -> dict[str, Any]:
+    """Write README.md and export.json; what the latter says."""
+    files.write_text(folder / "README.md", card_text(facts))
+    preset = facts.preset.model_dump(mode="json")
+    for key in ("path", "components", "generator_init"):
+        preset["model"][key] = preset["model"][key] and local_name(preset["model"][key])
+    lora = {"diffusers": DIFFUSERS_NAME, "comfyui": f"comfyui/{facts.name}.safetensors"}
+    described: dict[str, Any] = {
+        "format": FORMAT,
+        "version": VERSION,
+        "rtdmd": __version__,
+        "name": facts.name,
+        "formats": list(facts.formats),
+        "lora": next((lora[name] for name in facts.formats if name in lora), None),
+        "prefix": FAMILIES[facts.preset.model.family].prefix,
+        "merged": "merged" in facts.formats,
+        "stock_schedule": facts.stock_schedule,
+        "base": {"name": facts.base, "revision": generator_revision(facts.preset), "hash": facts.base_hash},
+        "model_hash": facts.model_hash,
+        "trained_on": list(split_weights(facts.preset.tune_reward.rewards)) if facts.tuned else [],
+        "preset": {key: preset[key] for key in ("name", "model", "sampler")},
+        "sigmas": list(facts.sigmas),
+        "rank": facts.rank,
+        "exact_rank": facts.exact_rank,
+        "fold_error": facts.fold_error,
+        "round_trip": {name: trip.record() for name, trip in facts.trips.items()},
+        "files": {name: {"size": size, "sha256": sha} for name, (size, sha) in facts.files.items()},
+    }
+    files.write_json(folder / MANIFEST, described)
+    return described
+
+
+def _single_file(preset: Preset, bases: Bases) -> SingleFile | None:
+    if bases.file is None:
+        return None
+    network = backbones.FAMILIES[preset.model.family].layout().networks["transformer"]
+    return SingleFile(network.__name__, public_name(preset.model.components or ""))
+
+
+def _listing(folder: Path) -> dict[str, tuple[int, str]]:
+    """Every file but the descriptions."""
+    inside = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): (path.stat().st_size, file_sha256(path)) for path in inside}
+
+
+def _folded_line(folded: Folded, stacked: int) -> str:
+    if folded.error:
+        return f"cut from rank {folded.exact_rank} to {folded.rank}: off by {folded.error:.2%} of the change's norm"
+    adapters = "two stacked adapters" if stacked > 1 else "one adapter"
+    return f"{adapters} of the generator as one LoRA of rank {folded.rank}, exactly"

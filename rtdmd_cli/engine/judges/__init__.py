@@ -1,0 +1,1 @@
+"""What a picture shows: GenEval's rule, detectors and colours, CLIP features, vision-language models."""

@@ -1,0 +1,1 @@
+"""Prompt files, public sets of prompts, and the cache of encoded prompts."""

@@ -1,0 +1,230 @@
+"""Reads prompts: files, folders, standard input, the public sets, the captions of the built-in world. No torch."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from rtdmd_cli.engine.prompts.public_sets import PREFIX, DataSet, find_data
+from rtdmd_cli.engine.prompts.store import Stored, made_here, require
+from rtdmd_cli.engine.storage.files import os_errors
+from rtdmd_cli.errors import DataError, UsageError
+from rtdmd_cli.shapes.prompts import benchmark, training_captions
+
+BUILTIN = "builtin:shapes"
+BUILTIN_BENCHMARK = "builtin:shapes-benchmark"
+BUILTIN_DRAWS, BUILTIN_SEED = 4_000, 0
+MAX_CHARACTERS = 10_000
+"""Longest line of a prompt file."""
+
+_MAX_BYTES = (
+    4 * MAX_CHARACTERS + 8
+)  # of a line: UTF-8 takes four at most; byte order mark and line end beside
+MAX_JSON_BYTES = 256_000_000
+SUFFIXES = (".txt", ".json", ".jsonl")
+"""Of the prompt files that are looked for in a folder."""
+USUAL_NAMES = frozenset({"train", "train_metadata", "prompts"})
+_HINT = "A prompt file is UTF-8 text with one prompt a line."
+_JSON_HINT = 'A .json file holds one list, of texts or of objects as in {"prompt": "a photo of a dog"}.'
+_JSONL_HINT = 'A .jsonl file holds one object a line, as in {"prompt": "a photo of a dog"}.'
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Prompts, and what else is known of each: a mapping that is empty for plain text."""
+
+    texts: Sequence[str]
+    metadata: Sequence[Mapping[str, Any]]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def pick(self, indices: Sequence[int]) -> "PromptSet":
+        """These prompts, in this order."""
+        return PromptSet([self.texts[i] for i in indices], [self.metadata[i] for i in indices])
+
+
+def known_by(*sets: PromptSet) -> str:
+    """The sha256 of sets of prompts: texts and metadata, in their order."""
+    everything = [[list(prompts.texts), [dict(known) for known in prompts.metadata]] for prompts in sets]
+    return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()
+
+
+def read_prompt_set(source: str) -> PromptSet:
+    """The prompts that `source` names, and what is known of each.
+
+    "builtin:shapes" (training) and "builtin:shapes-benchmark" (held out); "data:NAME", a public set of
+    `data.registry` that has been fetched; or a path: a .jsonl file (one object a line, its `prompt` the text, the
+    rest metadata), a .json file (a list of such objects or of texts), any other file (UTF-8 text, one prompt a line;
+    blanks around it, blank lines and a byte order mark are dropped), or a folder that holds one of these.
+
+    Raises DataError, naming the line or the prompt's number, for text that is not UTF-8, a NUL character, a line of
+    more than 10,000 characters, and an entry without a text `prompt`; DataError for a file that is missing, holds no
+    prompt or is no JSON; UsageError for an unknown built-in or public set; EnvironmentFailure for a file that can't be
+    read and a public set that has not been fetched.
+    """
+    if source == BUILTIN:
+        return _plain(builtin_prompts())
+    if source == BUILTIN_BENCHMARK:
+        return _plain([caption.text for caption in benchmark()])
+    if source.startswith("builtin:"):
+        raise UsageError(
+            f"There are no built-in prompts {source}.", f"Built in: {BUILTIN}, {BUILTIN_BENCHMARK}."
+        )
+    if source.startswith(PREFIX):
+        return _public(find_data(source))
+    path = Path(source).expanduser()
+    with os_errors(path, "read"):
+        return _read_file(_only_file(path) if path.is_dir() else path)
+
+
+def read_prompts(source: str, stdin: BinaryIO | None = None) -> Sequence[str]:
+    """The texts alone, and where `stdin` is given and `source` is "-", its lines. Errors as `read_prompt_set`."""
+    if source == "-" and stdin is not None:
+        return _prompts(stdin, "standard input")
+    return read_prompt_set(source).texts
+
+
+def read_stored(found: Stored) -> PromptSet:
+    """The prompts of a public set that lies on this machine; each once, sorted, where its file repeats them."""
+    prompts = _read_file(found.path)
+    if not found.data.distinct:
+        return prompts
+    first = {text: index for index, text in reversed(list(enumerate(prompts.texts)))}
+    return prompts.pick([first[text] for text in sorted(first)])
+
+
+def _public(data: DataSet) -> PromptSet:
+    if data.url:
+        return read_stored(require(data))
+    made = made_here(data)
+    return PromptSet(
+        [each["prompt"] for each in made],
+        [{key: value for key, value in each.items() if key != "prompt"} for each in made],
+    )
+
+
+def _plain(texts: Sequence[str]) -> PromptSet:
+    return PromptSet(texts, [{}] * len(texts))
+
+
+def _only_file(folder: Path) -> Path:
+    """The prompt file of a folder: the only one, or the only one with a usual name. DataError otherwise."""
+    visible = [path for path in folder.iterdir() if not path.name.startswith(".") and path.is_file()]
+    found = sorted(path for path in visible if path.suffix in SUFFIXES)
+    usual = [path for path in found if path.stem in USUAL_NAMES]
+    for chosen in (found, usual):
+        if len(chosen) == 1:
+            return chosen[0]
+    if not found:
+        raise DataError(f"There is no prompt file in {folder}.", f"It holds no {', '.join(SUFFIXES)}.")
+    names = ", ".join(path.name for path in (usual or found)[:5])
+    raise DataError(
+        f"{folder} holds several prompt files: {names}.", f"Name one, as in {folder / found[0].name}"
+    )
+
+
+def _read_file(path: Path) -> PromptSet:
+    name = str(path)
+    try:
+        with path.open("rb") as file:
+            if path.suffix == ".json":
+                return _entries(_json_list(file, name), name, _JSON_HINT)
+            lines = _prompts(file, name)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        raise DataError(f"There is no prompt file {path}.", "Check the path.") from error
+    return _entries(_json_lines(lines, name), name, _JSONL_HINT) if path.suffix == ".jsonl" else _plain(lines)
+
+
+def _json_list(file: BinaryIO, name: str) -> list[Any]:
+    """The entries of a .json file; a text stands for an object that holds nothing else."""
+    data = file.read(MAX_JSON_BYTES + 1)
+    if len(data) > MAX_JSON_BYTES:
+        raise DataError(f"{name} has more than {MAX_JSON_BYTES:,} bytes.", "Write it as .jsonl.")
+    try:
+        found = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{name} is not JSON.", _JSON_HINT) from error
+    if not isinstance(found, list):
+        raise DataError(f"{name} holds no list of prompts.", _JSON_HINT)
+    if not found:
+        raise DataError(f"{name} holds no prompts.", _JSON_HINT)
+    return [{"prompt": entry} if isinstance(entry, str) else entry for entry in found]
+
+
+def _json_lines(lines: Sequence[str], name: str) -> Iterator[Any]:
+    for number, line in enumerate(lines, 1):
+        try:
+            yield json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{name}: prompt {number} is not JSON.", _JSONL_HINT) from error
+
+
+def _entries(entries: Iterable[Any], name: str, hint: str) -> PromptSet:
+    """Objects with a text `prompt`; DataError, naming the first by its number, for others."""
+    texts, metadata = [], []
+    for number, entry in enumerate(entries, 1):
+        prompt = entry.pop("prompt", None) if isinstance(entry, dict) else None
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise DataError(f"{name}: prompt {number} has no text `prompt`.", hint)
+        if "\0" in prompt or any("\ud800" <= letter <= "\udfff" for letter in prompt):
+            raise DataError(f"{name}: prompt {number} holds a character that is no text.", hint)
+        if len(prompt) > MAX_CHARACTERS:
+            raise DataError(f"{name}: prompt {number} has more than {MAX_CHARACTERS:,} characters.", hint)
+        texts.append(prompt.strip())
+        metadata.append(entry)
+    return PromptSet(texts, metadata)
+
+
+def builtin_prompts() -> list[str]:
+    """4,000 draws of the shapes world's training captions (seed 0), sorted.
+
+    A caption stands as often as it was drawn, which keeps the mix of tasks: among distinct captions the six of
+    single_object would be lost.
+    """
+    return sorted(caption.text for caption in training_captions(BUILTIN_DRAWS, BUILTIN_SEED))
+
+
+def check_prompt(prompt: str) -> str:
+    """A prompt of the command line, without blanks around it. UsageError where a line would be refused."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError("The prompt is not valid UTF-8.", "Write it in a terminal set to UTF-8.") from error
+    if not prompt.strip():
+        raise UsageError("The prompt is empty.", 'Describe a picture, as in "a photo of two red circles".')
+    if "\0" in prompt or len(prompt) > MAX_CHARACTERS:
+        raise UsageError(f"The prompt holds a NUL or more than {MAX_CHARACTERS:,} characters.", "Shorten it.")
+    return prompt.strip()
+
+
+def _prompts(stream: BinaryIO, name: str) -> list[str]:
+    prompts = [line for line in _lines(stream, name) if line]
+    if not prompts:
+        raise DataError(f"{name} holds no prompts.", _HINT)
+    return prompts
+
+
+def _lines(stream: BinaryIO, name: str) -> Iterator[str]:
+    """Every line, stripped. Reads no further than a line that is too long."""
+    number = 0
+    while raw := stream.readline(_MAX_BYTES):
+        number += 1
+        where = f"{name}, line {number}"
+        try:
+            line = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            if len(raw) == _MAX_BYTES:  # maybe cut inside a character
+                raise _too_long(where) from error
+            raise DataError(f"{where}: the text is not UTF-8.", _HINT) from error
+        if len(line) > MAX_CHARACTERS:
+            raise _too_long(where)
+        if "\0" in line:
+            raise DataError(f"{where}: the line holds a NUL character.", _HINT)
+        yield line.strip()
+
+
+def _too_long(where: str) -> DataError:
+    return DataError(f"{where}: the line has more than {MAX_CHARACTERS:,} characters.", _HINT)

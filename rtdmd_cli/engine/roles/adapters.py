@@ -1,0 +1,256 @@
+"""Teacher, fake score and generator as LoRA adapters on one shared, frozen base.
+
+    stage 1   teacher = no adapter      fake = "fake"                    generator = "generator"
+    stage 2   teacher = no adapter      fake = "stage1_fake" + "fake"    generator = "stage1_generator" + "generator"
+              start   = "stage1_generator"
+    EMA       a plain dict of tensors, put in the generator's place by `swapped`
+
+In stage 2 the stage-1 adapters stay frozen underneath fresh ones: what merging them into the base would give,
+while the base stays shared. A role's own adapter, the one that is trained, bears the role's name.
+
+With `backbones.two_bases.TwoBases` in the base's place the generator's adapters (those of `start` too) live on the
+generator's own base, and a role switches to its base as well.
+
+A trap of peft: switching adapters between a role's forward and its backward loses gradients in silence, and
+peft's own `set_adapter` turns `requires_grad` on. So a role is entered with `Roles.role`, which restores all
+that it touches, and **`backward` is called inside the context of the role that is trained**; other roles may
+be entered and left in between.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
+
+import peft
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from rtdmd_cli.config.section import LoraConfig
+from rtdmd_cli.engine.backbones.two_bases import Base, TwoBases
+from rtdmd_cli.engine.compute import rng
+from rtdmd_cli.errors import DataError, UsageError
+
+TEACHER, FAKE, GENERATOR = "teacher", "fake", "generator"
+START = "start"  # in stage 2: the generator that stage 1 left
+STAGE1_FAKE, STAGE1_GENERATOR = "stage1_fake", "stage1_generator"
+STAGE_1: dict[str, tuple[str, ...]] = {TEACHER: (), FAKE: (FAKE,), GENERATOR: (GENERATOR,)}
+"""Role -> its adapters, bottom first."""
+STAGE_2: dict[str, tuple[str, ...]] = {
+    TEACHER: (),
+    START: (STAGE1_GENERATOR,),
+    FAKE: (STAGE1_FAKE, FAKE),
+    GENERATOR: (STAGE1_GENERATOR, GENERATOR),
+}
+
+
+class RoleSet(Protocol):
+    """What the recipes need of the roles, trained as adapters (`Roles`) or in full (`full_roles.FullRoles`).
+
+    frozen: the weights of stage 1 that stage 2 keeps, to be saved with every checkpoint.
+    """
+
+    frozen: tuple[str, ...]
+
+    def role(self, name: str, train: bool = False) -> AbstractContextManager[None]: ...
+
+    def swapped(self, name: str, tensors: Mapping[str, Tensor]) -> AbstractContextManager[None]: ...
+
+    def begin_stage_2(self, generator: Mapping[str, Tensor], fake: Mapping[str, Tensor]) -> None: ...
+
+    def named_parameters(self, name: str) -> list[tuple[str, nn.Parameter]]: ...
+
+    def state(self, name: str) -> dict[str, Tensor]: ...
+
+    def load(self, name: str, tensors: Mapping[str, Tensor]) -> None: ...
+
+
+class Roles:
+    """Adapters "generator" and "fake" on `transformer`; outside every context the base alone is active.
+
+    LoRA weights are float32 whatever the base's dtype. `A ~ N(0, 1/r^2)` and `B = 0` (method, section 3), `A`
+    drawn by (seed, adapter, layer): both roles start as the teacher. Freezes the base.
+    transformer: a diffusers model without adapters. fresh: for stage 2, the LoRA of the new adapters; `lora` is
+    then that of the frozen stage-1 adapters, to be loaded with `load`, and the new ones start with `B = 0` and
+    `A ~ N(0, 1)` (section 4). UsageError where a target names no layer.
+    """
+
+    def __init__(
+        self, transformer: Any, lora: LoraConfig, seed: int, fresh: LoraConfig | None = None
+    ) -> None:
+        self.transformer: nn.Module = transformer.requires_grad_(False)
+        self._pair = transformer if isinstance(transformer, TwoBases) else None
+        self._stacks = STAGE_1 if fresh is None else STAGE_2
+        self.frozen: tuple[str, ...] = () if fresh is None else (STAGE1_GENERATOR, STAGE1_FAKE)
+        if fresh is None:
+            adapters = {GENERATOR: (lora, 1 / lora.rank), FAKE: (lora, 1 / lora.rank)}
+        else:
+            adapters = {STAGE1_GENERATOR: (lora, 1 / lora.rank), STAGE1_FAKE: (lora, 1 / lora.rank)}
+            adapters |= {GENERATOR: (fresh, 1.0), FAKE: (fresh, 1.0)}
+        bases = {
+            name: transformer if self._pair is None else self._pair.base(_base_of(name)) for name in adapters
+        }
+        modules = {
+            name: _targets(bases[name], config, "distill" if config is lora else "tune_reward")
+            for name, (config, _) in adapters.items()
+        }
+        for name, (config, _) in adapters.items():
+            _add_adapter(bases[name], name, config, modules[name])
+        self._layers: list[BaseTunerLayer] = []
+        self._parameters: dict[str, dict[str, nn.Parameter]] = {name: {} for name in adapters}
+        for base in dict.fromkeys(bases.values()):
+            for name, module in base.named_modules():
+                if isinstance(module, BaseTunerLayer):
+                    self._layers.append(module)
+                    self._collect(name, module)
+        self._all = [p for parameters in self._parameters.values() for p in parameters.values()]
+        for name, (_, std) in adapters.items():
+            self._initialise(name, std, seed)
+        self._activate([])
+        self._train(None)
+
+    def _collect(self, name: str, layer: Any) -> None:
+        """Cast the layer's LoRA weights to float32 (peft makes them in the base's dtype) and note them."""
+        for adapter, parameters in self._parameters.items():
+            if adapter in layer.lora_A:  # stage 2's adapters may have targets of their own
+                parameters[f"{name}.lora_A.weight"] = layer.lora_A[adapter].float().weight
+                parameters[f"{name}.lora_B.weight"] = layer.lora_B[adapter].float().weight
+
+    @torch.no_grad()
+    def _initialise(self, adapter: str, std: float, seed: int) -> None:
+        for name, parameter in self._parameters[adapter].items():
+            if name.endswith("lora_A.weight"):
+                noise = torch.randn(parameter.shape, generator=rng.generator(seed, f"lora/{adapter}/{name}"))
+                parameter.copy_(noise * std)
+            else:
+                parameter.zero_()
+
+    @contextmanager
+    def role(self, name: str, train: bool = False) -> Iterator[None]:
+        """Activate exactly this role; its LoRA weights require a gradient only if `train`.
+
+        Contexts nest. On leaving, active adapters, the disabled flag and every `requires_grad` are as before.
+        """
+        assert name in self._stacks and not (train and name not in self._parameters), name
+        switches = [(layer, layer.active_adapters, layer.disable_adapters) for layer in self._layers]
+        requires_grad = [parameter.requires_grad for parameter in self._all]
+        base = self._pair.active if self._pair else None
+        try:
+            self._activate(list(self._stacks[name]))
+            self._train(name if train else None)
+            if self._pair:
+                self._pair.active = _base_of(name)
+            yield
+        finally:
+            if self._pair and base:
+                self._pair.active = base
+            for layer, active, disabled in switches:
+                _switch(layer, active, disabled)
+            for parameter, flag in zip(self._all, requires_grad, strict=True):
+                parameter.requires_grad_(flag)
+
+    def _activate(self, active: list[str]) -> None:
+        for layer in self._layers:
+            _switch(layer, active, disabled=not active)
+
+    def _train(self, trained: str | None) -> None:
+        for role, parameters in self._parameters.items():
+            for parameter in parameters.values():
+                parameter.requires_grad_(role == trained)
+
+    @contextmanager
+    def swapped(self, name: str, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+        """Run with `tensors` (an EMA, say) in place of an adapter's weights, which come back bit for bit.
+
+        A graph built before or inside can't be differentiated afterwards: torch reports the changed weights.
+        """
+        own = self.state(name)
+        self.load(name, tensors)
+        try:
+            yield
+        finally:
+            self.load(name, own)
+
+    def begin_stage_2(self, generator: Mapping[str, Tensor], fake: Mapping[str, Tensor]) -> None:
+        """Put stage 1's generator (its EMA) and fake score underneath; DataError where they don't fit."""
+        self.load(STAGE1_GENERATOR, generator)
+        self.load(STAGE1_FAKE, fake)
+
+    def named_parameters(self, name: str) -> list[tuple[str, nn.Parameter]]:
+        """An adapter's weights, named like `transformer_blocks.0.attn.to_q.lora_A.weight`, in a fixed order."""
+        return list(self._parameters[name].items())
+
+    def state(self, name: str) -> dict[str, Tensor]:
+        """A copy of an adapter's weights, float32, on their device; names as in `named_parameters`."""
+        return {key: parameter.detach().clone() for key, parameter in self._parameters[name].items()}
+
+    @torch.no_grad()
+    def load(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Set an adapter's weights. DataError for a missing or unexpected name, another shape or dtype."""
+        own = self._parameters[name]
+        require_fit(name, own, tensors)
+        for key, parameter in own.items():
+            parameter.copy_(tensors[key])
+
+
+def require_fit(name: str, own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """DataError, naming the first five problems, unless `tensors` are float32 and of the names and shapes of `own`."""
+    problems = [f"{key} is missing" for key in own if key not in tensors]
+    problems += [f"{key} is unexpected" for key in tensors if key not in own]
+    for key in (key for key in own if key in tensors):
+        if tensors[key].shape != own[key].shape or tensors[key].dtype != torch.float32:
+            found = f"{tensors[key].dtype} {list(tensors[key].shape)}"
+            problems.append(f"{key} is {found} instead of torch.float32 {list(own[key].shape)}")
+    if problems:
+        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if problems[5:] else "")
+        raise DataError(
+            f"These weights don't fit the adapter {name}: {shown}.",
+            "Use weights made with the same model and the same distill.lora and distill.train settings.",
+        )
+
+
+def _base_of(name: str) -> Base:
+    """Which of two bases a role computes on, and an adapter lives on."""
+    return "generator" if name in (GENERATOR, START, STAGE1_GENERATOR) else "teacher"
+
+
+def _add_adapter(transformer: Any, name: str, lora: LoraConfig, modules: list[str]) -> None:
+    config = peft.LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        target_modules=modules,
+        init_lora_weights="gaussian",
+    )
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several are what we want
+        transformer.add_adapter(config, name)  # its draws are replaced by keyed ones
+
+
+def _targets(transformer: nn.Module, lora: LoraConfig, section: str) -> list[str]:
+    """Full names of the linear layers in a module `attn` that `lora.targets` name by their endings.
+
+    Full names, because FLUX.2 has linear layers and lists of layers of the same ending. UsageError for a target that
+    names none.
+    """
+    linear = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
+    inside = [name for name in linear if ".attn." in name]
+    missing = [t for t in lora.targets if not any(name.endswith(f".attn.{t}") for name in inside)]
+    if missing:
+        there = sorted({name.rpartition(".attn.")[2] for name in inside})
+        raise UsageError(
+            f"{section}.lora.targets: no attention layer of the model is called {', '.join(missing)}.",
+            f"It has {', '.join(there)}.",
+        )
+    return [name for name in inside if name.endswith(tuple(f".attn.{target}" for target in lora.targets))]
+
+
+def _switch(layer: BaseTunerLayer, active: list[str], disabled: bool) -> None:
+    """What peft's `set_adapter` and `enable_adapters` do, less their pass over every `requires_grad`.
+
+    That pass makes them 18 times slower, and its result is overwritten here anyway.
+    """
+    layer._active_adapter = active
+    layer._disable_adapters = disabled

@@ -1,0 +1,1 @@
+"""Pictures from a model, and what `--from` names."""

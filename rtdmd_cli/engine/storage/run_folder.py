@@ -1,0 +1,389 @@
+"""A run folder: what a run is, what it did, and what came out.
+
+<out>/<name>/
+  preset.resolved.yaml  environment.json  status.json  metrics.jsonl  log.txt
+  checkpoints/  samples/  report.html
+"""
+
+import errno
+import fcntl
+import getpass
+import json
+import math
+import os
+import platform
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import torch
+
+from rtdmd_cli import __version__
+from rtdmd_cli.config.loader import Resolved, dump_resolved
+from rtdmd_cli.engine.compute.device import device_name
+from rtdmd_cli.engine.compute.mixed import products_of
+from rtdmd_cli.engine.storage import checkpoint, files
+from rtdmd_cli.errors import DataError, EnvironmentFailure, NumericalError, UsageError
+
+State: TypeAlias = Literal["running", "finished", "interrupted", "failed"]
+
+PRESET = "preset.resolved.yaml"
+STATUS = "status.json"
+ENVIRONMENT = "environment.json"
+PACKAGES = (
+    "accelerate",
+    "bitsandbytes",
+    "diffusers",
+    "numpy",
+    "peft",
+    "safetensors",
+    "torch",
+    "transformers",
+)
+
+_RUN_NAME = re.compile(r"\w[\w.-]{0,79}")
+_TOKEN = re.compile(r"\b(hf_|sk-|ghp_)[A-Za-z0-9_-]{8,}")
+_SECRET = re.compile(r"(?i)((?:token|api[_-]?key|secret|password)=)\S+")
+_SECRET_OPTION = re.compile(r"(?i)-[\w.-]*(?:token|api[_-]?key|secret|password)")
+_TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """metrics.jsonl: one JSON object a line, each with a whole "iteration"."""
+
+    path: Path
+
+    def append(self, values: Mapping[str, Any]) -> None:
+        """Append a line, keys sorted. NumericalError names a value that is nan or infinite."""
+        iteration = values["iteration"]
+        if not isinstance(iteration, int):
+            raise TypeError(f"the iteration must be a whole number, got {iteration!r}")
+        try:
+            text = json.dumps(dict(values), sort_keys=True, allow_nan=False)
+        except ValueError as error:
+            bad = [
+                key for key, value in values.items() if isinstance(value, float) and not math.isfinite(value)
+            ]
+            raise NumericalError(
+                f"The metric {', '.join(bad)} is not finite at iteration {iteration}."
+            ) from error
+        files.append_line(self.path, text)
+
+    def read(self) -> list[dict[str, Any]]:
+        """The lines in order; damaged ones are left out. Empty if there is no file."""
+        return [entry for _, entry in self._lines() if entry is not None]
+
+    def truncate_after(self, iteration: int) -> int:
+        """Drop the lines of later iterations and damaged lines, as a kill leaves at the end; how many.
+
+        The lines that stay keep their bytes.
+        """
+        lines = self._lines()
+        kept = [raw for raw, entry in lines if entry is not None and entry["iteration"] <= iteration]
+        if len(kept) < len(lines):
+            files.write_bytes(self.path, b"".join(kept))
+        return len(lines) - len(kept)
+
+    def _lines(self) -> list[tuple[bytes, dict[str, Any] | None]]:
+        """Each line's bytes, and its object or None if it is damaged."""
+        if not self.path.exists():
+            return []
+        with files.os_errors(self.path, "read"):
+            data = self.path.read_bytes()
+        return [(raw, _parse_line(raw)) for raw in data.splitlines(keepends=True)]
+
+
+def _parse_line(raw: bytes) -> dict[str, Any] | None:
+    if not raw.endswith(b"\n"):
+        return None
+    try:
+        entry = json.loads(raw)
+    except ValueError:
+        return None
+    return entry if isinstance(entry, dict) and isinstance(entry.get("iteration"), int) else None
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The paths of a run, and what is written to it in passing."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def preset(self) -> Path:
+        return self.path / PRESET
+
+    @property
+    def stage(self) -> str:
+        """The command that made it: "distill" or "tune-reward". DataError if environment.json is damaged."""
+        path = self.path / ENVIRONMENT
+        try:
+            return str(json.loads(path.read_bytes()).get("stage", "distill"))
+        except (OSError, ValueError, AttributeError) as error:
+            raise DataError(f"{path} is missing or damaged.", "Restore it, or take another run.") from error
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def metrics(self) -> Metrics:
+        return Metrics(self.path / "metrics.jsonl")
+
+    def log(self, text: str) -> None:
+        """Append to log.txt, each line with the time (UTC)."""
+        for line in text.splitlines():
+            files.append_line(self.path / "log.txt", f"{_now()} {_encodable(line)}")
+
+    def set_status(self, state: State, **info: Any) -> None:
+        """Replace status.json by the state, the time (UTC) and `info`."""
+        files.write_json(self.path / STATUS, {**info, "state": state, "time": _now()})
+
+    def status(self) -> dict[str, Any]:
+        """The content of status.json. Raises DataError if it is missing or damaged."""
+        status = _read_status(self.path)
+        if status is None:
+            raise DataError(
+                f"{self.path / STATUS} is missing or damaged.", "Continue the run with --resume auto."
+            )
+        return status
+
+    @property
+    def best_checkpoint(self) -> Path | None:
+        """The checkpoint that the status of a run of tune-reward names as the best, if it is there."""
+        status = _read_status(self.path)
+        path = self.checkpoints / str(status.get("best", "")) if status else self.checkpoints
+        return path if path != self.checkpoints and path.is_dir() else None
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run for this process, and remove what a killed one left half written.
+
+        The system lifts the lock when the process ends, however it ends; no file is made. Raises UsageError
+        if another process holds the run.
+        """
+        with files.os_errors(self.path, "open"):
+            descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            self._acquire(descriptor)
+            for folder in (self.path, self.samples):
+                if folder.is_dir():
+                    files.remove_leftovers(folder)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def is_held(self) -> bool:
+        """Whether a process, this one or another, is working on the run."""
+        with files.os_errors(self.path, "open"):
+            descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL):
+                raise EnvironmentFailure(f"Cannot lock {self.path}: {error.strerror}.") from error
+        finally:
+            os.close(descriptor)
+        return False
+
+    def _acquire(self, descriptor: int) -> None:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(
+                f"Another process is working on {self.path}.",
+                "Wait for it, or start another run with --name OTHER.",
+            ) from error
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL):
+                raise EnvironmentFailure(f"Cannot lock {self.path}: {error.strerror}.") from error
+
+
+@dataclass(frozen=True)
+class RunReference:
+    """What a text names: a run, one of its checkpoints, or a checkpoint folder outside a run."""
+
+    run: RunFolder | None
+    checkpoint: Path | None
+
+
+def create_run(
+    out: Path,
+    name: str,
+    resolved: Resolved,
+    command: Sequence[str],
+    device: torch.device,
+    stage: str = "distill",
+) -> RunFolder:
+    """Make <out>/<name>, whole or not at all, with preset, environment and status "running".
+
+    command: the argument list as typed. Raises UsageError for a bad name or an existing folder that is not
+    empty, EnvironmentFailure for disk and permission.
+    """
+    check_name(name)
+    run = RunFolder(out / name)
+    refuse_existing(run.path)
+    files.make_folder(out)
+    building = RunFolder(files.tmp_path(run.path))
+    files.make_folder(building.checkpoints)
+    files.make_folder(building.samples)
+    files.write_text(building.preset, dump_resolved(resolved.preset))
+    products = {"matrix_products": products_of(resolved.preset.hardware, device)}
+    environment = {"stage": stage, **describe_environment(command, device), **products}
+    files.write_json(building.path / ENVIRONMENT, environment)
+    building.set_status("running", iteration=0)
+    files.rename_folder(building.path, run.path)
+    return run
+
+
+def check_name(name: str) -> None:
+    """UsageError for what can't be the name of a run."""
+    if not _RUN_NAME.fullmatch(name):
+        raise UsageError(
+            f"`{name}` cannot be the name of a run.",
+            "Give --name with at most 80 letters, digits, `.`, `_` and `-`.",
+        )
+
+
+def refuse_existing(path: Path) -> None:
+    """Raise UsageError, naming both choices, if `path` is anything but an empty folder or nothing."""
+    with files.os_errors(path, "read"):
+        taken = os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir()))
+    if taken:
+        raise UsageError(
+            f"{path} already exists and is not empty; a run is never overwritten.",
+            "Continue it with --resume auto, or start another run with --name OTHER.",
+        )
+
+
+def is_run(path: Path) -> bool:
+    """Whether the folder is a run."""
+    return os.path.isfile(path / PRESET)
+
+
+def open_run(path: Path) -> RunFolder:
+    """An existing run. Raises UsageError if there is no such folder, DataError if it is no run."""
+    if not os.path.isdir(path):
+        raise UsageError(f"There is no run folder {path}.", "Look at the folders under runs/.")
+    if not is_run(path):
+        raise DataError(
+            f"{path} is not a run folder: {PRESET} is missing.", "Look at the folders under runs/."
+        )
+    return RunFolder(path)
+
+
+def find_newest_finished(out: Path, stage: str | None = None) -> RunFolder | None:
+    """The run under `out` (of that stage) that finished last, by the time in its status; None if there is none."""
+    found: list[tuple[str, str, Path]] = []
+    if out.is_dir():
+        with files.os_errors(out, "list"):
+            folders = [path for path in out.iterdir() if not path.name.startswith(".") and is_run(path)]
+        for path in folders:
+            status = _read_status(path)
+            finished = status is not None and status["state"] == "finished"
+            if status is not None and finished and (stage is None or RunFolder(path).stage == stage):
+                found.append((str(status["time"]), path.name, path))
+    return RunFolder(max(found)[2]) if found else None
+
+
+def resolve_run(reference: str, out: Path) -> RunReference | None:
+    """What `reference` names: a path of a run or checkpoint first, then the name of a run under `out`.
+
+    None if it is neither, so that the caller can look further (an exported folder, a preset).
+    """
+    path = Path(reference)
+    if is_run(path):
+        return RunReference(RunFolder(path), None)
+    if os.path.isfile(path / checkpoint.MANIFEST):
+        owner = path.resolve().parent.parent
+        inside = path.resolve().parent.name == "checkpoints" and is_run(owner)
+        return RunReference(RunFolder(owner) if inside else None, path)
+    if _RUN_NAME.fullmatch(reference) and is_run(out / reference):
+        return RunReference(RunFolder(out / reference), None)
+    return None
+
+
+def describe_environment(command: Sequence[str], device: torch.device) -> dict[str, Any]:
+    """Versions, machine and command, without home path, user name, host name and tokens."""
+    versions = {}
+    for package in PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    arguments = [Path(part).name if number == 0 else part for number, part in enumerate(command)]
+    return {
+        "rtdmd": __version__,
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": device_name(device),
+        "cuda": torch.version.cuda,
+        "packages": versions,
+        "command": scrub(arguments),
+    }
+
+
+def scrub(arguments: Sequence[str]) -> list[str]:
+    """The arguments with tokens, home path, user and host name replaced by marks in angle brackets or `~`."""
+    home = str(Path.home())
+    secrets = [os.environ[name] for name in _TOKEN_VARIABLES if os.environ.get(name)]
+    names = {name: mark for name, mark in ((_user(), "<user>"), (platform.node(), "<host>")) if name}
+    cleaned = []
+    for argument, before in zip(arguments, ["", *arguments], strict=False):
+        text = _encodable(argument)
+        for secret in secrets:
+            text = text.replace(secret, "<token>")
+        text = _TOKEN.sub("<token>", text)
+        text = _SECRET.sub(r"\1<token>", text)
+        if _SECRET_OPTION.fullmatch(before):
+            text = "<token>"
+        if len(home) > 1:
+            text = re.sub(re.escape(home) + r"(?=/|$)", "~", text)
+        for name, mark in names.items():
+            text = re.sub(rf"(?<![\w-]){re.escape(name)}(?![\w-])", mark, text)
+        cleaned.append(text)
+    return cleaned
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError, ImportError):  # no name for this user id
+        return ""
+
+
+def _encodable(text: str) -> str:
+    """Text that UTF-8 can hold: bytes that were no UTF-8 on the command line are escaped."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+def _read_status(path: Path) -> dict[str, Any] | None:
+    try:
+        status = json.loads((path / STATUS).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return status if isinstance(status, dict) and {"state", "time"} <= status.keys() else None

@@ -1,0 +1,332 @@
+"""What surrounds a recipe, for both stages: restoring, the loop, checkpoints, metric lines, grids, signals.
+
+The recipes themselves, `distill.iterate` and `tune_reward.tune`, are explicit and share nothing but formulas.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rtdmd_cli import __version__
+from rtdmd_cli.config.loader import Resolved, dump_resolved
+from rtdmd_cli.engine.compute import optim
+from rtdmd_cli.engine.compute.processes import Processes
+from rtdmd_cli.engine.distill.recipe import ROLES, Trainer
+from rtdmd_cli.engine.roles.adapters import RoleSet
+from rtdmd_cli.engine.storage import files
+from rtdmd_cli.engine.storage.checkpoint import (
+    Checkpoint,
+    newest_valid,
+    remove_after,
+    save_checkpoint,
+    step_name,
+)
+from rtdmd_cli.engine.storage.run_folder import RunFolder, State
+from rtdmd_cli.engine.training.progress import training_progress
+from rtdmd_cli.engine.training.signals import StopRequest, stop_on_signals
+from rtdmd_cli.engine.training.start import Start
+from rtdmd_cli.engine.training.trackers import Tracker, open_tracker
+from rtdmd_cli.errors import DataError, UsageError
+
+STATE_KEYS = {"stage", "generator_updates", "optimizers", "seconds", "records"}
+OTHER_HINT = "Resume from another checkpoint, or start another run with --name OTHER."
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came out. `signal_exit_code` is 0 unless a signal ended the run early."""
+
+    run: Path
+    iterations: int
+    seconds: float
+    checkpoint: Path
+    signal_exit_code: int
+    records: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The length of a training and the distances of what is written on the way, in iterations (epochs)."""
+
+    total: int
+    save_every: int
+    log_every: int
+    sample_every: int
+    keep: int
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What differs between the stages.
+
+    name: in checkpoints and run folders. advance(i): one iteration (0-based). figures(): measured where a grid is
+    made, beside the metrics. sample(path, iteration): writes a grid. finish(session, state): health panel and report.
+    after(session): measured by the stage after an iteration; a metric line is written where there is any. It may set
+    the records `stopped` and `best`, see `Session`.
+    frozen: adapters that belong into every checkpoint although they don't change.
+    """
+
+    name: str
+    schedule: Schedule
+    advance: Callable[[int], None]
+    figures: Callable[[], Mapping[str, float]]
+    sample: Callable[[Path, int], None]
+    finish: Callable[["Session", State], None]
+    after: Callable[["Session"], Mapping[str, float]] = lambda session: {}
+    frozen: tuple[str, ...] = ()
+
+
+@dataclass
+class Session:
+    """A run in progress.
+
+    `seconds` counts training time of all parts, `last` is the newest checkpoint, `records` are JSON values of the
+    stage's own that survive a resume, `prompts` is what `prompts.known_by` says of the prompts. Two records have a
+    meaning here: with `stopped` (true) the run ends before its time; `best` is the step of a checkpoint that is
+    made out of turn and never removed.
+    """
+
+    run: RunFolder
+    resolved: Resolved
+    trainer: Trainer
+    stage: Stage
+    tracker: Tracker
+    iteration: int
+    seconds: float
+    records: dict[str, Any]
+    prompts: str
+    last: Path | None = None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the stage has ended the run."""
+        return bool(self.records.get("stopped"))
+
+    @property
+    def best(self) -> int | None:
+        """Step of the best checkpoint by the stage's own measure; None without one."""
+        return self.records.get("best")
+
+    @property
+    def saved(self) -> bool:
+        """Whether the newest checkpoint is of this iteration."""
+        return self.last is not None and self.last.name == step_name(self.iteration)
+
+
+def groups(frozen: tuple[str, ...]) -> set[str]:
+    """Names of a checkpoint's groups of tensors."""
+    return {"ema", *ROLES, *frozen, *(f"optimizer_{role}" for role in ROLES)}
+
+
+def restore(trainer: Trainer, checkpoint: Checkpoint, stage: str, frozen: tuple[str, ...] = ()) -> None:
+    """Put a checkpoint's weights, optimiser states and EMA into a trainer; DataError if one doesn't fit."""
+    if checkpoint.tensors.keys() != groups(frozen) or STATE_KEYS - {"records"} - checkpoint.state.keys():
+        raise DataError(f"{checkpoint.path} is no full checkpoint of rtdmd {stage}.", OTHER_HINT)
+    require_base(trainer, checkpoint)
+    for adapter in frozen:
+        trainer.roles.load(adapter, checkpoint.tensors[adapter])
+    trainer.ema = checked_average(trainer.roles, checkpoint.tensors["ema"])
+    for role in ROLES:
+        trainer.roles.load(role, checkpoint.tensors[role])
+        names = [name for name, _ in trainer.roles.named_parameters(role)]
+        group = checkpoint.tensors[f"optimizer_{role}"]
+        optim.load_optimizer(optimizer_of(trainer, role), names, group, checkpoint.state["optimizers"][role])
+    trainer.generator_updates = checkpoint.state["generator_updates"]
+
+
+def require_base(trainer: Trainer, checkpoint: Checkpoint) -> None:
+    """Raise DataError if a checkpoint was made on other weights of the base model."""
+    base, made_on = trainer.backbone.model_id, checkpoint.meta.get("base_hash")
+    if made_on != base.hash:
+        raise DataError(f"{checkpoint.path} was trained on another version of {base.path}.", OTHER_HINT)
+
+
+def checked_average(roles: RoleSet, ema: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A copy of an EMA on the model's device; DataError if a name or shape differs. Leaves it in the generator."""
+    roles.load("generator", ema)
+    return optim.ema_start(roles.named_parameters("generator"))
+
+
+def rewind(run: RunFolder, resolved: Resolved, checkpoint: Checkpoint | None, total: int) -> int:
+    """Make the run folder look as it did at a checkpoint (None: at the start); the iterations done.
+
+    The run is locked. UsageError if another process has continued it since the checkpoint was chosen.
+    """
+    newest, _ = newest_valid(run.checkpoints)
+    if newest and (checkpoint is None or newest.resolve() != checkpoint.path.resolve()):
+        raise UsageError(f"{run.path} has been continued by another process.", "Look at it, then try again.")
+    done = checkpoint.step if checkpoint else 0
+    run.metrics.truncate_after(done)
+    remove_after(run.checkpoints, done)
+    files.write_text(run.preset, dump_resolved(resolved.preset))
+    run.set_status("running", iteration=done)
+    run.log(f"start at iteration {done} of {total}")
+    return done
+
+
+def optimizer_of(trainer: Trainer, role: str) -> torch.optim.Optimizer:
+    """The optimiser of "fake" or "generator"."""
+    return trainer.fake_optimizer if role == "fake" else trainer.generator_optimizer
+
+
+def train(session: Session, quiet: bool) -> StopRequest:
+    """Iterate to the end or to the first signal; every save, metric line and grid on the way."""
+    stage, total, processes = session.stage, session.stage.schedule.total, session.trainer.processes
+    silent = quiet or not processes.main
+    with stop_on_signals() as stop, training_progress(total, session.iteration, silent) as show:
+        while session.iteration < total and not ended(session, stop):
+            began = time.monotonic()
+            stage.advance(session.iteration)
+            session.iteration += 1
+            took = time.monotonic() - began
+            session.seconds += took
+            show(session.iteration, session.trainer.metrics)
+            with processes.agreeing():
+                if processes.main:
+                    note(session, took, stage.after(session))
+        save_unsaved(session)
+    return stop
+
+
+def ended(session: Session, stop: StopRequest) -> bool:
+    """Whether the training ends before its time: in all processes alike, whichever a signal came to."""
+    processes = session.trainer.processes
+    number = processes.largest(stop.received or 0)
+    if number:
+        stop.received = number
+    return bool(number) or bool(processes.largest(int(session.stopped)))
+
+
+def save_unsaved(session: Session) -> None:
+    """A checkpoint of this iteration, if there is none; by the main process."""
+    if session.trainer.processes.main and not session.saved:
+        save(session)
+
+
+def note(session: Session, took: float, measured: Mapping[str, float]) -> None:
+    """After an iteration: metrics, checkpoint and grid, each at its own distance."""
+    schedule, done = session.stage.schedule, session.iteration
+    grid_due = bool(schedule.sample_every) and done % schedule.sample_every == 0
+    if done % schedule.log_every == 0 or done == schedule.total or measured:
+        row: dict[str, Any] = {"iteration": done, **session.trainer.metrics, **measured}
+        if grid_due:
+            row |= session.stage.figures()
+        session.tracker.log(row)
+        session.run.metrics.append(row | {"seconds": session.seconds, "iterations_per_second": 1 / took})
+    if done % schedule.save_every == 0 or session.best == done:
+        save(session)
+    if grid_due and done != schedule.total:
+        sample_grid(session)
+
+
+def save(session: Session) -> None:
+    """Write a checkpoint of everything that the next iteration depends on."""
+    trainer, stage = session.trainer, session.stage
+    tensors: dict[str, dict[str, torch.Tensor]] = {"ema": trainer.ema}
+    for adapter in stage.frozen:
+        tensors[adapter] = {name: p.detach() for name, p in trainer.roles.named_parameters(adapter)}
+    scalars = {}
+    for role in ROLES:
+        named = trainer.roles.named_parameters(role)
+        tensors[role] = {name: parameter.detach() for name, parameter in named}
+        for name, tensor in tensors[role].items():
+            optim.check_finite(f"The weight {role}/{name}", tensor, session.iteration)
+        names = [name for name, _ in named]
+        saved = optim.optimizer_tensors(optimizer_of(trainer, role), names)
+        tensors[f"optimizer_{role}"], scalars[role] = saved
+    state: dict[str, Any] = {
+        "stage": stage.name,
+        "generator_updates": trainer.generator_updates,
+        "optimizers": scalars,
+        "seconds": round(session.seconds, 3),
+        "records": session.records,
+    }
+    assert state.keys() == STATE_KEYS and tensors.keys() == groups(stage.frozen)
+    meta = {
+        "preset_sha256": session.resolved.sha256,
+        "rtdmd": __version__,
+        "base_model": session.resolved.preset.model.path,
+        "base_hash": trainer.backbone.model_id.hash,
+        "prompts_sha256": session.prompts,
+    }
+    run, keep = session.run, stage.schedule.keep
+    session.last = save_checkpoint(
+        run.checkpoints, session.iteration, tensors, state, keep, meta, session.best
+    )
+    run.set_status("running", iteration=session.iteration)
+
+
+def sample_grid(session: Session) -> None:
+    """Write the grid of this iteration."""
+    path = session.run.samples / f"step-{session.iteration:06d}.png"
+    session.stage.sample(path, session.iteration)
+
+
+def finish(session: Session, stop: StopRequest) -> Outcome:
+    """Final grid, the stage's own panel and report, and the status, by the main process."""
+    run = session.run
+    if session.trainer.processes.main:
+        sample_grid(session)
+        over = session.iteration >= session.stage.schedule.total or session.stopped
+        state: State = "finished" if over else "interrupted"
+        session.stage.finish(session, state)
+        best = {} if session.best is None else {"best": step_name(session.best)}
+        run.set_status(state, iteration=session.iteration, seconds=round(session.seconds, 3), **best)
+        run.log(f"{state} at iteration {session.iteration}")
+    last = run.checkpoints / step_name(session.iteration)
+    return Outcome(run.path, session.iteration, session.seconds, last, stop.exit_code, session.records)
+
+
+@contextmanager
+def opened(
+    start: Start,
+    place: Path,
+    make: Callable[[], RunFolder],
+    resolved: Resolved,
+    total: int,
+    processes: Processes,
+) -> Iterator[tuple[RunFolder, Tracker, int]]:
+    """The run folder, locked and as it was at the start's checkpoint, its tracker, and the iterations done.
+
+    place: of a new run; make: makes it. Only the main process touches the disk; the others go on when it is ready.
+    """
+    run, done = start.run or RunFolder(place), start.checkpoint.step if start.checkpoint else 0
+    with ExitStack() as stack:
+        name = resolved.preset.hardware.tracker if processes.main else "none"
+        with processes.agreeing():
+            if processes.main:
+                run = start.run or make()
+                stack.enter_context(run.lock())
+            tracker = stack.enter_context(open_tracker(name, run.path))
+            if processes.main:
+                done = rewind(run, resolved, start.checkpoint, total)
+        try:
+            yield run, tracker, done
+        except BaseException as error:  # raised again; `failing` has said it where the training had begun
+            if processes.main and run.status()["state"] == "running":
+                note_end(run, error, done)
+            raise
+
+
+@contextmanager
+def failing(session: Session) -> Iterator[None]:
+    """What is raised within becomes the status of the run."""
+    try:
+        yield
+    except BaseException as error:
+        if session.trainer.processes.main:
+            note_end(session.run, error, session.iteration)
+        raise
+
+
+def note_end(run: RunFolder, error: BaseException, iteration: int) -> None:
+    """The status of a run that `error` ends: interrupted by a Ctrl-C, else failed."""
+    if isinstance(error, KeyboardInterrupt):
+        run.set_status("interrupted", iteration=iteration)
+    else:
+        run.set_status("failed", iteration=iteration, reason=str(error))

@@ -1,0 +1,134 @@
+"""Stage 2 as a training run knows it: what happens in an epoch, after it, and at the end."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from rtdmd_cli.config.tune_reward import TuneRewardConfig
+from rtdmd_cli.engine.distill.run import prepare_prompts
+from rtdmd_cli.engine.rewards.mixture import RewardMixture
+from rtdmd_cli.engine.storage.run_folder import State
+from rtdmd_cli.engine.training import previews as pictures
+from rtdmd_cli.engine.training.session import Schedule, Session, Stage
+from rtdmd_cli.engine.tune_reward.checks import followed
+from rtdmd_cli.engine.tune_reward.measure import Measured, Measurement, measure
+from rtdmd_cli.engine.tune_reward.recipe import tune
+from rtdmd_cli.engine.tune_reward.report import write_tune_report
+from rtdmd_cli.engine.tune_reward.rollouts import Tuner, chosen_prompts
+from rtdmd_cli.engine.tune_reward.watch import AFTER, LEFT_OUT, STOPPED, standing, watch
+
+STAGE = "tune-reward"
+
+
+def tune_stage(
+    tuner: Tuner,
+    previews: pictures.Previews,
+    measurement: Measurement,
+    mixture: RewardMixture,
+    warn: Callable[[str], None],
+) -> Stage:
+    """Stage 2 as a training run knows it. `warn` is given a sentence for people and the log."""
+    core, config = tuner.core, tuner.config
+    watcher = _Watcher(tuner, previews, measurement, mixture, warn)
+
+    def advance(epoch: int) -> None:
+        prepare_prompts(core, epoch, config.epochs, lambda i: chosen_prompts(tuner, i))
+        with core.precision():
+            tune(tuner, epoch)
+
+    return Stage(
+        name=STAGE,
+        schedule=Schedule(
+            config.epochs, config.save_every, config.log_every, config.sample_every, config.keep
+        ),
+        advance=advance,
+        figures=lambda: pictures.lag(previews),
+        sample=lambda path, epoch: pictures.save_sample_grid(previews, core.ema, path, epoch),
+        finish=watcher.finish,
+        after=watcher.after,
+        frozen=core.roles.frozen,
+    )
+
+
+@dataclass
+class _Watcher:
+    """Measures the run on the way, once an epoch at most, and warns. newest: of the last epoch that was measured."""
+
+    tuner: Tuner
+    previews: pictures.Previews
+    measurement: Measurement
+    mixture: RewardMixture
+    warn: Callable[[str], None]
+    newest: dict[int, Measured] = field(default_factory=dict)
+
+    @property
+    def config(self) -> TuneRewardConfig:
+        return self.tuner.config
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        return followed(self.config, self.mixture.differentiable)
+
+    def after(self, session: Session) -> dict[str, float]:
+        """Measure where it is the epoch's turn; as figures of a metric line."""
+        count_left_out(session, self.warn)
+        if not self.due(session):
+            return {}
+        figures, warning = self.judged(session)
+        if warning and self.config.watch.stop:
+            session.records[STOPPED] = True
+        return figures
+
+    def finish(self, session: Session, state: State) -> None:
+        """The last measurement, the health panel and the report."""
+        # Out of turn: not in the checkpoint, so that a run that is extended goes on as if it had not ended here.
+        last = {} if self.due(session) else {"iteration": session.iteration, **self.judged(session)[0]}
+        session.records[AFTER] = self.measured(session).means
+        path = session.run.path / "health.png"
+        pictures.save_health_panel(self.previews, path, session.iteration)
+        measured = (*self.mixture.weights, *self.mixture.held_out)
+        others = [name for name in measured if name not in self.trained]
+        write_tune_report(session, state, self.config, others, pictures.lag(self.previews), last)
+
+    def due(self, session: Session) -> bool:
+        return bool(self.config.eval_every) and session.iteration % self.config.eval_every == 0
+
+    def measured(self, session: Session) -> Measured:
+        """Of this epoch, once."""
+        epoch = session.iteration
+        if epoch not in self.newest:
+            self.newest.clear()
+            where = f"the measurement of epoch {epoch}"
+            self.newest[epoch] = measure(
+                self.tuner.core, self.measurement, self.mixture, where, session.run.log
+            )
+        return self.newest[epoch]
+
+    def judged(self, session: Session) -> tuple[dict[str, float], str]:
+        """Measure, and take it into the records; the figures of a metric line, and the watch's warning or ""."""
+        found = self.measured(session)
+        weights = {name: self.mixture.weights[name] for name in self.trained}
+        now = standing(session.iteration, found, session.records, weights)
+        warning = watch(session.records, now, self.config.watch)
+        if warning:
+            self.warn(f"warning, epoch {session.iteration}: {warning}")
+        figures = figures_of(found)
+        if now.held_out is not None:
+            figures["watch/held_out"] = now.held_out
+        return figures, warning
+
+
+def count_left_out(session: Session, warn: Callable[[str], None]) -> None:
+    """Keep the number of pictures that were left out of training; say so the first time."""
+    count = int(session.trainer.metrics.get(LEFT_OUT, 0))
+    if count and LEFT_OUT not in session.records:
+        warn(
+            f"epoch {session.iteration}: {count} pictures that a reward can't judge are left out, see log.txt"
+        )
+    if count:
+        session.records[LEFT_OUT] = session.records.get(LEFT_OUT, 0) + count
+
+
+def figures_of(found: Measured) -> dict[str, float]:
+    """As names of a metric line."""
+    features = {f"watch/{name}": value for name, value in found.features.items()}
+    return {f"measured/{name}": value for name, value in found.means.items()} | features

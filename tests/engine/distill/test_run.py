@@ -1,0 +1,145 @@
+"""What surrounds the recipe: checkpoints that don't fit, runs made from another run's checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rtdmd_cli.config.loader import Resolved, preset_sha256
+from rtdmd_cli.config.schema import DistillConfig, HardwareConfig, Preset
+from rtdmd_cli.config.section import LoraConfig
+from rtdmd_cli.engine.distill.run import STAGE, build_trainer, run_distill
+from rtdmd_cli.engine.prompts.reading import PromptSet, known_by
+from rtdmd_cli.engine.storage.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from rtdmd_cli.engine.storage.run_folder import RunFolder
+from rtdmd_cli.engine.training.session import Outcome, restore
+from rtdmd_cli.engine.training.start import Start
+from rtdmd_cli.errors import DataError, UsageError
+from tests.tiny_models import PROMPTS, TEXT_LENGTH, load_sd3, sd3_config
+
+
+def preset(**values: Any) -> Preset:
+    config: dict[str, Any] = {
+        "iterations": 2,
+        "batch": 1,
+        "fake_per_generator": 1,
+        "lora": LoraConfig(rank=2, alpha=4),
+    }
+    return Preset(name="tiny", model=sd3_config(), distill=DistillConfig(**(config | values)))
+
+
+def run(
+    out: Path,
+    name: str,
+    start: Start,
+    hardware: HardwareConfig | None = None,
+    say: Callable[[str], None] = lambda text: None,
+    **values: Any,
+) -> Outcome:
+    chosen = preset(**values).model_copy(update={"hardware": hardware or HardwareConfig()})
+    resolved = Resolved(chosen, {}, preset_sha256(chosen))
+    return run_distill(
+        resolved,
+        PromptSet(PROMPTS, [{}] * len(PROMPTS)),
+        start,
+        out,
+        name,
+        ["rtdmd"],
+        say,
+        True,
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    """Two iterations. The test process has its own cache of encoded prompts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RTDMD_CACHE", str(tmp_path_factory.mktemp("cache")))
+        return run(tmp_path_factory.mktemp("runs"), "first", Start(None, None))
+
+
+def test_a_new_run_from_anothers_checkpoint(
+    finished: Outcome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RTDMD_CACHE", str(tmp_path / "cache"))
+    begin = load_checkpoint(finished.checkpoint)
+    outcome = run(tmp_path, "second", Start(None, begin))  # with nothing left to do
+    assert outcome.iterations == 2 and outcome.checkpoint.parent.parent == tmp_path / "second"
+    copy = load_checkpoint(outcome.checkpoint)
+    assert begin.meta["prompts_sha256"] == known_by(PromptSet(PROMPTS, [{}] * len(PROMPTS)))
+    assert copy.state == begin.state and copy.step == 2
+    for group, tensors in begin.tensors.items():
+        assert all(torch.equal(copy.tensors[group][name], tensor) for name, tensor in tensors.items())
+
+
+def test_a_run_that_another_process_has_continued(
+    finished: Outcome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RTDMD_CACHE", str(tmp_path / "cache"))
+    began = run(tmp_path, "first", Start(None, None), iterations=1, save_every=1)
+    chosen = Start(RunFolder(began.run), load_checkpoint(began.checkpoint))
+    run(tmp_path, "first", chosen, iterations=2)
+    with pytest.raises(UsageError, match="continued by another process"):
+        run(tmp_path, "first", chosen, iterations=3)
+    assert [row["iteration"] for row in RunFolder(began.run).metrics.read()] == [1, 2]
+
+
+def without(checkpoint: Checkpoint, group: str, name: str | None = None) -> Checkpoint:
+    tensors = {key: dict(value) for key, value in checkpoint.tensors.items()}
+    if name is None:
+        del tensors[group]
+    else:
+        del tensors[group][name]
+    return replace(checkpoint, tensors=tensors)
+
+
+def test_checkpoints_that_do_not_fit(finished: Outcome) -> None:
+    """DataError for another base model, and for every group or tensor that is missing."""
+    backbone = load_sd3()
+    cond = backbone.encode(PROMPTS)
+    trainer = build_trainer(backbone, preset(), len(PROMPTS), cond.select, cond.select([0]))
+    good = load_checkpoint(finished.checkpoint)
+    bad = [without(good, group) for group in good.tensors]
+    bad += [without(good, group, min(tensors)) for group, tensors in good.tensors.items()]
+    bad += [replace(good, meta=good.meta | {"base_hash": "other"})]
+    bad += [replace(good, state={k: v for k, v in good.state.items() if k != "generator_updates"})]
+    for checkpoint in bad:
+        with pytest.raises(DataError):
+            restore(trainer, checkpoint, STAGE)
+    restore(trainer, good, STAGE)
+    assert trainer.generator_updates == 2
+    assert all(torch.equal(trainer.ema[name], tensor) for name, tensor in good.tensors["ema"].items())
+
+
+def test_a_new_run_is_not_made_for_a_checkpoint_that_does_not_fit(
+    finished: Outcome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RTDMD_CACHE", str(tmp_path / "cache"))
+    partial = {"ema": load_checkpoint(finished.checkpoint).tensors["ema"]}
+    path = save_checkpoint(tmp_path / "other", 1, partial, {"stage": "distill"}, 1, {})
+    with pytest.raises(DataError, match="no full checkpoint"):
+        run(tmp_path / "runs", "second", Start(None, load_checkpoint(path)))
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("place", ["auto", "cpu"])
+def test_a_cache_too_small_for_the_prompts_changes_nothing(
+    finished: Outcome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """Two of four prompts fit: they are encoded ahead, iteration after iteration."""
+    monkeypatch.setenv("RTDMD_CACHE", str(tmp_path / "cache"))
+    row = 4 * ((12 + TEXT_LENGTH) * 40 + 20)
+    said: list[str] = []
+    hardware = HardwareConfig(cache_gb=(1024 + 2.5 * (row + 128)) / 1e9, text_encoder=place)
+    outcome = run(tmp_path, "small", Start(None, None), hardware, said.append)
+    assert any("takes 2 at a time" in line for line in said)
+    assert any("of the iterations 1 to" in line for line in said)
+    plenty, few = load_checkpoint(finished.checkpoint), load_checkpoint(outcome.checkpoint)
+    for group, tensors in plenty.tensors.items():
+        for name, tensor in tensors.items():
+            torch.testing.assert_close(few.tensors[group][name], tensor, rtol=1e-4, atol=1e-6)

@@ -1,0 +1,187 @@
+"""The embedding cache: encoded once, exact, bounded, and mended when damaged."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from rtdmd_cli.engine.backbones.base import Conditioning
+from rtdmd_cli.engine.prompts.embeddings import BLOCK, EmbeddingCache, open_cache
+from rtdmd_cli.errors import EnvironmentFailure, UsageError
+
+ROW = 4 * (3 * 5 + 2)  # bytes of one prompt: float32, L = 3, D = 5, P = 2
+
+
+class Encoder:
+    """A stand-in for a backbone: numbers made from the prompt's text; counts what it is asked for."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        self.dtype = dtype
+        self.asked: list[str] = []
+
+    def __call__(self, prompts: Sequence[str]) -> Conditioning:
+        self.asked += prompts
+        seeds = [sum(map(ord, prompt)) * 1000 + len(prompt) for prompt in prompts]
+        rows = [torch.randn(17, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        table = torch.stack(rows).to(self.dtype)
+        return Conditioning(table[:, :15].view(-1, 3, 5), table[:, 15:])
+
+
+def cache(folder: Path, model: str = "m", length: int = 8, max_gb: float = 1.0) -> EmbeddingCache:
+    return EmbeddingCache(folder, model, length, max_gb)
+
+
+def prompts(count: int, start: int = 0) -> list[str]:
+    return [f"prompt number {i}" for i in range(start, start + count)]
+
+
+def blocks(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*.safetensors"))
+
+
+def same(one: Conditioning, other: Conditioning) -> bool:
+    names = one.tensors.keys()
+    return names == other.tensors.keys() and all(torch.equal(one.tensors[n], other.tensors[n]) for n in names)
+
+
+def test_a_family_without_pooled_embeddings(tmp_path: Path) -> None:
+    def encode(texts: Sequence[str]) -> Conditioning:
+        return Conditioning(Encoder()(texts).embeds)
+
+    first, again = cache(tmp_path), cache(tmp_path)
+    assert first.ensure(prompts(3), encode) == 3 and again.ensure(prompts(3), encode) == 0
+    for opened in (first, again):
+        found = opened.fetch([prompts(3)[i] for i in (2, 0, 2)])
+        assert found.pooled is None and same(found, encode(prompts(3)).select([2, 0, 2]))
+    assert found.nbytes == 3 * 15 * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_each_prompt_is_encoded_once(tmp_path: Path, dtype: torch.dtype) -> None:
+    encode = Encoder(dtype)
+    first = cache(tmp_path)
+    assert first.ensure(["a", "b", "a"], encode) == 2
+    assert first.ensure(["b", "c"], encode) == 1
+    assert encode.asked == ["a", "b", "c"]
+    later = cache(tmp_path)
+    assert later.ensure(["c", "a"], encode) == 0
+    for held in (first, later):
+        assert same(held.fetch(["c", "a", "a"]), Encoder(dtype)(["c", "a", "a"]))
+    assert encode.asked == ["a", "b", "c"]
+
+
+def test_model_and_text_length_are_kept_apart(tmp_path: Path) -> None:
+    encode = Encoder()
+    for model, length in (("m", 8), ("m", 16), ("n", 8)):
+        assert cache(tmp_path, model, length).ensure(["a"], encode) == 1
+    assert cache(tmp_path, "m", 8).ensure(["a"], encode) == 0
+
+
+def test_prompts_share_files(tmp_path: Path) -> None:
+    encode = Encoder()
+    many = prompts(2 * BLOCK + 2)
+    cache(tmp_path).ensure(many, encode)
+    assert len(blocks(tmp_path)) == 3
+    later = cache(tmp_path)
+    assert later.ensure(many, encode) == 0
+    picked = [many[-1], many[0], many[BLOCK]]
+    assert same(later.fetch(picked), Encoder()(picked))
+
+
+def flip_a_value(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGE: dict[str, Callable[[Path], Any]] = {
+    "cut": lambda path: os.truncate(path, path.stat().st_size - 10),
+    "emptied": lambda path: os.truncate(path, 0),
+    "garbled": lambda path: path.write_bytes(b"x" * 500),
+    "a bit flipped": flip_a_value,
+    "foreign": lambda path: path.write_bytes(b"\x02\0\0\0\0\0\0\0{}"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damaged_files_are_made_again(tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
+    many = prompts(BLOCK + 1)
+    cache(tmp_path).ensure(many, Encoder())
+    victim = max(blocks(tmp_path), key=lambda path: path.stat().st_size)
+    DAMAGE[name](victim)
+    encode, later = Encoder(), cache(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        assert later.ensure(many, encode) == BLOCK
+    assert encode.asked == many[:BLOCK]
+    assert same(later.fetch(many), Encoder()(many))
+    assert any(str(victim) in record.getMessage() for record in caplog.records)
+    assert cache(tmp_path).ensure(many, encode) == 0
+
+
+def test_the_blocks_unused_for_longest_go_first(tmp_path: Path) -> None:
+    groups = [prompts(BLOCK, start) for start in (0, 1000, 2000)]
+    for age, group in zip((30, 20, 10), groups, strict=True):
+        before = set(blocks(tmp_path))
+        cache(tmp_path).ensure(group, Encoder())
+        (new,) = set(blocks(tmp_path)) - before
+        os.utime(new, (time.time() - age, time.time() - age))
+    cache(tmp_path).ensure(groups[0][:1], Encoder())  # used: now the youngest
+    size = blocks(tmp_path)[0].stat().st_size
+    cache(tmp_path, "other model", max_gb=3.2 * size / 1e9).ensure(prompts(BLOCK), Encoder())
+    assert len(blocks(tmp_path)) == 3
+    kept = [cache(tmp_path).ensure(group, Encoder()) == 0 for group in groups]
+    assert kept == [True, False, True]
+
+
+def test_a_run_never_removes_its_own_blocks(tmp_path: Path) -> None:
+    small = cache(tmp_path, max_gb=2.5 * BLOCK * ROW / 1e9)
+    with pytest.raises(EnvironmentFailure, match="need more than") as caught:
+        small.ensure(prompts(4 * BLOCK), Encoder())
+    assert "RTDMD_CACHE_GB" in caught.value.hint
+    assert same(small.fetch(prompts(BLOCK)), Encoder()(prompts(BLOCK)))
+
+
+def test_rows_stay_readable_when_another_run_removes_the_file(tmp_path: Path) -> None:
+    held = cache(tmp_path)
+    held.ensure(prompts(3), Encoder())
+    for path in blocks(tmp_path):
+        path.unlink()
+    assert same(held.fetch(prompts(3)), Encoder()(prompts(3)))
+
+
+def test_a_file_being_written_by_another_run_is_left_alone(tmp_path: Path) -> None:
+    cache(tmp_path).ensure(["a"], Encoder())
+    (block,) = blocks(tmp_path)
+    unfinished = block.with_name(f".tmp-0123abcd-{block.name}")
+    unfinished.write_bytes(b"half a blo")
+    cache(tmp_path).ensure(["a", "b"], Encoder())
+    assert unfinished.exists()
+
+
+def test_nothing_is_written_where_nothing_may_be(tmp_path: Path) -> None:
+    blocker = tmp_path / "file"
+    blocker.write_text("not a folder")
+    with pytest.raises(EnvironmentFailure, match="file"):
+        cache(blocker / "cache").ensure(["a"], Encoder())
+
+
+def test_folder_and_size_come_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone: Any = SimpleNamespace(encoder_key="k", text_length=8)
+    monkeypatch.setenv("RTDMD_CACHE", str(tmp_path))
+    open_cache(backbone).ensure(["a"], Encoder())
+    assert len(blocks(tmp_path / "embeddings")) == 1
+    monkeypatch.setenv("RTDMD_CACHE_GB", "1e-9")
+    with pytest.raises(EnvironmentFailure):
+        open_cache(backbone).ensure(["b"], Encoder())
+    for wrong in ("much", "-1", "nan", "inf"):
+        monkeypatch.setenv("RTDMD_CACHE_GB", wrong)
+        with pytest.raises(UsageError, match="RTDMD_CACHE_GB"):
+            open_cache(backbone)

@@ -1,0 +1,85 @@
+"""Progress goes to stderr: lines, a bar, or nothing."""
+
+import io
+
+import pytest
+
+from rtdmd_cli.engine.training.progress import duration, training_progress
+
+
+class Clock:
+    """A clock that moves by hand."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_lines_come_after_the_first_iteration_then_every_ten_seconds_and_at_the_end() -> None:
+    stream, clock = io.StringIO(), Clock()
+    with training_progress(130, 100, False, stream, clock) as update:
+        for iteration in range(101, 131):
+            clock.now += 1.0
+            update(iteration, {"fake": 0.123456, "generator": 2.0})
+            if iteration == 101:
+                assert stream.getvalue() == (
+                    "iteration 101/130  elapsed 0:01  left 0:29  1.00 it/s  fake 0.1235  generator 2\n"
+                )
+    lines = stream.getvalue().splitlines()
+    assert [line.split()[1] for line in lines] == ["101/130", "111/130", "121/130", "130/130"]
+    assert "left 0:00" in lines[-1]
+
+
+def test_the_default_stream_is_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    with training_progress(10, 0, False) as update:
+        update(1, {})
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("iteration 1/10")
+
+
+def test_quiet_is_silent(capsys: pytest.CaptureFixture[str]) -> None:
+    terminal = Terminal()
+    for stream in (None, terminal):
+        with training_progress(10, 0, True, stream) as update:
+            update(10, {"fake": 1.0})
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err, terminal.getvalue()) == ("", "", "")
+
+
+def test_a_terminal_gets_a_bar_with_everything_on_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("TERM", "xterm")
+    stream, clock = Terminal(), Clock()
+    with training_progress(60, 20, False, stream, clock) as update:
+        clock.now += 10.0
+        update(40, {"fake": 0.5})
+        print("data")
+    shown = stream.getvalue()
+    for part in ("40/60", "left 0:10", "2.00 it/s", "fake 0.5"):
+        assert part in shown, part
+    assert capsys.readouterr().out == "data\n"
+
+
+def test_a_dumb_terminal_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    stream = Terminal()
+    with training_progress(10, 0, False, stream) as update:
+        update(1, {})
+    assert "\x1b" not in stream.getvalue()
+    assert stream.getvalue().startswith("iteration 1/10")
+
+
+def test_duration() -> None:
+    assert [duration(s) for s in (0, 61.4, 3599.6, 7325)] == ["0:00", "1:01", "1:00:00", "2:02:05"]
