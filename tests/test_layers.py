@@ -4,25 +4,40 @@ import ast
 import re
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "rtdmd_cli"
-RULES = {
-    "rtdmd_cli.__main__": {"rtdmd_cli.cli"},
-    "rtdmd_cli.cli": {"rtdmd_cli"},
-    "rtdmd_cli.engine.algo": {"rtdmd_cli.engine.algo"},
-    "rtdmd_cli.engine": {"rtdmd_cli.engine", "rtdmd_cli.config", "rtdmd_cli.shapes", "rtdmd_cli.errors"},
-    "rtdmd_cli.config": {"rtdmd_cli.config", "rtdmd_cli.errors"},
-    "rtdmd_cli.shapes": {"rtdmd_cli.shapes", "rtdmd_cli.engine.judges.geneval", "rtdmd_cli.errors"},
-    "rtdmd_cli.errors": set(),
-    "rtdmd_cli": set(),
-}
-"""Layer -> what of the package it may import; the first layer that a module belongs to counts."""
-VERSION_READERS = ("rtdmd_cli.cli", "rtdmd_cli.engine")  # of `from rtdmd_cli import __version__`
+LADDER = (
+    "cli",
+    "engine.export",
+    "engine.evaluation",
+    "engine.tune_reward",
+    "engine.distill",
+    "engine.training",
+    "engine.sampling",
+    "engine.rewards",
+    "engine.report",
+    "engine.prompts",
+    "shapes",
+    "engine.judges",
+    "engine.roles",
+    "engine.backbones",
+    "engine.storage",
+    "engine.compute",
+    "engine.algo",
+    "config",
+    "errors",
+)
+"""The rooms of the package from top to bottom: a room imports only what stands below it."""
+NARROW = {"engine.algo": (), "config": ("errors",), "shapes": ("engine.judges", "errors")}
+"""Rooms that import less than all that stands below them."""
+BUILT_IN = ("engine.prompts.reading", "engine.rewards.shapes")
+"""The files under `distill` that import the built-in world: where its prompts and its rewards are found by their names."""
+VERSION_READERS = ("cli", "engine")  # of `from rtdmd_cli import __version__`
 PICKLES = {"_pickle", "cloudpickle", "cPickle", "dill", "joblib", "marshal", "pickle", "shelve"}
 CONVERTER = "rtdmd_cli.engine.rewards.convert"  # of weights that are published as pickles only
 DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml"}  # import name -> name on the index, where they differ
@@ -53,21 +68,54 @@ def imports(tree: ast.AST) -> Iterator[str]:
                 yield full if full in MODULES or full == "rtdmd_cli.__version__" else node.module
 
 
+def short(module: str) -> str:
+    """Without the name of the package."""
+    return module.removeprefix(PACKAGE).removeprefix(".")
+
+
+def room_of(module: str) -> str:
+    """The room of a module of the package; AssertionError for one that has no place on the ladder."""
+    rooms = [room for room in LADDER if inside(short(module), room)]
+    assert len(rooms) == 1, f"{module} has no room"
+    return rooms[0]
+
+
+def allowed_rooms(room: str) -> tuple[str, ...]:
+    return NARROW.get(room, LADDER[LADDER.index(room) + 1 :])
+
+
 def wrong_imports(module: str, source: str) -> list[str]:
-    layer = next(layer for layer in RULES if inside(module, layer))
-    found = []
+    """What a module imports that its room may not."""
+    room, found = room_of(module), []
     for target in imports(ast.parse(source)):
-        own = inside(target, PACKAGE)
         if target == "rtdmd_cli.__version__":
-            allowed = layer in VERSION_READERS
-        elif own:
-            allowed = any(inside(target, other) for other in RULES[layer])
+            wrong = not any(inside(room, reader) for reader in VERSION_READERS) or room == "engine.algo"
+        elif inside(target, PACKAGE):
+            other, low = room_of(target), LADDER.index(room) > LADDER.index("engine.distill")
+            wrong = other not in (room, *allowed_rooms(room))
+            wrong |= other == "shapes" != room and low and short(module) not in BUILT_IN
         else:
             name = target.partition(".")[0]
-            allowed = layer != "rtdmd_cli.engine.algo" or name == "torch" or name in sys.stdlib_module_names
-        if not allowed:
-            found.append(target)
+            wrong = room == "engine.algo" and name != "torch" and name not in sys.stdlib_module_names
+        found += [target] if wrong else []
     return found
+
+
+def circle(graph: Mapping[str, Collection[str]]) -> list[str]:
+    """Modules that import each other in a ring, the first one found; empty where there is none."""
+    done: set[str] = set()
+
+    def visit(module: str, path: list[str]) -> list[str]:
+        if module in path:
+            return path[path.index(module) :]
+        if module not in done:
+            for target in graph[module]:
+                if found := visit(target, [*path, module]):
+                    return found
+            done.add(module)
+        return []
+
+    return next((found for module in graph if (found := visit(module, []))), [])
 
 
 def pickling(source: str) -> list[str]:
@@ -89,9 +137,33 @@ def pickling(source: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("path", FILES, ids=module_name)
+PLACED = [path for path in FILES if short(module_name(path)) not in ("", "__main__", "engine")]
+
+
+@pytest.mark.parametrize("path", PLACED, ids=module_name)
 def test_imports_point_downwards(path: Path) -> None:
     assert wrong_imports(module_name(path), path.read_text("utf-8")) == []
+
+
+def test_every_room_is_on_the_ladder_and_no_other() -> None:
+    assert {room_of(module_name(path)) for path in PLACED} == set(LADDER)
+    outside = [path for path in FILES if path not in PLACED]
+    targets = {name for path in outside for name in imports(ast.parse(path.read_text("utf-8")))}
+    assert {name for name in targets if inside(name, PACKAGE)} == {"rtdmd_cli.cli.app"}  # by __main__
+
+
+def test_no_file_imports_itself_by_way_of_others() -> None:
+    """Imports inside functions and under TYPE_CHECKING count."""
+    graph = {
+        module_name(path): [name for name in imports(ast.parse(path.read_text("utf-8"))) if name in MODULES]
+        for path in FILES
+    }
+    assert circle(graph) == []
+
+
+def test_a_circle_is_found() -> None:
+    graph = {"a": ["b"], "b": ["c", "d"], "c": [], "d": ["b"]}
+    assert sorted(circle(graph)) == ["b", "d"] and circle(graph | {"d": ["c"]}) == []
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_name)
@@ -128,14 +200,23 @@ def test_third_party_imports_are_declared() -> None:
         ("rtdmd_cli.engine.algo.flow", "from rtdmd_cli import errors"),
         ("rtdmd_cli.engine.algo.flow", "def f():\n    import numpy as np"),
         ("rtdmd_cli.engine.algo.flow", "from rtdmd_cli import __version__"),
-        ("rtdmd_cli.config.schema", "import rtdmd_cli.engine.roles.adapters"),
-        ("rtdmd_cli.shapes.render", "from rtdmd_cli.engine.evaluation import features"),
+        ("rtdmd_cli.config.schema", "import rtdmd_cli.engine.roles.base"),
+        ("rtdmd_cli.config.schema", "from rtdmd_cli.engine.algo import flow"),
+        ("rtdmd_cli.shapes.render", "from rtdmd_cli.engine.storage import files"),
         ("rtdmd_cli.shapes.render", "from rtdmd_cli.config.schema import Preset"),
         ("rtdmd_cli.errors", "from rtdmd_cli.config import schema"),
+        ("rtdmd_cli.engine.distill.run", "from rtdmd_cli.engine.tune_reward.recipe import tune"),
+        ("rtdmd_cli.engine.storage.files", "if TYPE_CHECKING:\n    from rtdmd_cli.engine.roles import base"),
+        ("rtdmd_cli.engine.sampling.sample", "from rtdmd_cli.shapes.render import render"),
     ],
 )
 def test_a_wrong_import_is_found(module: str, source: str) -> None:
     assert len(wrong_imports(module, source)) == 1
+
+
+def test_a_module_without_a_room_is_found() -> None:
+    with pytest.raises(AssertionError, match="has no room"):
+        wrong_imports("rtdmd_cli.engine.hallway", "import math")
 
 
 @pytest.mark.parametrize(
@@ -144,7 +225,9 @@ def test_a_wrong_import_is_found(module: str, source: str) -> None:
         ("rtdmd_cli.cli.app", "from rtdmd_cli.engine.sampling.sample import euler"),
         ("rtdmd_cli.engine.storage.files", "from rtdmd_cli import __version__"),
         ("rtdmd_cli.engine.algo.losses", "import math\nfrom torch import Tensor"),
-        ("rtdmd_cli.shapes.detector", "from rtdmd_cli.engine.evaluation import geneval"),
+        ("rtdmd_cli.shapes.detector", "from rtdmd_cli.engine.judges import geneval"),
+        ("rtdmd_cli.engine.evaluation.shapes", "from rtdmd_cli.shapes.render import render"),
+        ("rtdmd_cli.engine.rewards.shapes", "from rtdmd_cli.shapes.detector import detect"),
     ],
 )
 def test_a_right_import_is_let_through(module: str, source: str) -> None:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from rtdmd_cli.config.loader import load_preset
-from rtdmd_cli.engine.backbones.base import load_backbone
-from rtdmd_cli.engine.roles.adapters import GENERATOR, STAGE1_GENERATOR, Roles
+from rtdmd_cli.engine.backbones.families import load_backbone
+from rtdmd_cli.engine.roles.adapters import Roles
+from rtdmd_cli.engine.roles.base import GENERATOR, STAGE1_GENERATOR
 from rtdmd_cli.engine.storage.checkpoint import save_checkpoint
 from rtdmd_cli.engine.storage.run_folder import RunFolder, create_run
 from tests.tiny_flux import TINY, tiny_folder

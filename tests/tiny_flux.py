@@ -28,7 +28,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from rtdmd_cli.config.schema import ModelConfig
-from rtdmd_cli.engine.backbones.base import Backbone, load_backbone
+from rtdmd_cli.engine.backbones.base import Backbone
+from rtdmd_cli.engine.backbones.families import load_backbone
 from tests.tiny_models import (
     CLIP_LENGTH,
     CLIP_WIDTH,

@@ -10,7 +10,8 @@ from torch import Tensor
 from rtdmd_cli.config.loader import load_preset
 from rtdmd_cli.engine.backbones.loading import folder_hash
 from rtdmd_cli.engine.backbones.sd3 import LAYOUT
-from rtdmd_cli.engine.roles.adapters import GENERATOR, Roles
+from rtdmd_cli.engine.roles.adapters import Roles
+from rtdmd_cli.engine.roles.base import GENERATOR
 from rtdmd_cli.engine.storage.checkpoint import save_checkpoint
 from rtdmd_cli.engine.storage.run_folder import RunFolder, State, create_run
 from tests.tiny_models import RESOLUTION, TEXT_LENGTH, build_transformer, sd3_folder

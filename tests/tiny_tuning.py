@@ -12,8 +12,9 @@ from torch import Tensor
 from rtdmd_cli.config.schema import DistillConfig, HardwareConfig, Preset, SamplerConfig
 from rtdmd_cli.config.section import LoraConfig
 from rtdmd_cli.config.tune_reward import TuneRewardConfig, split_weights
+from rtdmd_cli.engine.judges.requirements import Metadata
 from rtdmd_cli.engine.prompts.reading import PromptSet
-from rtdmd_cli.engine.rewards.base import Metadata, Reward, RewardEntry
+from rtdmd_cli.engine.rewards.base import Reward, RewardEntry
 from rtdmd_cli.engine.rewards.mixture import open_mixture
 from rtdmd_cli.engine.tune_reward.rollouts import Tuner
 from rtdmd_cli.engine.tune_reward.run import build_tuner

@@ -14,8 +14,8 @@ from rtdmd_cli.errors import DataError, EnvironmentFailure, UsageError
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from rtdmd_cli.engine.evaluation.reward_check import CheckResult
     from rtdmd_cli.engine.rewards.base import Need, RewardEntry
-    from rtdmd_cli.engine.rewards.check import CheckResult
 
 PIPED_WIDTH = 160  # columns, where no terminal says how wide it is
 app = typer.Typer(
@@ -131,7 +131,7 @@ def check(
 
     entries = [find_reward(name) for name in dict.fromkeys(names or REWARDS)]
     from rtdmd_cli.engine.compute.device import resolve_device
-    from rtdmd_cli.engine.rewards.check import check_rewards
+    from rtdmd_cli.engine.evaluation.reward_check import check_rewards
 
     where = resolve_device(device)
     results = list(

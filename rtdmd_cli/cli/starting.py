@@ -132,7 +132,7 @@ def find_start(
 ) -> "Start":
     """What --resume asks for; nothing is made or loaded but the checkpoint.
 
-    name: as given; run_name: with the default in its place. prompts: `prompts.known_by` of the prompts, None
+    name: as given; run_name: with the default in its place. prompts: `reading.known_by` of the prompts, None
     where a dry run has none.
 
     Raises:

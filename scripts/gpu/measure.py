@@ -12,10 +12,12 @@ from torch import Tensor
 
 from rtdmd_cli.config.loader import load_preset
 from rtdmd_cli.config.schema import HardwareConfig
-from rtdmd_cli.engine.backbones.base import Backbone, Conditioning, load_backbone
+from rtdmd_cli.engine.backbones.base import Backbone, Conditioning
+from rtdmd_cli.engine.backbones.families import load_backbone
 from rtdmd_cli.engine.compute.blocks import compile_blocks
-from rtdmd_cli.engine.distill.recipe import Trainer, update_fake_score, update_generator
+from rtdmd_cli.engine.distill.recipe import update_fake_score, update_generator
 from rtdmd_cli.engine.distill.run import build_trainer
+from rtdmd_cli.engine.training.trainer import Trainer
 from scripts.gpu.models import Case, empty_transformer, random_backbone, random_prompts
 
 GIB = 2**30

@@ -251,7 +251,7 @@ def make_cell(request: Request, row: Row, seed: int, rows: Sequence[Row]) -> Cel
 def _settings(
     request: Request, row: Row, seed: int, resolved: Resolved, stage_1: Cell | None
 ) -> dict[str, Any]:
-    from rtdmd_cli.engine.backbones.base import FAMILIES, locate_model
+    from rtdmd_cli.engine.backbones.families import FAMILIES, locate_model
     from rtdmd_cli.engine.backbones.loading import folder_hash  # imports diffusers
 
     preset = resolved.preset
@@ -269,7 +269,9 @@ def _settings(
         "training": {
             "kind": row.kind,
             "values": values,
-            "weights": folder_hash(FAMILIES[preset.model.family].layout(), locate_model(preset.model).folder),
+            "weights": folder_hash(
+                FAMILIES[preset.model.family].module().LAYOUT, locate_model(preset.model).folder
+            ),
             "stage_1": stage_1.run_name if stage_1 else None,
         },
         "samplings": [[each.steps, each.guidance] for each in row.samplings],

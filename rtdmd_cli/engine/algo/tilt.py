@@ -11,7 +11,7 @@ gradient. At higher ones, where noise is added after the drawing, it is another 
 drawn images are distributed as the teacher's, and p is proportional to q exp(tilt r). A latent on the way is drawn with
 the reward of the image that its path ended in.
 
-All this is for a fixed r. Stage 2 gives it advantages, see `tune_matching.drawn_images`.
+All this is for a fixed r. Stage 2 gives it advantages, see `tune_reward.fake_score.drawn_images`.
 """
 
 import torch

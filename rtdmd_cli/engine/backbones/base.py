@@ -1,4 +1,4 @@
-"""What a model family has to offer, and the table of families.
+"""What a model family has to offer.
 
 Latents are `[B, C, H, W]`, sigma is float32 in [0, 1] (0 = clean, 1 = noise), velocities follow
 `v = eps - x0` (method, section 1).
@@ -6,20 +6,17 @@ Latents are `[B, C, H, W]`, sigma is float32 in [0, 1] (0 = clean, 1 = noise), v
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from rtdmd_cli.config.schema import HardwareConfig, ModelConfig
+from rtdmd_cli.config.schema import HardwareConfig
 
 PLAIN = HardwareConfig()
 """An unquantised base, and pictures decoded whole."""
-
-if TYPE_CHECKING:
-    from rtdmd_cli.engine.backbones.loading import Layout, Sources
 
 
 @dataclass(frozen=True)
@@ -75,7 +72,7 @@ class ModelId:
 class Backbone(Protocol):
     """A frozen base model: what training and sampling need of it.
 
-    `transformer` is the network that `engine.roles.Roles` puts adapters on; `device` and `dtype` are its own.
+    `transformer` is the network that `roles.adapters.Roles` puts adapters on; `device` and `dtype` are its own.
     `encoder_device` is where `encode` computes; it may be changed between calls, and starts as `device`.
     `embedded_guidance`: whether guidance is an input of the network (FLUX.1-dev), and so costs no second evaluation.
     """
@@ -140,87 +137,3 @@ class Backbone(Protocol):
         float32 [steps + 1] on the CPU, ending in 0.
         """
         ...
-
-
-@dataclass(frozen=True)
-class Family:
-    """One row of the table: the name used in presets, what it covers, its loader, and what its folders hold."""
-
-    name: str
-    description: str
-    load: Callable[[ModelConfig, torch.device, torch.dtype, HardwareConfig], Backbone]
-    layout: Callable[[], Layout]
-
-
-# These functions import their module when they are called: diffusers and transformers take seconds.
-
-
-def _load_sd3(
-    config: ModelConfig, device: torch.device, dtype: torch.dtype, hardware: HardwareConfig
-) -> Backbone:
-    from rtdmd_cli.engine.backbones.sd3 import load
-
-    return load(config, device, dtype, hardware)
-
-
-def _layout_sd3() -> Layout:
-    from rtdmd_cli.engine.backbones.sd3 import LAYOUT
-
-    return LAYOUT
-
-
-def _load_flux1(
-    config: ModelConfig, device: torch.device, dtype: torch.dtype, hardware: HardwareConfig
-) -> Backbone:
-    from rtdmd_cli.engine.backbones.flux1 import load
-
-    return load(config, device, dtype, hardware)
-
-
-def _layout_flux1() -> Layout:
-    from rtdmd_cli.engine.backbones.flux1 import LAYOUT
-
-    return LAYOUT
-
-
-def _load_flux2(
-    config: ModelConfig, device: torch.device, dtype: torch.dtype, hardware: HardwareConfig
-) -> Backbone:
-    from rtdmd_cli.engine.backbones.flux2 import load
-
-    return load(config, device, dtype, hardware)
-
-
-def _layout_flux2() -> Layout:
-    from rtdmd_cli.engine.backbones.flux2 import LAYOUT
-
-    return LAYOUT
-
-
-FAMILIES: dict[str, Family] = {
-    "sd3": Family(
-        "sd3", "Stable Diffusion 3 and 3.5 Medium, and the built-in shapes model", _load_sd3, _layout_sd3
-    ),
-    "flux1": Family("flux1", "FLUX.1-dev", _load_flux1, _layout_flux1),
-    "flux2": Family("flux2", "FLUX.2-klein, 4B and 9B", _load_flux2, _layout_flux2),
-}
-
-
-def load_backbone(
-    config: ModelConfig, device: torch.device, dtype: torch.dtype, hardware: HardwareConfig = PLAIN
-) -> Backbone:
-    """Load the model a preset names. EnvironmentFailure: can't be fetched; DataError: damaged or foreign.
-
-    hardware: of it, whether the base is quantised and how pictures are decoded; device and dtype are resolved ones.
-    """
-    return FAMILIES[config.family].load(config, device, dtype, hardware)
-
-
-def locate_model(config: ModelConfig) -> Sources:
-    """Find, and download where they are missing, the folders and files of the model a preset names.
-
-    Nothing is loaded. Errors as `load_backbone`.
-    """
-    from rtdmd_cli.engine.backbones.loading import locate
-
-    return locate(FAMILIES[config.family].layout(), config)

@@ -16,7 +16,7 @@ Base = Literal["teacher", "generator"]
 class TwoBases(nn.Module):
     """Two transformers of the same family behind one call; `active` chooses which one computes.
 
-    `engine.roles.Roles.role` sets it: "generator" for the generator of either stage, else "teacher".
+    `roles.adapters.Roles.role` sets it: "generator" for the generator of either stage, else "teacher".
     """
 
     def __init__(self, teacher: nn.Module, generator: nn.Module) -> None:

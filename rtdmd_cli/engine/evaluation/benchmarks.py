@@ -1,7 +1,7 @@
 """The benchmarks as data: prompts, judge, rewards, protocol, and the published figures to be put beside.
 
 A benchmark's own judge and its rewards are names of `judges.find_judge`. The prompts of the published ones are the set of
-the same name of `data.registry`, which is no part of the package: `rtdmd data fetch NAME` brings it into the cache.
+the same name of `prompts.public_sets`, which is no part of the package: `rtdmd data fetch NAME` brings it into the cache.
 """
 
 from __future__ import annotations

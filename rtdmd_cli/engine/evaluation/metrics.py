@@ -25,7 +25,8 @@ from rtdmd_cli.engine.evaluation.figures import (
 from rtdmd_cli.engine.evaluation.prompts import EvalPrompts
 from rtdmd_cli.engine.judges.geneval import judge as strict
 from rtdmd_cli.engine.judges.geneval_soft import soft_score
-from rtdmd_cli.engine.rewards.base import Metadata, Reward, RewardEntry, require_metadata
+from rtdmd_cli.engine.judges.requirements import Metadata
+from rtdmd_cli.engine.rewards.base import Reward, RewardEntry, require_metadata
 from rtdmd_cli.engine.rewards.registry import find_reward
 from rtdmd_cli.errors import DataError
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rtdmd_cli.config.schema import SHARED_BASE, Preset
-from rtdmd_cli.engine.backbones.base import locate_model
+from rtdmd_cli.engine.backbones.families import locate_model
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-A, B = ".lora_A.weight", ".lora_B.weight"  # after a layer's name, in checkpoints and files
 Pair = tuple[Tensor, Tensor]  # A [r, in], B [out, r]
 
 

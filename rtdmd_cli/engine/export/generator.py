@@ -8,10 +8,11 @@ from torch import Tensor
 
 from rtdmd_cli.config.schema import Preset
 from rtdmd_cli.config.section import LoraConfig
-from rtdmd_cli.engine.export.fold import A, B, Part
-from rtdmd_cli.engine.roles.adapters import STAGE1_GENERATOR
+from rtdmd_cli.engine.export.fold import Part
+from rtdmd_cli.engine.roles.base import STAGE1_GENERATOR
 from rtdmd_cli.engine.sampling.model_source import EMA
 from rtdmd_cli.engine.storage.checkpoint import Checkpoint
+from rtdmd_cli.engine.storage.lora_files import A, B
 
 TUNED = "tune-reward"
 

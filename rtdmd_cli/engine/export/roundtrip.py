@@ -21,7 +21,7 @@ from rtdmd_cli.engine.backbones.loading import Layout
 from rtdmd_cli.engine.compute import rng
 from rtdmd_cli.engine.compute.quiet import quiet_loading
 from rtdmd_cli.engine.export.families import Bases
-from rtdmd_cli.engine.roles.adapters import GENERATOR
+from rtdmd_cli.engine.roles.base import GENERATOR
 from rtdmd_cli.engine.sampling.model_source import Model
 from rtdmd_cli.engine.sampling.pictures import encode
 from rtdmd_cli.engine.sampling.sample import SamplingPlan, cps, decode_all, guided

@@ -15,7 +15,7 @@ from torch import Tensor
 from rtdmd_cli import __version__
 from rtdmd_cli.config.schema import Preset
 from rtdmd_cli.config.tune_reward import split_weights
-from rtdmd_cli.engine.backbones import base as backbones
+from rtdmd_cli.engine.backbones import families as backbones
 from rtdmd_cli.engine.export import merged
 from rtdmd_cli.engine.export.card import Facts, card_text, is_hub_id, local_name, public_name
 from rtdmd_cli.engine.export.code import SingleFile
@@ -256,7 +256,7 @@ def gather(
 def write_loras(folder: Path, facts: Facts, family: ExportFamily, folded: Folded) -> None:
     """The LoRA for diffusers and for ComfyUI, and the workflows."""
     model = facts.preset.model
-    tensors = lora_tensors(folded, family.prefix)
+    tensors = lora_tensors(folded.layers, family.prefix)
     architecture = row(family.architecture, facts.base)
     head = header(
         {
@@ -286,7 +286,7 @@ def prove(
 ) -> tuple[Tensor, dict[str, RoundTrip]]:
     """Reload each format in the stock pipeline; the last one's pictures, and the differences."""
     model, trips, pictures = facts.preset.model, {}, own.euler
-    layout = backbones.FAMILIES[model.family].layout()
+    layout = backbones.FAMILIES[model.family].module().LAYOUT
     call: dict[str, Any] = {"guidance_scale": 1.0, "max_sequence_length": model.text_length}
     call |= {"height": model.resolution, "width": model.resolution}
     call |= {"num_inference_steps": facts.steps}  # FLUX.2's shift asks for it, whatever sigmas= says
@@ -350,7 +350,7 @@ def describe(request: Request, folder: Path, facts: Facts) -> dict[str, Any]:
 def _single_file(preset: Preset, bases: Bases) -> SingleFile | None:
     if bases.file is None:
         return None
-    network = backbones.FAMILIES[preset.model.family].layout().networks["transformer"]
+    network = backbones.FAMILIES[preset.model.family].module().LAYOUT.networks["transformer"]
     return SingleFile(network.__name__, public_name(preset.model.components or ""))
 
 

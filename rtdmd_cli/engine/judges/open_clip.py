@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import CLIPConfig
 
 from rtdmd_cli.engine.judges.features import LEGACY_EOS
-from rtdmd_cli.engine.rewards.convert import check_tensors
+from rtdmd_cli.engine.storage.tensors import check_tensors
 from rtdmd_cli.errors import DataError
 
 # All dicts: open_clip's name -> transformers' name.

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 from rtdmd_cli.engine.judges.geneval import check_requirement
-from rtdmd_cli.engine.rewards.base import Metadata
 from rtdmd_cli.errors import DataError
+
+Metadata: TypeAlias = Mapping[str, Any]
+"""What is known of a prompt besides its text, such as a GenEval requirement; empty where there is nothing."""
 
 KEY = "include"  # of the metadata
 COUNTING = "counting"  # the task with its own threshold

@@ -56,7 +56,7 @@ def read_prompt_set(source: str) -> PromptSet:
     """The prompts that `source` names, and what is known of each.
 
     "builtin:shapes" (training) and "builtin:shapes-benchmark" (held out); "data:NAME", a public set of
-    `data.registry` that has been fetched; or a path: a .jsonl file (one object a line, its `prompt` the text, the
+    `public_sets` that has been fetched; or a path: a .jsonl file (one object a line, its `prompt` the text, the
     rest metadata), a .json file (a list of such objects or of texts), any other file (UTF-8 text, one prompt a line;
     blanks around it, blank lines and a byte order mark are dropped), or a folder that holds one of these.
 

@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 from rtdmd_cli.config.loader import preset_values
-from rtdmd_cli.engine.distill.report import grids
 from rtdmd_cli.engine.report.charts import format_number
 from rtdmd_cli.engine.report.compare import Comparison, Side, write_comparison
 from rtdmd_cli.engine.report.page import Cell, format_duration
+from rtdmd_cli.engine.report.run_facts import grids
 from rtdmd_cli.engine.storage.run_folder import RunFolder
 from rtdmd_cli.engine.storage.runs import RunSummary, summary
 from rtdmd_cli.errors import UsageError

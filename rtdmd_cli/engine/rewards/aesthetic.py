@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rtdmd_cli.engine.judges.features import ClipScorer
-from rtdmd_cli.engine.rewards.base import Metadata
-from rtdmd_cli.engine.rewards.convert import check_tensors, converted_from
+from rtdmd_cli.engine.judges.requirements import Metadata
+from rtdmd_cli.engine.rewards.convert import converted_from
+from rtdmd_cli.engine.storage.tensors import check_tensors
 from rtdmd_cli.errors import DataError
 
 CLIP = "openai/clip-vit-large-patch14"

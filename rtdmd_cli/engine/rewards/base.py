@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
+from rtdmd_cli.engine.judges.requirements import Metadata
 from rtdmd_cli.errors import DataError
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-
-Metadata: TypeAlias = Mapping[str, Any]
-"""What is known of a prompt besides its text, such as a GenEval requirement; empty where there is nothing."""
 
 
 class Reward(Protocol):

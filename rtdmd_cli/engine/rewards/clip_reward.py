@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from rtdmd_cli.engine.judges.features import ClipScorer
-from rtdmd_cli.engine.rewards.base import Metadata
+from rtdmd_cli.engine.judges.requirements import Metadata
 
 
 @dataclass(frozen=True)

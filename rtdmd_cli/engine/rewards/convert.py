@@ -18,7 +18,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -30,13 +30,13 @@ from torch import Tensor
 
 from rtdmd_cli.engine.storage.files import cache_folder, os_errors, write_json, write_with
 from rtdmd_cli.engine.storage.hub import hub_file
+from rtdmd_cli.engine.storage.tensors import AGAIN
 from rtdmd_cli.errors import DataError, EnvironmentFailure
 
 Convert: TypeAlias = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 log = logging.getLogger(__name__)
 
-_AGAIN = "Fetch the file again from its publisher."
 _SOURCE = "source_sha256"  # key in the metadata of a conversion
 
 
@@ -94,21 +94,6 @@ def converted(file: Path, name: str, convert: Convert, entry: str = "") -> Path:
     return target
 
 
-def check_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], what: str) -> None:
-    """DataError that names the first key that is missing, unexpected or of another shape than `shapes` says.
-
-    what: the weights, for the message ("The weights of <what> ...").
-    """
-    missing, unexpected = sorted(shapes.keys() - tensors.keys()), sorted(tensors.keys() - shapes.keys())
-    for kind, keys in (("lack", missing), ("have the unexpected", unexpected)):
-        if keys:
-            raise DataError(f"The weights of {what} {kind} {keys[0]} ({len(keys)} tensors in all).", _AGAIN)
-    for key, shape in shapes.items():
-        if tuple(tensors[key].shape) != shape:
-            found = list(tensors[key].shape)
-            raise DataError(f"{key} of the weights of {what} is {found}, not {list(shape)}.", _AGAIN)
-
-
 def _load(file: Path, entry: str) -> dict[str, Tensor]:
     """Unpickle with the restricted loader, which builds tensors and plain containers and runs nothing else."""
     try:
@@ -120,18 +105,18 @@ def _load(file: Path, entry: str) -> dict[str, Tensor]:
         refused = re.search(r"GLOBAL (\S+)", str(error))
         if refused:
             raise DataError(
-                f"The weights {file} hold more than tensors ({refused[1]}); nothing of it was run.", _AGAIN
+                f"The weights {file} hold more than tensors ({refused[1]}); nothing of it was run.", AGAIN
             ) from error
-        raise DataError(f"The weights {file} are damaged, or no weights at all.", _AGAIN) from error
+        raise DataError(f"The weights {file} are damaged, or no weights at all.", AGAIN) from error
     if entry:
         if not isinstance(loaded, dict) or entry not in loaded:
-            raise DataError(f"The weights {file} have no entry {entry}.", _AGAIN)
+            raise DataError(f"The weights {file} have no entry {entry}.", AGAIN)
         loaded = loaded[entry]
     if not isinstance(loaded, dict):
-        raise DataError(f"The weights {file} hold a {type(loaded).__name__}, not named tensors.", _AGAIN)
+        raise DataError(f"The weights {file} hold a {type(loaded).__name__}, not named tensors.", AGAIN)
     for key, value in loaded.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise DataError(f"{key} of the weights {file} is a {type(value).__name__}, no tensor.", _AGAIN)
+            raise DataError(f"{key} of the weights {file} is a {type(value).__name__}, no tensor.", AGAIN)
     return {key: value.detach() for key, value in loaded.items()}
 
 
@@ -167,7 +152,7 @@ def _stand_in(file: Path, name: str, record: _Record | None) -> Path:
         raise DataError(f"The weights {file} don't exist.", "Fetch them, or check the path of the reward.")
     target = _target(name, record.sha256)
     if not _is_whole(target, record.sha256):
-        raise DataError(f"The weights {file} don't exist any more, nor does what was made of them.", _AGAIN)
+        raise DataError(f"The weights {file} don't exist any more, nor does what was made of them.", AGAIN)
     return target
 
 

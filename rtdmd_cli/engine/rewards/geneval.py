@@ -16,8 +16,7 @@ from rtdmd_cli.engine.judges.detector import CLASSES, Found, ObjectDetector
 from rtdmd_cli.engine.judges.geneval import Detection, judge
 from rtdmd_cli.engine.judges.geneval_soft import soft_score
 from rtdmd_cli.engine.judges.pixels import check_batch
-from rtdmd_cli.engine.judges.requirements import read_requirement, shown, threshold_of
-from rtdmd_cli.engine.rewards.base import Metadata
+from rtdmd_cli.engine.judges.requirements import Metadata, read_requirement, shown, threshold_of
 from rtdmd_cli.errors import DataError
 
 DETECTOR_FOLDER, CLIP_FOLDER = "detector", "clip"

@@ -30,9 +30,9 @@ from rtdmd_cli.engine.judges.qwen_inputs import (
     load_chat,
     read_preprocess,
 )
-from rtdmd_cli.engine.rewards.base import Metadata
-from rtdmd_cli.engine.rewards.convert import check_tensors
+from rtdmd_cli.engine.judges.requirements import Metadata
 from rtdmd_cli.engine.storage.hub import hub_file
+from rtdmd_cli.engine.storage.tensors import check_tensors
 from rtdmd_cli.errors import DataError
 
 SOURCE = "MizzenAI/HPSv3"

@@ -19,9 +19,10 @@ from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisio
 from rtdmd_cli.engine.compute.quiet import quiet_loading
 from rtdmd_cli.engine.judges.features import resize
 from rtdmd_cli.engine.judges.pixels import check_batch, normalise
-from rtdmd_cli.engine.rewards.base import Metadata
-from rtdmd_cli.engine.rewards.convert import check_tensors, converted_from
+from rtdmd_cli.engine.judges.requirements import Metadata
+from rtdmd_cli.engine.rewards.convert import converted_from
 from rtdmd_cli.engine.storage.hub import hub_file
+from rtdmd_cli.engine.storage.tensors import check_tensors
 from rtdmd_cli.errors import DataError
 
 SOURCE = "THUDM/ImageReward"

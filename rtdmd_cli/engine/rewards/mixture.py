@@ -16,7 +16,7 @@ from rtdmd_cli.errors import NumericalError, UsageError
 
 
 class RewardMixture:
-    """See `tune_reward.Rewards`.
+    """See `tune_reward.rollouts.Rewards`.
 
     weights: of the rewards trained on. held_out: names of those that `measure` adds. paths: name -> folder or hub id
     instead of the published source. in_memory: "all" keeps loaded rewards, "one" loads each when its turn comes.

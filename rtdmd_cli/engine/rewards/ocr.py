@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from rtdmd_cli.engine.judges.pixels import check_batch
-from rtdmd_cli.engine.judges.requirements import shown
-from rtdmd_cli.engine.rewards.base import Metadata
+from rtdmd_cli.engine.judges.requirements import Metadata, shown
 from rtdmd_cli.errors import DataError, EnvironmentFailure
 
 if TYPE_CHECKING:

@@ -13,8 +13,7 @@ from torch import Tensor
 from rtdmd_cli.engine.judges.geneval import Detection, judge
 from rtdmd_cli.engine.judges.geneval_soft import soft_score
 from rtdmd_cli.engine.judges.pixels import check_batch
-from rtdmd_cli.engine.judges.requirements import KEY, read_requirement, shown, threshold_of
-from rtdmd_cli.engine.rewards.base import Metadata
+from rtdmd_cli.engine.judges.requirements import KEY, Metadata, read_requirement, shown, threshold_of
 from rtdmd_cli.errors import DataError
 from rtdmd_cli.shapes.detector import COUNTING_THRESHOLD, THRESHOLD, detect
 from rtdmd_cli.shapes.grammar import parse, requirement

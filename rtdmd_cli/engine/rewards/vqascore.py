@@ -14,8 +14,8 @@ from torch import Tensor
 
 from rtdmd_cli.engine.judges.pixels import check_batch
 from rtdmd_cli.engine.judges.qwen_vl import QwenVL
+from rtdmd_cli.engine.judges.requirements import Metadata
 from rtdmd_cli.engine.judges.soft_tifa import spellings
-from rtdmd_cli.engine.rewards.base import Metadata
 
 QUESTION = 'Does this image show "{}"? Answer the question with Yes or No.'
 

@@ -21,8 +21,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol
+from contextlib import contextmanager
+from typing import Any
 
 import peft
 import torch
@@ -32,11 +32,17 @@ from torch import Tensor, nn
 from rtdmd_cli.config.section import LoraConfig
 from rtdmd_cli.engine.backbones.two_bases import Base, TwoBases
 from rtdmd_cli.engine.compute import rng
-from rtdmd_cli.errors import DataError, UsageError
+from rtdmd_cli.engine.roles.base import (
+    FAKE,
+    GENERATOR,
+    STAGE1_FAKE,
+    STAGE1_GENERATOR,
+    START,
+    TEACHER,
+    require_fit,
+)
+from rtdmd_cli.errors import UsageError
 
-TEACHER, FAKE, GENERATOR = "teacher", "fake", "generator"
-START = "start"  # in stage 2: the generator that stage 1 left
-STAGE1_FAKE, STAGE1_GENERATOR = "stage1_fake", "stage1_generator"
 STAGE_1: dict[str, tuple[str, ...]] = {TEACHER: (), FAKE: (FAKE,), GENERATOR: (GENERATOR,)}
 """Role -> its adapters, bottom first."""
 STAGE_2: dict[str, tuple[str, ...]] = {
@@ -45,27 +51,6 @@ STAGE_2: dict[str, tuple[str, ...]] = {
     FAKE: (STAGE1_FAKE, FAKE),
     GENERATOR: (STAGE1_GENERATOR, GENERATOR),
 }
-
-
-class RoleSet(Protocol):
-    """What the recipes need of the roles, trained as adapters (`Roles`) or in full (`full_roles.FullRoles`).
-
-    frozen: the weights of stage 1 that stage 2 keeps, to be saved with every checkpoint.
-    """
-
-    frozen: tuple[str, ...]
-
-    def role(self, name: str, train: bool = False) -> AbstractContextManager[None]: ...
-
-    def swapped(self, name: str, tensors: Mapping[str, Tensor]) -> AbstractContextManager[None]: ...
-
-    def begin_stage_2(self, generator: Mapping[str, Tensor], fake: Mapping[str, Tensor]) -> None: ...
-
-    def named_parameters(self, name: str) -> list[tuple[str, nn.Parameter]]: ...
-
-    def state(self, name: str) -> dict[str, Tensor]: ...
-
-    def load(self, name: str, tensors: Mapping[str, Tensor]) -> None: ...
 
 
 class Roles:
@@ -194,22 +179,6 @@ class Roles:
         require_fit(name, own, tensors)
         for key, parameter in own.items():
             parameter.copy_(tensors[key])
-
-
-def require_fit(name: str, own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-    """DataError, naming the first five problems, unless `tensors` are float32 and of the names and shapes of `own`."""
-    problems = [f"{key} is missing" for key in own if key not in tensors]
-    problems += [f"{key} is unexpected" for key in tensors if key not in own]
-    for key in (key for key in own if key in tensors):
-        if tensors[key].shape != own[key].shape or tensors[key].dtype != torch.float32:
-            found = f"{tensors[key].dtype} {list(tensors[key].shape)}"
-            problems.append(f"{key} is {found} instead of torch.float32 {list(own[key].shape)}")
-    if problems:
-        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if problems[5:] else "")
-        raise DataError(
-            f"These weights don't fit the adapter {name}: {shown}.",
-            "Use weights made with the same model and the same distill.lora and distill.train settings.",
-        )
 
 
 def _base_of(name: str) -> Base:

@@ -3,7 +3,7 @@
     stage 1   teacher = the base's own weights      fake, generator = float32 copies, both trained
     stage 2   the same, from stage 1's fake score and generator      start = stage 1's generator, frozen
 
-The counterpart of `roles.Roles` for `distill.train: full`; both are `roles.RoleSet`. Entering a role puts its weights in
+The counterpart of `adapters.Roles` for `distill.train: full`; both are `base.RoleSet`. Entering a role puts its weights in
 the place of the transformer's, by reference: nothing is copied, and a graph keeps the weights it was built with. As
 there, **`backward` is called inside the context of the role that is trained**, because checkpointing recomputes
 with whatever weights are in place.
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from rtdmd_cli.engine.backbones.two_bases import TwoBases, bases_of
 from rtdmd_cli.engine.compute.mixed import cast_forward
-from rtdmd_cli.engine.roles.adapters import FAKE, GENERATOR, STAGE1_GENERATOR, START, TEACHER, require_fit
+from rtdmd_cli.engine.roles.base import FAKE, GENERATOR, STAGE1_GENERATOR, START, TEACHER, require_fit
 
 Weights = dict[str, nn.Parameter]
 

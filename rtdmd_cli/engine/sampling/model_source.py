@@ -18,9 +18,11 @@ from torch import Tensor
 
 from rtdmd_cli.config.loader import list_presets, load_preset, preset_path
 from rtdmd_cli.config.schema import SHARED_BASE, Preset
-from rtdmd_cli.engine.backbones.base import Backbone, load_backbone
+from rtdmd_cli.engine.backbones.base import Backbone
+from rtdmd_cli.engine.backbones.families import load_backbone
 from rtdmd_cli.engine.backbones.two_bases import TwoBases, bases_of
-from rtdmd_cli.engine.roles.adapters import GENERATOR, STAGE1_GENERATOR, Roles
+from rtdmd_cli.engine.roles.adapters import Roles
+from rtdmd_cli.engine.roles.base import GENERATOR, STAGE1_GENERATOR
 from rtdmd_cli.engine.roles.full import replace_weights
 from rtdmd_cli.engine.sampling.sample import Kind, SamplingPlan, sampling_plan
 from rtdmd_cli.engine.storage.checkpoint import Checkpoint, load_checkpoint, newest_valid, verify_checkpoint

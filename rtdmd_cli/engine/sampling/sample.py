@@ -25,7 +25,7 @@ from rtdmd_cli.engine.algo.flow import cfg, cps_step, guidance_at, to_x0
 from rtdmd_cli.engine.backbones.base import Backbone, Conditioning, concatenate
 from rtdmd_cli.engine.backbones.common import evenly_spaced
 from rtdmd_cli.engine.compute import rng
-from rtdmd_cli.engine.roles.adapters import RoleSet
+from rtdmd_cli.engine.roles.base import RoleSet
 from rtdmd_cli.errors import UsageError
 
 Kind = Literal["teacher", "generator", "start"]

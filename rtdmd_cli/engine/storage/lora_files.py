@@ -22,17 +22,20 @@ import safetensors
 import safetensors.torch
 from torch import Tensor, nn
 
-from rtdmd_cli.engine.export.fold import A, B, Folded
 from rtdmd_cli.engine.storage import files
 from rtdmd_cli.errors import DataError
 
+A, B = ".lora_A.weight", ".lora_B.weight"  # after a layer's name, in checkpoints and files
 DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"  # what `load_lora_weights` looks for in a folder
 
 
-def lora_tensors(folded: Folded, prefix: str) -> dict[str, Tensor]:
-    """The file's tensors: `<prefix>.<layer>.lora_A.weight` [rank, in] and `.lora_B.weight` [out, rank], float32."""
+def lora_tensors(layers: Mapping[str, tuple[Tensor, Tensor]], prefix: str) -> dict[str, Tensor]:
+    """The file's tensors: `<prefix>.<layer>.lora_A.weight` [rank, in] and `.lora_B.weight` [out, rank], float32.
+
+    layers: (A, B) by the layer's name.
+    """
     tensors = {}
-    for layer, (a, b) in folded.layers.items():
+    for layer, (a, b) in layers.items():
         tensors[f"{prefix}.{layer}{A}"] = a
         tensors[f"{prefix}.{layer}{B}"] = b
     return tensors

@@ -13,7 +13,7 @@ from rtdmd_cli.engine.algo.subinterval import renoise
 from rtdmd_cli.engine.backbones.base import Backbone, Conditioning
 from rtdmd_cli.engine.compute import rng
 from rtdmd_cli.engine.report.grid import GridRow, picture_grid, save_png
-from rtdmd_cli.engine.roles.adapters import RoleSet
+from rtdmd_cli.engine.roles.base import RoleSet
 from rtdmd_cli.engine.sampling.sample import Kind, SamplingPlan, decode_all, generate, guided, sampling_plan
 
 COUNT = 8

@@ -1,6 +1,6 @@
 """What surrounds a recipe, for both stages: restoring, the loop, checkpoints, metric lines, grids, signals.
 
-The recipes themselves, `distill.iterate` and `tune_reward.tune`, are explicit and share nothing but formulas.
+The recipes themselves are `distill.recipe.iterate` and `tune_reward.recipe.tune`.
 """
 
 import time
@@ -16,8 +16,7 @@ from rtdmd_cli import __version__
 from rtdmd_cli.config.loader import Resolved, dump_resolved
 from rtdmd_cli.engine.compute import optim
 from rtdmd_cli.engine.compute.processes import Processes
-from rtdmd_cli.engine.distill.recipe import ROLES, Trainer
-from rtdmd_cli.engine.roles.adapters import RoleSet
+from rtdmd_cli.engine.roles.base import RoleSet
 from rtdmd_cli.engine.storage import files
 from rtdmd_cli.engine.storage.checkpoint import (
     Checkpoint,
@@ -31,6 +30,7 @@ from rtdmd_cli.engine.training.progress import training_progress
 from rtdmd_cli.engine.training.signals import StopRequest, stop_on_signals
 from rtdmd_cli.engine.training.start import Start
 from rtdmd_cli.engine.training.trackers import Tracker, open_tracker
+from rtdmd_cli.engine.training.trainer import ROLES, Trainer
 from rtdmd_cli.errors import DataError, UsageError
 
 STATE_KEYS = {"stage", "generator_updates", "optimizers", "seconds", "records"}
@@ -86,7 +86,7 @@ class Session:
     """A run in progress.
 
     `seconds` counts training time of all parts, `last` is the newest checkpoint, `records` are JSON values of the
-    stage's own that survive a resume, `prompts` is what `prompts.known_by` says of the prompts. Two records have a
+    stage's own that survive a resume, `prompts` is what `prompts.reading.known_by` says of the prompts. Two records have a
     meaning here: with `stopped` (true) the run ends before its time; `best` is the step of a checkpoint that is
     made out of turn and never removed.
     """

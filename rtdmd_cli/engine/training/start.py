@@ -1,4 +1,4 @@
-"""Where a run of stage 1 starts; apart from `distill_run.py`, whose imports take seconds."""
+"""Where a training starts: anew, or from a checkpoint. A file of its own, because those of a run import for seconds."""
 
 from dataclasses import dataclass
 

@@ -8,15 +8,15 @@ from torch import Tensor
 
 from rtdmd_cli.config.schema import Preset
 from rtdmd_cli.engine.backbones.base import Conditioning
-from rtdmd_cli.engine.distill.recipe import Trainer
 from rtdmd_cli.engine.judges.features import ClipScorer, frechet_distance, pairwise_cosine_distances
 from rtdmd_cli.engine.prompts.reading import PromptSet
 from rtdmd_cli.engine.rewards import shapes_clip
 from rtdmd_cli.engine.rewards.mixture import RewardMixture
 from rtdmd_cli.engine.rewards.registry import REWARDS
 from rtdmd_cli.engine.rewards.scoring import require_judged
-from rtdmd_cli.engine.roles.adapters import GENERATOR
+from rtdmd_cli.engine.roles.base import GENERATOR
 from rtdmd_cli.engine.sampling.sample import Kind, decode_all, generate, sampling_plan
+from rtdmd_cli.engine.training.trainer import Trainer
 from rtdmd_cli.errors import DataError, EnvironmentFailure
 
 BUILTIN = "builtin:shapes"

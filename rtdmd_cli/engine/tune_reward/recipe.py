@@ -17,7 +17,7 @@ Matched through the last step alone, the others are free to follow the reward. W
 images of the epoch that are drawn in favour of the poor ones, and matching then leans to the rewards, also to those
 without a gradient (`algo/tilt.py`).
 
-The generator is stage 1's, frozen, with a fresh adapter on top (`roles.py`). Random numbers are keyed by (seed,
+The generator is stage 1's, frozen, with a fresh adapter on top (`roles/adapters.py`). Random numbers are keyed by (seed,
 stream, epoch, image), so that micro-batches and resumed runs see the same ones.
 """
 
@@ -34,18 +34,11 @@ from rtdmd_cli.engine.algo.gradients import bound_gradients
 from rtdmd_cli.engine.algo.losses import clipped_policy_loss, gaussian_kl, reward_hinge_loss
 from rtdmd_cli.engine.backbones.base import Conditioning
 from rtdmd_cli.engine.compute import optim
-from rtdmd_cli.engine.distill.recipe import (
-    Boundary,
-    Draws,
-    add,
-    add_matching_gradients,
-    check_weights,
-    matching_loss,
-    move_role,
-)
 from rtdmd_cli.engine.rewards.scoring import Scores, require_judged
 from rtdmd_cli.engine.rewards.sharing import gathered, require_work
-from rtdmd_cli.engine.tune_reward.matching import matched_prompts, update_fake_score
+from rtdmd_cli.engine.training.matching import Boundary, add_matching_gradients, matching_loss
+from rtdmd_cli.engine.training.trainer import Draws, add, check_weights, move_role
+from rtdmd_cli.engine.tune_reward.fake_score import matched_prompts, update_fake_score
 from rtdmd_cli.engine.tune_reward.rollouts import (
     Rollouts,
     Tuner,

@@ -4,9 +4,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rtdmd_cli.config.tune_reward import TuneRewardConfig
-from rtdmd_cli.engine.distill.report import grids, lag_curves, recorded_environment, sampler_facts
 from rtdmd_cli.engine.report.html import Curve, RunReport, write_report
 from rtdmd_cli.engine.report.page import Picture, Table
+from rtdmd_cli.engine.report.run_facts import grids, lag_curves, recorded_environment, sampler_facts
 from rtdmd_cli.engine.storage.run_folder import State
 from rtdmd_cli.engine.training.session import Session
 from rtdmd_cli.engine.tune_reward.watch import AFTER, BEFORE, LEFT_OUT, STOPPED, WATCH, advice, alarm

@@ -12,8 +12,8 @@ from rtdmd_cli.config.tune_reward import TuneRewardConfig
 from rtdmd_cli.engine.algo.flow import cps_logprob, cps_mean_std, to_x0
 from rtdmd_cli.engine.backbones.base import Conditioning
 from rtdmd_cli.engine.compute import rng
-from rtdmd_cli.engine.distill.recipe import Draws, Trainer, parts_of
 from rtdmd_cli.engine.rewards.scoring import Scores
+from rtdmd_cli.engine.training.trainer import Draws, Trainer, parts_of
 
 ROLLOUT = "tune/rollout"
 """Name of the random stream; those of the turns are others."""

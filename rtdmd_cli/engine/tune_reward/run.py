@@ -1,4 +1,4 @@
-"""A run of stage 2: what surrounds the recipe in `tune_reward.py`, from a stage-1 checkpoint to a finished run."""
+"""A run of stage 2: what surrounds `recipe.py`, from a stage-1 checkpoint to a finished run."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,19 +10,20 @@ import torch
 from rtdmd_cli.config.loader import Resolved
 from rtdmd_cli.config.schema import DistillConfig, Preset
 from rtdmd_cli.config.tune_reward import TuneRewardConfig
-from rtdmd_cli.engine.backbones.base import Backbone, Conditioning, load_backbone
+from rtdmd_cli.engine.backbones.base import Backbone, Conditioning
+from rtdmd_cli.engine.backbones.families import load_backbone
 from rtdmd_cli.engine.compute import optim
 from rtdmd_cli.engine.compute.device import resolve_device, resolve_dtype
 from rtdmd_cli.engine.compute.processes import join
-from rtdmd_cli.engine.distill.recipe import ROLES, Trainer
-from rtdmd_cli.engine.distill.run import assemble, encode_prompts, model_line, training_sigmas
 from rtdmd_cli.engine.prompts.reading import PromptSet, known_by
 from rtdmd_cli.engine.rewards.mixture import RewardMixture
-from rtdmd_cli.engine.roles.adapters import FAKE, GENERATOR, Roles, RoleSet
+from rtdmd_cli.engine.roles.adapters import Roles
+from rtdmd_cli.engine.roles.base import FAKE, GENERATOR, RoleSet
 from rtdmd_cli.engine.roles.full import FullRoles
 from rtdmd_cli.engine.storage.checkpoint import Checkpoint
 from rtdmd_cli.engine.storage.run_folder import RunFolder, create_run
 from rtdmd_cli.engine.training import previews as pictures
+from rtdmd_cli.engine.training.assembly import assemble, encode_prompts, model_line, training_sigmas
 from rtdmd_cli.engine.training.session import (
     Outcome,
     Session,
@@ -37,6 +38,7 @@ from rtdmd_cli.engine.training.session import (
 )
 from rtdmd_cli.engine.training.signals import StopRequest
 from rtdmd_cli.engine.training.start import Start
+from rtdmd_cli.engine.training.trainer import ROLES, Trainer
 from rtdmd_cli.engine.tune_reward.checks import check_counts, check_tilt, open_rewards, require_shares
 from rtdmd_cli.engine.tune_reward.measure import Measurement, evenly_chosen, measure, teacher_features
 from rtdmd_cli.engine.tune_reward.rollouts import Tuner

@@ -4,10 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from rtdmd_cli.config.tune_reward import TuneRewardConfig
-from rtdmd_cli.engine.distill.run import prepare_prompts
 from rtdmd_cli.engine.rewards.mixture import RewardMixture
 from rtdmd_cli.engine.storage.run_folder import State
 from rtdmd_cli.engine.training import previews as pictures
+from rtdmd_cli.engine.training.assembly import prepare_prompts
 from rtdmd_cli.engine.training.session import Schedule, Session, Stage
 from rtdmd_cli.engine.tune_reward.checks import followed
 from rtdmd_cli.engine.tune_reward.measure import Measured, Measurement, measure

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from rtdmd_cli.config.schema import SamplerConfig
-from rtdmd_cli.engine.backbones.base import FAMILIES, Backbone
+from rtdmd_cli.engine.backbones.base import Backbone
+from rtdmd_cli.engine.backbones.families import FAMILIES
 from rtdmd_cli.engine.compute.mixed import MixedPrecision
 from rtdmd_cli.engine.sampling.sample import euler, guided, sampling_plan
 from rtdmd_cli.errors import RtdmdError, UsageError

@@ -16,9 +16,11 @@ from safetensors.torch import load_file, save_file
 from rtdmd_cli.config.schema import Preset
 from rtdmd_cli.config.section import LoraConfig
 from rtdmd_cli.engine.backbones import flux1, flux2, loading, sd3
-from rtdmd_cli.engine.backbones.base import Conditioning, locate_model
+from rtdmd_cli.engine.backbones.base import Conditioning
+from rtdmd_cli.engine.backbones.families import locate_model
 from rtdmd_cli.engine.backbones.two_bases import TwoBases
-from rtdmd_cli.engine.roles.adapters import FAKE, GENERATOR, START, TEACHER, Roles
+from rtdmd_cli.engine.roles.adapters import Roles
+from rtdmd_cli.engine.roles.base import FAKE, GENERATOR, START, TEACHER
 from rtdmd_cli.engine.sampling.model_source import Source, open_model
 from rtdmd_cli.errors import DataError, EnvironmentFailure, UsageError
 from tests.tiny_flux import TINY, build_flux2_pipeline, load_tiny, save, tiny_config, tiny_folder

@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 
 from rtdmd_cli.config.schema import ModelConfig
 from rtdmd_cli.engine.backbones import loading, sd3
-from rtdmd_cli.engine.backbones.base import FAMILIES, Backbone, Conditioning, load_backbone
+from rtdmd_cli.engine.backbones.base import Backbone, Conditioning
+from rtdmd_cli.engine.backbones.families import FAMILIES, load_backbone
 from rtdmd_cli.engine.sampling.sample import euler, guided
 from rtdmd_cli.errors import DataError, EnvironmentFailure, RtdmdError, UsageError
 from tests.tiny_models import (

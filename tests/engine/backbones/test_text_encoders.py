@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from rtdmd_cli.config.schema import HardwareConfig, ModelConfig
-from rtdmd_cli.engine.backbones.base import Backbone, load_backbone
+from rtdmd_cli.engine.backbones.base import Backbone
+from rtdmd_cli.engine.backbones.families import load_backbone
 from rtdmd_cli.engine.compute.quantise import shrink_encoder
 from rtdmd_cli.errors import EnvironmentFailure
 from tests.tiny_flux import tiny_config

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from rtdmd_cli.config.loader import load_preset
 from rtdmd_cli.config.schema import HardwareConfig, Preset
 from rtdmd_cli.config.section import LoraConfig
-from rtdmd_cli.engine.backbones.base import Backbone, Conditioning, load_backbone
+from rtdmd_cli.engine.backbones.base import Backbone, Conditioning
+from rtdmd_cli.engine.backbones.families import load_backbone
 from rtdmd_cli.engine.compute.quantise import Base, place
 from rtdmd_cli.engine.roles.adapters import Roles
 from rtdmd_cli.errors import EnvironmentFailure

@@ -20,8 +20,10 @@ from rtdmd_cli.config.section import LoraConfig
 from rtdmd_cli.engine.backbones.base import Conditioning
 from rtdmd_cli.engine.compute import rng
 from rtdmd_cli.engine.distill import recipe as distill
-from rtdmd_cli.engine.distill.recipe import Boundary, Draws, Trainer, boundaries_in_use, iterate, rollout
+from rtdmd_cli.engine.distill.recipe import iterate
 from rtdmd_cli.engine.distill.run import build_trainer
+from rtdmd_cli.engine.training.matching import Boundary, boundaries_in_use, rollout
+from rtdmd_cli.engine.training.trainer import Draws, Trainer
 from rtdmd_cli.errors import NumericalError
 from tests.tiny_models import PROMPTS, load_sd3, sd3_config
 

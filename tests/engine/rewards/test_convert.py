@@ -22,8 +22,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from rtdmd_cli.engine.rewards.convert import check_tensors, converted, converted_from
+from rtdmd_cli.engine.rewards.convert import converted, converted_from
 from rtdmd_cli.engine.storage.hub import hub_file
+from rtdmd_cli.engine.storage.tensors import check_tensors
 from rtdmd_cli.errors import DataError, EnvironmentFailure
 from tests.tiny_hub import offline_hub, publish
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from rtdmd_cli.engine.judges.requirements import Metadata
 from rtdmd_cli.engine.prompts.reading import PromptSet
 from rtdmd_cli.engine.rewards import scoring
-from rtdmd_cli.engine.rewards.base import Metadata
 from rtdmd_cli.engine.rewards.scoring import Limits, Scores, require_judged, score_all, time_limit
 from rtdmd_cli.errors import DataError, NumericalError, RewardFailure
 

@@ -15,7 +15,6 @@ from rtdmd_cli.config.loader import Resolved, preset_sha256
 from rtdmd_cli.config.schema import DistillConfig, HardwareConfig, Preset
 from rtdmd_cli.config.section import LoraConfig
 from rtdmd_cli.engine.distill import run as distill_run
-from rtdmd_cli.engine.distill.recipe import Trainer
 from rtdmd_cli.engine.distill.run import run_distill
 from rtdmd_cli.engine.prompts.reading import PromptSet
 from rtdmd_cli.engine.sampling.model_source import open_model, resolve
@@ -23,6 +22,7 @@ from rtdmd_cli.engine.storage.checkpoint import Checkpoint, load_checkpoint
 from rtdmd_cli.engine.storage.run_folder import RunFolder
 from rtdmd_cli.engine.training.session import Outcome
 from rtdmd_cli.engine.training.start import Start
+from rtdmd_cli.engine.training.trainer import Trainer
 from rtdmd_cli.engine.tune_reward import stage as tune_stage
 from rtdmd_cli.engine.tune_reward.rollouts import Tuner
 from rtdmd_cli.engine.tune_reward.run import run_tune

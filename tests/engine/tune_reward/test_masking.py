@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from rtdmd_cli.engine.judges.requirements import Metadata
 from rtdmd_cli.engine.rewards import registry
-from rtdmd_cli.engine.rewards.base import Metadata, Reward, RewardEntry
+from rtdmd_cli.engine.rewards.base import Reward, RewardEntry
 from rtdmd_cli.engine.storage.checkpoint import Checkpoint, checkpoint_steps, load_checkpoint
 from rtdmd_cli.engine.storage.run_folder import RunFolder
 from rtdmd_cli.engine.training.start import Start

@@ -21,7 +21,7 @@ import torch
 
 from rtdmd_cli.cli import app
 from rtdmd_cli.config.loader import load_preset
-from rtdmd_cli.engine.backbones.base import load_backbone
+from rtdmd_cli.engine.backbones.families import load_backbone
 from rtdmd_cli.engine.prompts.reading import read_prompt_set
 from rtdmd_cli.engine.rewards import shapes_clip
 from rtdmd_cli.engine.roles.adapters import Roles

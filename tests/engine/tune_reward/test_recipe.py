@@ -12,9 +12,10 @@ from torch import Tensor
 
 from rtdmd_cli.engine.algo.gradients import bound_gradients
 from rtdmd_cli.engine.backbones.base import Conditioning
-from rtdmd_cli.engine.distill.recipe import Draws, add_fake_gradients, add_matching_gradients
+from rtdmd_cli.engine.training.matching import add_fake_gradients, add_matching_gradients
+from rtdmd_cli.engine.training.trainer import Draws
 from rtdmd_cli.engine.tune_reward import recipe as tune_reward
-from rtdmd_cli.engine.tune_reward.matching import FAKE, update_fake_score
+from rtdmd_cli.engine.tune_reward.fake_score import FAKE, update_fake_score
 from rtdmd_cli.engine.tune_reward.recipe import tune, update_generator
 from rtdmd_cli.engine.tune_reward.rollouts import Rollouts, Tuner, chosen_prompts, chosen_steps, roll_out
 from rtdmd_cli.engine.tune_reward.run import stage_1_settings

@@ -15,13 +15,13 @@ from torch import Tensor
 from rtdmd_cli.config.loader import Resolved, preset_sha256
 from rtdmd_cli.engine.backbones.loading import folder_hash
 from rtdmd_cli.engine.backbones.sd3 import LAYOUT
-from rtdmd_cli.engine.distill.run import encode_prompts
 from rtdmd_cli.engine.prompts.reading import PromptSet, known_by
 from rtdmd_cli.engine.rewards import registry
 from rtdmd_cli.engine.sampling.model_source import open_model, resolve
 from rtdmd_cli.engine.sampling.sample import decode_all, generate
 from rtdmd_cli.engine.storage.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from rtdmd_cli.engine.storage.run_folder import RunFolder
+from rtdmd_cli.engine.training.assembly import encode_prompts
 from rtdmd_cli.engine.training.session import Outcome, restore
 from rtdmd_cli.engine.training.start import Start
 from rtdmd_cli.engine.tune_reward import checks as tune_checks

@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from rtdmd_cli.engine.evaluation import probes
+from rtdmd_cli.engine.evaluation.probes import Pair
+from rtdmd_cli.engine.evaluation.reward_check import CheckResult, check_reward
 from rtdmd_cli.engine.judges.features import ClipScorer
-from rtdmd_cli.engine.rewards import probes
 from rtdmd_cli.engine.rewards.base import Need, RewardEntry
-from rtdmd_cli.engine.rewards.check import CheckResult, check_reward
-from rtdmd_cli.engine.rewards.probes import Pair
 from rtdmd_cli.engine.rewards.registry import REWARDS
 from rtdmd_cli.errors import DataError, EnvironmentFailure, UsageError
 

@@ -11,10 +11,10 @@ import torch
 
 from rtdmd_cli.config.schema import Preset
 from rtdmd_cli.engine.compute.processes import Processes
-from rtdmd_cli.engine.distill.recipe import Draws
-from rtdmd_cli.engine.tune_reward import matching as tune_matching
+from rtdmd_cli.engine.training.trainer import Draws
+from rtdmd_cli.engine.tune_reward import fake_score as tune_matching
 from rtdmd_cli.engine.tune_reward.checks import check_tilt
-from rtdmd_cli.engine.tune_reward.matching import FAKE, drawn_images, update_fake_score
+from rtdmd_cli.engine.tune_reward.fake_score import FAKE, drawn_images, update_fake_score
 from rtdmd_cli.engine.tune_reward.recipe import tune
 from rtdmd_cli.engine.tune_reward.rollouts import Rollouts, Tuner, roll_out
 from rtdmd_cli.errors import UsageError

@@ -7,18 +7,15 @@ from torch import Tensor
 
 from rtdmd_cli.engine.algo.tilt import effective_share, systematic_draw, tilt_weights
 from rtdmd_cli.engine.compute import optim, rng
-from rtdmd_cli.engine.distill.recipe import (
+from rtdmd_cli.engine.training.matching import (
     Boundary,
-    Draws,
     Point,
     add_fake_gradients,
     boundaries_in_use,
-    check_weights,
     evaluated_together,
     fake_loss,
-    move_role,
-    parts_of,
 )
+from rtdmd_cli.engine.training.trainer import Draws, check_weights, move_role, parts_of
 from rtdmd_cli.engine.tune_reward.rollouts import Rollouts, Tuner, conditioning
 
 FAKE = "tune/fake"
@@ -26,7 +23,7 @@ FAKE = "tune/fake"
 
 
 def update_fake_score(tuner: Tuner, epoch: int, rollouts: Rollouts, advantages: Tensor) -> None:
-    """The fake score's turn: one optimiser step of section 3's loss. advantages [N] as of `tune_reward.advantages_of`."""
+    """The fake score's turn: one optimiser step of section 3's loss. advantages [N] as of `recipe.advantages_of`."""
     core, config = tuner.core, tuner.config
     check_weights(core, epoch)
     core.fake_optimizer.zero_grad(set_to_none=True)

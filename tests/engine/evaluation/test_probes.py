@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from rtdmd_cli.engine.evaluation import probes
+from rtdmd_cli.engine.evaluation.probes import Pair, pairs_for
 from rtdmd_cli.engine.judges.detector import CLASSES
 from rtdmd_cli.engine.judges.features import ClipScorer
 from rtdmd_cli.engine.judges.requirements import read_requirement
-from rtdmd_cli.engine.rewards import probes
 from rtdmd_cli.engine.rewards.ocr import OcrReward
-from rtdmd_cli.engine.rewards.probes import Pair, pairs_for
 from rtdmd_cli.engine.rewards.registry import REWARDS
 from rtdmd_cli.shapes.grammar import TASKS, parse
 

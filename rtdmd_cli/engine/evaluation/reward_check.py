@@ -13,9 +13,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from rtdmd_cli.engine.evaluation.probes import Pair, pairs_for
 from rtdmd_cli.engine.rewards.base import Reward, RewardEntry
 from rtdmd_cli.engine.rewards.local import missing
-from rtdmd_cli.engine.rewards.probes import Pair, pairs_for
 from rtdmd_cli.errors import EnvironmentFailure, RtdmdError, UsageError
 
 SLACK = 1.0

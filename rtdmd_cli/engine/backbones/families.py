@@ -1,0 +1,82 @@
+"""The table of model families, and the model that a preset names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from rtdmd_cli.config.schema import HardwareConfig, ModelConfig
+from rtdmd_cli.engine.backbones.base import PLAIN, Backbone
+
+if TYPE_CHECKING:
+    from rtdmd_cli.engine.backbones.loading import Layout, Sources
+
+
+class FamilyModule(Protocol):
+    """What a family's file offers: its loader, and what its folders hold."""
+
+    LAYOUT: Layout
+
+    def load(
+        self, config: ModelConfig, device: torch.device, dtype: torch.dtype, hardware: HardwareConfig
+    ) -> Backbone: ...
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row of the table: the name used in presets, what it covers, and its file, imported when it is called."""
+
+    name: str
+    description: str
+    module: Callable[[], FamilyModule]
+
+
+# Imported late: diffusers and transformers take seconds.
+
+
+def _sd3() -> FamilyModule:
+    from rtdmd_cli.engine.backbones import sd3
+
+    return sd3
+
+
+def _flux1() -> FamilyModule:
+    from rtdmd_cli.engine.backbones import flux1
+
+    return flux1
+
+
+def _flux2() -> FamilyModule:
+    from rtdmd_cli.engine.backbones import flux2
+
+    return flux2
+
+
+FAMILIES: dict[str, Family] = {
+    "sd3": Family("sd3", "Stable Diffusion 3 and 3.5 Medium, and the built-in shapes model", _sd3),
+    "flux1": Family("flux1", "FLUX.1-dev", _flux1),
+    "flux2": Family("flux2", "FLUX.2-klein, 4B and 9B", _flux2),
+}
+
+
+def load_backbone(
+    config: ModelConfig, device: torch.device, dtype: torch.dtype, hardware: HardwareConfig = PLAIN
+) -> Backbone:
+    """Load the model a preset names. EnvironmentFailure: can't be fetched; DataError: damaged or foreign.
+
+    hardware: of it, whether the base is quantised and how pictures are decoded; device and dtype are resolved ones.
+    """
+    return FAMILIES[config.family].module().load(config, device, dtype, hardware)
+
+
+def locate_model(config: ModelConfig) -> Sources:
+    """Find, and download where they are missing, the folders and files of the model a preset names.
+
+    Nothing is loaded. Errors as `load_backbone`.
+    """
+    from rtdmd_cli.engine.backbones.loading import locate
+
+    return locate(FAMILIES[config.family].module().LAYOUT, config)

@@ -1,0 +1,55 @@
+"""What a run folder tells for its report: command, machine, grids, sampler, lag curves."""
+
+import json
+from collections.abc import Mapping
+
+from rtdmd_cli.config.schema import DistillConfig, Preset
+from rtdmd_cli.engine.report.page import Picture
+from rtdmd_cli.engine.storage.run_folder import ENVIRONMENT, RunFolder
+
+
+def recorded_environment(run: RunFolder) -> tuple[str, list[tuple[str, str]]]:
+    """The command that made a run, and its machine and versions."""
+    environment = json.loads((run.path / ENVIRONMENT).read_text(encoding="utf-8"))
+    command = " ".join(environment.pop("command"))
+    packages = environment.pop("packages")
+    return command, [(k, str(v)) for k, v in {**environment, **packages}.items() if v is not None]
+
+
+def grids(run: RunFolder, rows: str, unit: str) -> list[Picture]:
+    """The sample grids of a run, oldest first. rows: what stands above what; unit: what the steps count."""
+    return [
+        Picture(path, f"{unit} {int(path.stem.removeprefix('step-'))}: {rows}")
+        for path in sorted(run.samples.glob("step-*.png"))
+    ]
+
+
+def trained_weights(config: DistillConfig) -> str:
+    """What of each role is trained, for people."""
+    if config.train == "full":
+        return "all weights"
+    return f"LoRA of rank {config.lora.rank}, alpha {config.lora.alpha}"
+
+
+def sampler_facts(preset: Preset) -> list[tuple[str, str]]:
+    """Model, picture size, and how teacher and generator are sampled."""
+    return [
+        ("Model", preset.model.path),
+        ("Picture", f"{preset.model.resolution} x {preset.model.resolution} px"),
+        ("Teacher", f"{preset.model.teacher_steps} steps, guidance {preset.model.guidance:g}"),
+        ("Generator", f"{len(preset.sampler.raw_steps)} steps, eta {preset.sampler.eta:g}"),
+    ]
+
+
+def lag_curves(
+    metrics: list[dict[str, object]], iteration: int, health: Mapping[str, float]
+) -> dict[str, tuple[list[float], list[float]]]:
+    """The lag curves: the values noted on the way, and the last one."""
+    curves = {}
+    for name, last in health.items():
+        rows = [
+            (row["iteration"], row[name]) for row in metrics if name in row and row["iteration"] != iteration
+        ]
+        points = [(float(str(x)), float(str(y))) for x, y in rows] + [(float(iteration), last)]
+        curves[name] = ([x for x, _ in points], [y for _, y in points])
+    return curves

@@ -1,0 +1,140 @@
+"""How a training is put together, for both stages: encoded prompts, the schedule, optimisers, the trainer."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from rtdmd_cli.config.schema import DistillConfig, HardwareConfig, Preset
+from rtdmd_cli.engine.backbones.base import Backbone, Conditioning
+from rtdmd_cli.engine.compute import optim
+from rtdmd_cli.engine.compute.blocks import compile_blocks
+from rtdmd_cli.engine.compute.mixed import MixedPrecision, resolve_mixed_precision
+from rtdmd_cli.engine.prompts.ahead import AheadEncoder
+from rtdmd_cli.engine.prompts.embeddings import open_cache
+from rtdmd_cli.engine.roles.base import FAKE, GENERATOR, RoleSet
+from rtdmd_cli.engine.sampling.sample import few_step_levels
+from rtdmd_cli.engine.training.trainer import Trainer
+from rtdmd_cli.errors import UsageError
+
+HARDWARE = HardwareConfig()
+PRELOAD_BYTES = 2_000_000_000
+"""Encoded prompts up to this size are held in memory; more are read from the cache batch by batch."""
+
+
+def model_line(preset: Preset, backbone: Backbone) -> str:
+    """Which model was loaded where and how, for people."""
+    base = preset.hardware.base
+    stored = "" if base == "plain" else f", blocks in {base}"
+    mixed = resolve_mixed_precision(preset.hardware, backbone.device, backbone.dtype)
+    products = f", trained with products in {mixed}" if mixed else ""
+    line = f"model {preset.model.path} on {backbone.device}, {backbone.dtype}{stored}{products}"
+    return line.replace("torch.", "")
+
+
+def encode_prompts(
+    backbone: Backbone,
+    prompts: Sequence[str],
+    say: Callable[[str], None],
+    hardware: HardwareConfig = HARDWARE,
+) -> tuple[Callable[[Sequence[int]], Conditioning], Conditioning]:
+    """A look-up of encoded prompts by index, and the empty prompt.
+
+    Each prompt is encoded once and the text encoders are freed. Where the cache's bound does not take them all, the
+    look-up is an `AheadEncoder`, and the encoders stay.
+    """
+    if hardware.text_encoder == "cpu":
+        backbone.encoder_device = torch.device("cpu")
+    cache = open_cache(backbone, hardware.cache_gb)
+    fresh = cache.ensure([""], backbone.encode)
+    empty = cache.fetch([""])
+    row, distinct = empty.nbytes, len({*prompts, ""})
+    capacity = cache.capacity(row)
+    if distinct > capacity:
+        if hardware.text_encoder == "auto":
+            backbone.encoder_device = torch.device("cpu")
+        say(
+            f"{len(prompts)} prompts, of which the cache takes {capacity} at a time: "
+            f"encoded ahead on {backbone.encoder_device}"
+        )
+        return AheadEncoder(cache, prompts, backbone.encode, capacity, say), empty
+    fresh += cache.ensure(prompts, backbone.encode)
+    say(
+        f"{len(prompts)} prompts, {fresh} newly encoded"
+        if fresh
+        else f"{len(prompts)} prompts, all in the cache"
+    )
+    backbone.drop_text_encoders()
+    if (len(prompts) + 1) * row > PRELOAD_BYTES:
+        return lambda indices: cache.fetch([prompts[i] for i in indices]), empty
+    everything = cache.fetch(list(prompts))
+    return everything.select, empty
+
+
+def prepare_prompts(trainer: Trainer, iteration: int, total: int, order: Callable[[int], Tensor]) -> None:
+    """Encode ahead for an iteration, where that is needed. order: prompt indices of an iteration."""
+    if isinstance(trainer.conditioning, AheadEncoder):
+        with trainer.processes.first_here():
+            trainer.conditioning.prepare(iteration, total, lambda i: order(i).tolist())
+
+
+def training_sigmas(backbone: Backbone, preset: Preset) -> tuple[float, ...]:
+    """The few-step schedule at the preset's resolution.
+
+    UsageError for a size that the model can't do, or a first boundary above the levels of matching.
+    """
+    shape = backbone.latent_shape(preset.model.resolution, preset.model.resolution)
+    sigmas = tuple(backbone.sigmas(few_step_levels(preset.sampler), shape).tolist())
+    if sigmas[1] >= preset.distill.t_max:
+        raise UsageError(
+            f"The first boundary of the schedule lies at sigma {sigmas[1]:.3f}, not below `distill.t_max`.",
+            "Choose other `sampler.raw_steps`, or a larger `distill.t_max`.",
+        )
+    return sigmas
+
+
+def assemble(
+    backbone: Backbone,
+    preset: Preset,
+    config: DistillConfig,
+    roles: RoleSet,
+    sigmas: tuple[float, ...],
+    weight_decays: dict[str, float],
+    prompts: int,
+    conditioning: Callable[[Sequence[int]], Conditioning],
+    empty: Conditioning,
+) -> Trainer:
+    """A trainer of either stage. config: section 3's settings; weight_decays: by role."""
+    if preset.hardware.gradient_checkpointing:
+        backbone.transformer.enable_gradient_checkpointing()  # type: ignore[operator]
+    if preset.hardware.compile:
+        compile_blocks(backbone.transformer, backbone.device)
+    fake, generator = (
+        optim.build_optimizer(
+            roles.named_parameters(role),
+            lr,
+            config.betas,
+            config.eps,
+            weight_decays[role],
+            preset.hardware.optimizer,
+        )
+        for role, lr in ((FAKE, config.fake_lr), (GENERATOR, config.generator_lr))
+    )
+    mixed = resolve_mixed_precision(preset.hardware, backbone.device, backbone.dtype)
+    return Trainer(
+        backbone=backbone,
+        roles=roles,
+        config=config,
+        sigmas=sigmas,
+        eta=preset.sampler.eta,
+        guidance=preset.matching_guidance,
+        shape=backbone.latent_shape(preset.model.resolution, preset.model.resolution),
+        prompts=prompts,
+        conditioning=conditioning,
+        empty=empty.to(backbone.device, backbone.dtype),
+        fake_optimizer=fake,
+        generator_optimizer=generator,
+        ema=optim.ema_start(roles.named_parameters(GENERATOR)),
+        matmul=preset.hardware.float32_matmul,
+        mixed=MixedPrecision((backbone.transformer, backbone.decoder), mixed) if mixed else MixedPrecision(),
+    )
