@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -33,72 +33,90 @@ from rtdmd_cli.cli.sample import (
 )
 from rtdmd_cli.errors import UsageError
 
+if TYPE_CHECKING:
+    from rtdmd_cli.engine.evaluation.benchmarks import Benchmark
+    from rtdmd_cli.engine.evaluation.metrics import JudgeEntry
+
 LIST = "list"
 
 
+BenchmarkName = Annotated[
+    str,
+    typer.Argument(
+        metavar="BENCHMARK|FILE|list",
+        help="A benchmark of `rtdmd eval list`, or a prompt file (.txt, .json, .jsonl) with --rewards.",
+    ),
+]
+Compare = Annotated[
+    str | None,
+    typer.Option(
+        metavar="OTHER",
+        help="Another evaluation's folder, or a run, checkpoint or preset that is evaluated likewise "
+        "(with its own steps and guidance): paired differences at equal seeds.",
+    ),
+]
+ImagesPerPrompt = Annotated[
+    int | None,
+    typer.Option(min=1, max=10_000, help="Pictures of each prompt. Default: the benchmark's."),
+]
+Limit = Annotated[
+    int | None, typer.Option(min=1, help="Only so many prompts, evenly spread; every figure says so.")
+]
+Seed = Annotated[
+    int | None, typer.Option(min=0, max=MAX_SEED, help="Seed of the noise. Default: the preset's.")
+]
+Rewards = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME[,NAME]",
+        help="Rewards to be measured (rtdmd rewards list). Default: the benchmark's. Its own judge always is.",
+    ),
+]
+RewardPath = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=FOLDER",
+        help="Weights of a judge or reward, instead of the published; repeatable.",
+    ),
+]
+PromptsFile = Annotated[
+    str | None, typer.Option(metavar="FILE", help="The benchmark's prompts, where they aren't fetched.")
+]
+ImagesOnly = Annotated[
+    bool, typer.Option("--images-only", help="Make the pictures and stop: --score-only goes on.")
+]
+ScoreOnly = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Score the pictures of this folder, in GenEval's layout."),
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder of pictures, scores and report; if it holds something, OUT-2 is taken. "
+        "Default: evals/BENCHMARK-MODEL, and none for `shapes`, unless another option needs one."
+    ),
+]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on with the same evaluation where it was stopped.")
+]
+
+
 def eval_command(
-    benchmark: Annotated[
-        str,
-        typer.Argument(
-            metavar="BENCHMARK|FILE|list",
-            help="A benchmark of `rtdmd eval list`, or a prompt file (.txt, .json, .jsonl) with --rewards.",
-        ),
-    ],
+    benchmark: BenchmarkName,
     from_: From = None,
     steps: Steps = None,
     guidance: Guidance = None,
-    compare: Annotated[
-        str | None,
-        typer.Option(
-            metavar="OTHER",
-            help="Another evaluation's folder, or a run, checkpoint or preset that is evaluated likewise "
-            "(with its own steps and guidance): paired differences at equal seeds.",
-        ),
-    ] = None,
-    images_per_prompt: Annotated[
-        int | None,
-        typer.Option(min=1, max=10_000, help="Pictures of each prompt. Default: the benchmark's."),
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Only so many prompts, evenly spread; every figure says so.")
-    ] = None,
-    seed: Annotated[
-        int | None, typer.Option(min=0, max=MAX_SEED, help="Seed of the noise. Default: the preset's.")
-    ] = None,
-    rewards: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME[,NAME]",
-            help="Rewards to be measured (rtdmd rewards list). Default: the benchmark's. Its own judge always is.",
-        ),
-    ] = None,
-    reward_path: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME=FOLDER",
-            help="Weights of a judge or reward, instead of the published; repeatable.",
-        ),
-    ] = None,
-    prompts_file: Annotated[
-        str | None, typer.Option(metavar="FILE", help="The benchmark's prompts, where they aren't fetched.")
-    ] = None,
-    images_only: Annotated[
-        bool, typer.Option("--images-only", help="Make the pictures and stop: --score-only goes on.")
-    ] = False,
-    score_only: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Score the pictures of this folder, in GenEval's layout."),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder of pictures, scores and report; if it holds something, OUT-2 is taken. "
-            "Default: evals/BENCHMARK-MODEL, and none for `shapes`, unless another option needs one."
-        ),
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the same evaluation where it was stopped.")
-    ] = False,
+    compare: Compare = None,
+    images_per_prompt: ImagesPerPrompt = None,
+    limit: Limit = None,
+    seed: Seed = None,
+    rewards: Rewards = None,
+    reward_path: RewardPath = None,
+    prompts_file: PromptsFile = None,
+    images_only: ImagesOnly = False,
+    score_only: ScoreOnly = None,
+    out: Out = None,
+    resume: Resume = False,
     batch: Batch = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -136,9 +154,28 @@ def eval_command(
     )
     console.quiet_libraries(quiet)
     from rtdmd_cli.engine.evaluation.run import choose_judges
-    from rtdmd_cli.engine.training.signals import stop_on_signals
 
     judges = choose_judges(row, [name for text in rewards or () for name in text.split(",") if name])
+    summary = _evaluate(row, judges, score_only, prompts_file, images_only, options, as_json, began)
+    if as_json and summary:
+        console.show(summary, as_json)
+    if summary and not (as_json and quiet):
+        show_table(summary, err=as_json)
+
+
+def _evaluate(
+    row: Benchmark,
+    judges: tuple[JudgeEntry, ...],
+    score_only: Path | None,
+    prompts_file: str | None,
+    images_only: bool,
+    options: Options,
+    as_json: bool,
+    began: float,
+) -> dict[str, Any]:
+    """Make or find the pictures, and score them; the summary, empty with --images-only. Exit: a signal came."""
+    from rtdmd_cli.engine.training.signals import stop_on_signals
+
     with stop_on_signals() as stop, ExitStack() as held:
         try:
             if score_only is not None:
@@ -146,16 +183,12 @@ def eval_command(
             else:
                 made = make(row, judges, prompts_file, options, stop, held)
             if images_only:
-                say_made(made, as_json, quiet)
-                return
-            summary = score_and_write(made, options, stop, held, began)
+                say_made(made, as_json, options.quiet)
+                return {}
+            return score_and_write(made, options, stop, held, began)
         except Stopped as stopped:
-            say_stopped(stopped, quiet)
+            say_stopped(stopped, options.quiet)
             raise typer.Exit(stop.exit_code) from None
-    if as_json:
-        console.show(summary, as_json)
-    if not (as_json and quiet):
-        show_table(summary, err=as_json)
 
 
 def _refuse_contradictions(

@@ -22,39 +22,45 @@ ALL = "all"
 EXPORTS = Path("exports")
 
 
+Run = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[RUN]",
+        help="Run or checkpoint folder, or name of a run under runs/. Default: the newest finished run.",
+    ),
+]
+Format = Annotated[
+    str | None,
+    typer.Option(
+        "--format",
+        metavar="diffusers|comfyui|merged|all",
+        help="diffusers: a LoRA file. comfyui: a LoRA file and workflows. merged: a whole pipeline. "
+        "Default: diffusers; merged where every weight was trained.",
+    ),
+]
+Out = Annotated[Path | None, typer.Option(help="Folder to make. Default: exports/NAME OF THE RUN.")]
+PushToHub = Annotated[
+    str | None, typer.Option(metavar="USER/NAME", help="Also upload it to this repository of the hub.")
+]
+Public = Annotated[bool, typer.Option("--public", help="Make the repository public. Default: private.")]
+Rank = Annotated[
+    int | None, typer.Option(min=1, max=4096, help="Largest rank of the LoRA. Default: the exact one.")
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace an export of that name.")]
+NoCheck = Annotated[
+    bool, typer.Option("--no-check", help="Leave out the round trip through the stock pipeline.")
+]
+
+
 def export(
-    run: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[RUN]",
-            help="Run or checkpoint folder, or name of a run under runs/. Default: the newest finished run.",
-        ),
-    ] = None,
-    format_: Annotated[
-        str | None,
-        typer.Option(
-            "--format",
-            metavar="diffusers|comfyui|merged|all",
-            help="diffusers: a LoRA file. comfyui: a LoRA file and workflows. merged: a whole pipeline. "
-            "Default: diffusers; merged where every weight was trained.",
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder to make. Default: exports/NAME OF THE RUN.")
-    ] = None,
-    push_to_hub: Annotated[
-        str | None, typer.Option(metavar="USER/NAME", help="Also upload it to this repository of the hub.")
-    ] = None,
-    public: Annotated[
-        bool, typer.Option("--public", help="Make the repository public. Default: private.")
-    ] = False,
-    rank: Annotated[
-        int | None, typer.Option(min=1, max=4096, help="Largest rank of the LoRA. Default: the exact one.")
-    ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace an export of that name.")] = False,
-    no_check: Annotated[
-        bool, typer.Option("--no-check", help="Leave out the round trip through the stock pipeline.")
-    ] = False,
+    run: Run = None,
+    format_: Format = None,
+    out: Out = None,
+    push_to_hub: PushToHub = None,
+    public: Public = False,
+    rank: Rank = None,
+    force: Force = False,
+    no_check: NoCheck = False,
     device: Device = None,
     dtype: Dtype = None,
     as_json: Json = False,

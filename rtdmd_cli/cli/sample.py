@@ -49,33 +49,38 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Nothing on stderr but errors.")]
 
 
+Prompt = Annotated[str | None, typer.Argument(metavar="PROMPT", help="What the pictures show.")]
+Number = Annotated[int, typer.Option("-n", min=1, max=100_000, help="Pictures of each prompt.")]
+PromptFile = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE|-",
+        help="Prompts, one a line: a UTF-8 file, - for standard input, or builtin:shapes.",
+    ),
+]
+Seed = Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the noise.")]
+Side = Annotated[
+    int | None, typer.Option(min=1, max=LONGEST_SIDE, help="Pixels. Default: the preset's resolution.")
+]
+Out = Annotated[
+    Path,
+    typer.Option(help="Folder of the pictures; with other pictures of the same names in it, OUT-2 is taken."),
+]
+Grid = Annotated[bool, typer.Option("--grid", help="Also write grid.png, all pictures in one.")]
+
+
 def sample(
-    prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="What the pictures show.")] = None,
-    number: Annotated[int, typer.Option("-n", min=1, max=100_000, help="Pictures of each prompt.")] = 1,
+    prompt: Prompt = None,
+    number: Number = 1,
     from_: From = None,
-    prompts: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE|-",
-            help="Prompts, one a line: a UTF-8 file, - for standard input, or builtin:shapes.",
-        ),
-    ] = None,
+    prompts: PromptFile = None,
     steps: Steps = None,
     guidance: Guidance = None,
-    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the noise.")] = 0,
-    width: Annotated[
-        int | None, typer.Option(min=1, max=LONGEST_SIDE, help="Pixels. Default: the preset's resolution.")
-    ] = None,
-    height: Annotated[
-        int | None, typer.Option(min=1, max=LONGEST_SIDE, help="Pixels. Default: the preset's resolution.")
-    ] = None,
-    out: Annotated[
-        Path,
-        typer.Option(
-            help="Folder of the pictures; with other pictures of the same names in it, OUT-2 is taken."
-        ),
-    ] = Path("samples"),
-    grid: Annotated[bool, typer.Option("--grid", help="Also write grid.png, all pictures in one.")] = False,
+    seed: Seed = 0,
+    width: Side = None,
+    height: Side = None,
+    out: Out = Path("samples"),
+    grid: Grid = False,
     batch: Batch = None,
     device: Device = None,
     dtype: Dtype = None,

@@ -40,29 +40,35 @@ if TYPE_CHECKING:
 SUFFIX = "-tuned"
 
 
+RewardNames = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME[=WEIGHT]",
+        help="Reward to train on, in place of the preset's; repeatable. MODULE:CLASS loads your own.",
+    ),
+]
+Stage1 = Annotated[
+    str | None,
+    typer.Option(
+        "--from",
+        metavar="RUN|CHECKPOINT",
+        help="Stage-1 run or checkpoint to start from. Default: the newest finished distill run.",
+    ),
+]
+PresetName = Annotated[
+    str | None, typer.Option(help="Preset with the recipe: a name or a file. Default: the stage-1 run's.")
+]
+RunName = Annotated[
+    str | None, typer.Option(help=f"Name of the run. Default: the stage-1 run's, with {SUFFIX}.")
+]
+
+
 def tune_reward(
-    reward: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME[=WEIGHT]",
-            help="Reward to train on, in place of the preset's; repeatable. MODULE:CLASS loads your own.",
-        ),
-    ] = None,
-    from_: Annotated[
-        str | None,
-        typer.Option(
-            "--from",
-            metavar="RUN|CHECKPOINT",
-            help="Stage-1 run or checkpoint to start from. Default: the newest finished distill run.",
-        ),
-    ] = None,
-    preset: Annotated[
-        str | None, typer.Option(help="Preset with the recipe: a name or a file. Default: the stage-1 run's.")
-    ] = None,
+    reward: RewardNames = None,
+    from_: Stage1 = None,
+    preset: PresetName = None,
     overrides: Overrides = None,
-    name: Annotated[
-        str | None, typer.Option(help=f"Name of the run. Default: the stage-1 run's, with {SUFFIX}.")
-    ] = None,
+    name: RunName = None,
     out: Out = Path("runs"),
     resume: Resume = "never",
     device: Device = None,

@@ -16,11 +16,11 @@ from rtdmd_cli.config.schema import (
     DistillConfig,
     EvaluateConfig,
     HardwareConfig,
-    LoraConfig,
     ModelConfig,
     Preset,
     SamplerConfig,
 )
+from rtdmd_cli.config.section import LoraConfig
 
 __all__ = [
     "DistillConfig",

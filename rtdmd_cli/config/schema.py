@@ -11,7 +11,7 @@ from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from rtdmd_cli.config.section import MAX_COUNT, MAX_SEED, LoraConfig, Section, one_line
+from rtdmd_cli.config.section import MAX_COUNT, MAX_SEED, Section, TrainingSection, one_line
 from rtdmd_cli.config.tune_reward import TuneRewardConfig
 
 SHARED_BASE = "teacher"
@@ -98,7 +98,7 @@ class SamplerConfig(Section):
         return steps
 
 
-class DistillConfig(Section):
+class DistillConfig(TrainingSection):
     """Stage 1 (method.md section 3)."""
 
     iterations: int = Field(
@@ -120,31 +120,11 @@ class DistillConfig(Section):
     generator_lr: float = Field(
         default=3e-5, gt=0, le=1, description="learning rate of the generator, no unit"
     )
-    lr_decay: Literal["none", "generator", "both"] = Field(
-        default="none",
-        description="whose learning rate falls to 0 along a half cosine; a run that is extended follows the longer one",
-    )
-    fake_lr: float = Field(default=3e-5, gt=0, le=1, description="learning rate of the fake score, no unit")
-    lr_warmup: int = Field(
-        default=0,
-        ge=0,
-        le=MAX_COUNT,
-        description="linear learning-rate warm-up, optimiser steps of each role",
-    )
     weight_decay: float = Field(default=0.0, ge=0, le=1, description="AdamW's weight decay, no unit")
     betas: tuple[float, float] = Field(
         default=(0.9, 0.999), strict=False, description="AdamW's two decay rates, no unit, each in [0, 1)"
     )
     eps: float = Field(default=1e-8, gt=0, le=0.01, description="AdamW's epsilon, no unit")
-    grad_clip: float = Field(
-        default=1.0, gt=0, le=1e6, description="largest gradient norm of a role, no unit"
-    )
-    consistency_weight: float = Field(
-        default=0.01,
-        ge=0,
-        le=100,
-        description="weight of the consistency regulariser, no unit; 0 turns it off",
-    )
     consistency_max_step: int = Field(
         default=200,
         ge=1,
@@ -201,22 +181,13 @@ class DistillConfig(Section):
     normaliser: Literal["published", "noise-free"] = Field(
         default="published", description="the generator loss's normaliser, with or without the noise of x_s"
     )
-    prompts: str = Field(
-        default="builtin:shapes",
-        min_length=1,
-        max_length=4096,
-        description="training prompts: builtin:shapes, data:NAME (see `rtdmd data list`), or a .txt, .json or .jsonl file",
-    )
-    seed: int = Field(default=42, ge=0, le=MAX_SEED, description="seed of every random stream, no unit")
     train: Literal["lora", "full"] = Field(
         default="lora",
         description="what is trained, in both stages: adapters on the shared base, or a full copy of its weights a role",
     )
-    lora: LoraConfig = LoraConfig()
     save_every: int = Field(
         default=500, ge=1, le=MAX_COUNT, description="distance of checkpoints, iterations"
     )
-    keep: int = Field(default=3, ge=1, le=100_000, description="checkpoints kept, newest first")
     log_every: int = Field(default=10, ge=1, le=MAX_COUNT, description="distance of metric lines, iterations")
     sample_every: int = Field(
         default=500,
@@ -224,8 +195,6 @@ class DistillConfig(Section):
         le=MAX_COUNT,
         description="distance of sample grids, iterations; 0 for the end only",
     )
-
-    _printable = field_validator("prompts")(one_line)
 
     @field_validator("betas")
     @classmethod

@@ -1,4 +1,6 @@
-"""What every section of a preset is made of, and the adapters' section. No torch."""
+"""What every section of a preset is made of, the adapters' section, and what both stages' sections share. No torch."""
+
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -40,3 +42,39 @@ class LoraConfig(Section):
         if not targets or len(set(targets)) != len(targets) or not plain:
             raise ValueError("must name at least one module, each once, in letters, digits, `_` and `.`")
         return targets
+
+
+class TrainingSection(Section):
+    """The settings that both stages have."""
+
+    lr_decay: Literal["none", "generator", "both"] = Field(
+        default="none",
+        description="whose learning rate falls to 0 along a half cosine; a run that is extended follows the longer one",
+    )
+    fake_lr: float = Field(default=3e-5, gt=0, le=1, description="learning rate of the fake score, no unit")
+    lr_warmup: int = Field(
+        default=0,
+        ge=0,
+        le=MAX_COUNT,
+        description="linear learning-rate warm-up, optimiser steps of each role",
+    )
+    grad_clip: float = Field(
+        default=1.0, gt=0, le=1e6, description="largest gradient norm of a role, no unit"
+    )
+    consistency_weight: float = Field(
+        default=0.01,
+        ge=0,
+        le=100,
+        description="weight of the consistency regulariser, no unit; 0 turns it off",
+    )
+    prompts: str = Field(
+        default="builtin:shapes",
+        min_length=1,
+        max_length=4096,
+        description="training prompts: builtin:shapes, data:NAME (see `rtdmd data list`), or a .txt, .json or .jsonl file",
+    )
+    seed: int = Field(default=42, ge=0, le=MAX_SEED, description="seed of every random stream, no unit")
+    lora: LoraConfig = LoraConfig()
+    keep: int = Field(default=3, ge=1, le=100_000, description="checkpoints kept, newest first")
+
+    _one_line = field_validator("prompts")(one_line)

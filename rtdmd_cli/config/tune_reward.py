@@ -5,13 +5,13 @@ from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from rtdmd_cli.config.section import MAX_COUNT, MAX_SEED, LoraConfig, Section, one_line
+from rtdmd_cli.config.section import MAX_COUNT, TrainingSection, one_line
 from rtdmd_cli.config.watch import WatchConfig
 
 MAX_WEIGHT = 1e6
 
 
-class TuneRewardConfig(Section):
+class TuneRewardConfig(TrainingSection):
     """Stage 2 (method.md section 4)."""
 
     rewards: tuple[str, ...] = Field(
@@ -69,25 +69,11 @@ class TuneRewardConfig(Section):
     generator_lr: float = Field(
         default=3e-6, gt=0, le=1, description="learning rate of the generator, no unit"
     )
-    lr_decay: Literal["none", "generator", "both"] = Field(
-        default="none",
-        description="whose learning rate falls to 0 along a half cosine; a run that is extended follows the longer one",
-    )
-    fake_lr: float = Field(default=3e-5, gt=0, le=1, description="learning rate of the fake score, no unit")
-    lr_warmup: int = Field(
-        default=0,
-        ge=0,
-        le=MAX_COUNT,
-        description="linear learning-rate warm-up, optimiser steps of each role",
-    )
     generator_weight_decay: float = Field(
         default=1e-4, ge=0, le=1, description="AdamW's weight decay of the generator, no unit"
     )
     fake_weight_decay: float = Field(
         default=0.0, ge=0, le=1, description="AdamW's weight decay of the fake score, no unit"
-    )
-    grad_clip: float = Field(
-        default=1.0, gt=0, le=1e6, description="largest gradient norm of a role, no unit"
     )
     policy_weight: float = Field(
         default=1.0,
@@ -148,20 +134,8 @@ class TuneRewardConfig(Section):
         le=1000,
         description="last steps of the rollout that the reward's gradient flows through; published: 1",
     )
-    consistency_weight: float = Field(
-        default=0.01,
-        ge=0,
-        le=100,
-        description="weight of the consistency regulariser, no unit; 0 turns it off",
-    )
     ema_decay: float = Field(
         default=0.9, ge=0, lt=1, description="decay of the generator's average per optimiser step, no unit"
-    )
-    prompts: str = Field(
-        default="builtin:shapes",
-        min_length=1,
-        max_length=4096,
-        description="training prompts: builtin:shapes, data:NAME (see `rtdmd data list`), or a .txt, .json or .jsonl file",
     )
     eval_prompts: str | None = Field(
         default=None,
@@ -179,16 +153,13 @@ class TuneRewardConfig(Section):
         description="distance of measurements, epochs; 0 for start and end only",
     )
     watch: WatchConfig = WatchConfig()
-    seed: int = Field(default=42, ge=0, le=MAX_SEED, description="seed of every random stream, no unit")
-    lora: LoraConfig = LoraConfig()
     save_every: int = Field(default=50, ge=1, le=MAX_COUNT, description="distance of checkpoints, epochs")
-    keep: int = Field(default=3, ge=1, le=100_000, description="checkpoints kept, newest first")
     log_every: int = Field(default=1, ge=1, le=MAX_COUNT, description="distance of metric lines, epochs")
     sample_every: int = Field(
         default=50, ge=0, le=MAX_COUNT, description="distance of sample grids, epochs; 0 for the end only"
     )
 
-    _printable = field_validator("prompts", "eval_prompts")(one_line)
+    _printable = field_validator("eval_prompts")(one_line)
 
     @field_validator("rewards")
     @classmethod

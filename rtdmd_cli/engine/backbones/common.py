@@ -1,4 +1,4 @@
-"""What the families' backbones do alike, as functions over diffusers' pipelines."""
+"""What the families' backbones have in common: what surrounds a pipeline of diffusers, and functions over one."""
 
 from __future__ import annotations
 
@@ -6,10 +6,52 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from rtdmd_cli.engine.backbones.base import Conditioning, concatenate
+from rtdmd_cli.engine.backbones.base import Conditioning, ModelId, concatenate
+from rtdmd_cli.engine.backbones.loading import Layout, Loaded
 from rtdmd_cli.errors import RtdmdError, UsageError
+
+
+class PipelineBackbone:
+    """The parts of `base.Backbone` that are alike for every pipeline of diffusers; a family's class adds the rest.
+
+    layout: what the pipeline's folder holds; loaded: the pipeline and its weights; dtype: that of the network.
+    """
+
+    embedded_guidance = False
+
+    def __init__(self, layout: Layout, loaded: Loaded, device: torch.device, dtype: torch.dtype) -> None:
+        self.transformer: nn.Module = loaded.transformer
+        self.device = device
+        self.encoder_device = device
+        self.dtype = dtype
+        self.text_length = loaded.config.text_length
+        self._layout = layout
+        self._loaded = loaded
+        self._pipe = loaded.pipe
+
+    @property
+    def decoder(self) -> nn.Module:
+        decoder: nn.Module = self._pipe.vae.decoder
+        return decoder
+
+    @property
+    def model_id(self) -> ModelId:
+        return self._loaded.model_id
+
+    @property
+    def encoder_key(self) -> str:
+        return self._loaded.encoder_key(self.dtype)
+
+    def drop_text_encoders(self) -> None:
+        drop_encoders(self._pipe, self._layout.encoders, self.device)
+
+    def pictures(self, vae_latents: Tensor) -> Tensor:
+        """Decode the VAE's own latents [B,C,H,W]: pictures [B,3,height,width], float32 in 0..1; differentiable."""
+        images = self._pipe.vae.decode(vae_latents.to(self.dtype), return_dict=False)[0]
+        shown: Tensor = self._pipe.image_processor.postprocess(images.float(), output_type="pt")
+        return shown
 
 
 def encode_in_parts(

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CLIPTextModel, T5EncoderModel
 
 from rtdmd_cli.config.schema import HardwareConfig, ModelConfig
-from rtdmd_cli.engine.backbones.base import PLAIN, Conditioning, ModelId
+from rtdmd_cli.engine.backbones.base import PLAIN, Conditioning
 from rtdmd_cli.engine.backbones.common import (
+    PipelineBackbone,
     check_size,
-    drop_encoders,
     encode_in_parts,
     evenly_spaced,
     require_unguided,
@@ -43,31 +43,12 @@ PACK = 2  # latent pixels of a token's side
 LARGEST = 4096  # px
 
 
-class Flux1Backbone:
+class Flux1Backbone(PipelineBackbone):
     """See `base.Backbone`. Made by `load`."""
 
-    def __init__(self, loaded: Loaded, device: torch.device, dtype: torch.dtype) -> None:
-        self.transformer: nn.Module = loaded.transformer
-        self.device = device
-        self.encoder_device = device
-        self.dtype = dtype
-        self.text_length = loaded.config.text_length
+    def __init__(self, layout: Layout, loaded: Loaded, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__(layout, loaded, device, dtype)
         self.embedded_guidance = bool(loaded.pipe.transformer.config.guidance_embeds)
-        self._loaded = loaded
-        self._pipe = loaded.pipe
-
-    @property
-    def decoder(self) -> nn.Module:
-        decoder: nn.Module = self._pipe.vae.decoder
-        return decoder
-
-    @property
-    def model_id(self) -> ModelId:
-        return self._loaded.model_id
-
-    @property
-    def encoder_key(self) -> str:
-        return self._loaded.encoder_key(self.dtype)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         scale = self._pipe.vae_scale_factor
@@ -83,9 +64,6 @@ class Flux1Backbone:
             return Conditioning(embeds, pooled)
 
         return encode_in_parts(self._pipe, LAYOUT.encoders, self.encoder_device, prompts, ENCODE_BATCH, part)
-
-    def drop_text_encoders(self) -> None:
-        drop_encoders(self._pipe, LAYOUT.encoders, self.device)
 
     def velocity(
         self, x: Tensor, sigma: Tensor, cond: Conditioning, guidance: float | Tensor = 1.0
@@ -124,9 +102,7 @@ class Flux1Backbone:
     def decode(self, latents: Tensor) -> Tensor:
         vae = self._pipe.vae
         scaled = latents / vae.config.scaling_factor + vae.config.shift_factor
-        images = vae.decode(scaled.to(self.dtype), return_dict=False)[0]
-        pictures: Tensor = self._pipe.image_processor.postprocess(images.float(), output_type="pt")
-        return pictures
+        return self.pictures(scaled)
 
     def sigmas(self, raw_steps: Sequence[float], shape: Sequence[int]) -> Tensor:
         scheduler = self._pipe.scheduler
@@ -153,4 +129,4 @@ def load(
     config: ModelConfig, device: torch.device, dtype: torch.dtype, hardware: HardwareConfig = PLAIN
 ) -> Flux1Backbone:
     """Load the model that `config` names. Errors as `loading.load_pipeline`."""
-    return Flux1Backbone(load_pipeline(LAYOUT, config, device, dtype, hardware), device, dtype)
+    return Flux1Backbone(LAYOUT, load_pipeline(LAYOUT, config, device, dtype, hardware), device, dtype)

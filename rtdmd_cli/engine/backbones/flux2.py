@@ -12,20 +12,20 @@ from collections.abc import Sequence
 import torch
 from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Transformer2DModel
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Qwen3ForCausalLM
 
 from rtdmd_cli.config.schema import HardwareConfig, ModelConfig
-from rtdmd_cli.engine.backbones.base import PLAIN, Conditioning, ModelId
+from rtdmd_cli.engine.backbones.base import PLAIN, Conditioning
 from rtdmd_cli.engine.backbones.common import (
+    PipelineBackbone,
     check_size,
-    drop_encoders,
     encode_in_parts,
     evenly_spaced,
     require_unguided,
     schedule,
 )
-from rtdmd_cli.engine.backbones.loading import Layout, Loaded, load_pipeline
+from rtdmd_cli.engine.backbones.loading import Layout, load_pipeline
 from rtdmd_cli.errors import UsageError
 
 LAYOUT = Layout(
@@ -42,32 +42,8 @@ PACK = 2  # the VAE's latent pixels of a token's side
 LARGEST = 4096  # px
 
 
-class Flux2Backbone:
+class Flux2Backbone(PipelineBackbone):
     """See `base.Backbone`. Made by `load`."""
-
-    embedded_guidance = False
-
-    def __init__(self, loaded: Loaded, device: torch.device, dtype: torch.dtype) -> None:
-        self.transformer: nn.Module = loaded.transformer
-        self.device = device
-        self.encoder_device = device
-        self.dtype = dtype
-        self.text_length = loaded.config.text_length
-        self._loaded = loaded
-        self._pipe = loaded.pipe
-
-    @property
-    def decoder(self) -> nn.Module:
-        decoder: nn.Module = self._pipe.vae.decoder
-        return decoder
-
-    @property
-    def model_id(self) -> ModelId:
-        return self._loaded.model_id
-
-    @property
-    def encoder_key(self) -> str:
-        return self._loaded.encoder_key(self.dtype)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         multiple = self._pipe.vae_scale_factor * PACK
@@ -83,9 +59,6 @@ class Flux2Backbone:
             return Conditioning(embeds)
 
         return encode_in_parts(self._pipe, LAYOUT.encoders, self.encoder_device, prompts, ENCODE_BATCH, part)
-
-    def drop_text_encoders(self) -> None:
-        drop_encoders(self._pipe, LAYOUT.encoders, self.device)
 
     def velocity(
         self, x: Tensor, sigma: Tensor, cond: Conditioning, guidance: float | Tensor = 1.0
@@ -111,9 +84,7 @@ class Flux2Backbone:
         mean = vae.bn.running_mean.float().view(1, -1, 1, 1)
         std = (vae.bn.running_var.float().view(1, -1, 1, 1) + vae.config.batch_norm_eps).sqrt()
         patches = self._pipe._unpatchify_latents(latents * std + mean)
-        images = vae.decode(patches.to(self.dtype), return_dict=False)[0]
-        pictures: Tensor = self._pipe.image_processor.postprocess(images.float(), output_type="pt")
-        return pictures
+        return self.pictures(patches)
 
     def sigmas(self, raw_steps: Sequence[float], shape: Sequence[int]) -> Tensor:
         mu = compute_empirical_mu(image_seq_len=shape[-2] * shape[-1], num_steps=len(raw_steps))
@@ -136,4 +107,4 @@ def load(
             f"{config.path} is a few-step model, which takes no guidance.",
             "Take its base model as the teacher (klein-base), or set model.guidance to 1.",
         )
-    return Flux2Backbone(loaded, device, dtype)
+    return Flux2Backbone(LAYOUT, loaded, device, dtype)

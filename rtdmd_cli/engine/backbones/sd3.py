@@ -9,19 +9,19 @@ from collections.abc import Sequence
 
 import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
 from rtdmd_cli.config.schema import HardwareConfig, ModelConfig
-from rtdmd_cli.engine.backbones.base import PLAIN, Conditioning, ModelId
+from rtdmd_cli.engine.backbones.base import PLAIN, Conditioning
 from rtdmd_cli.engine.backbones.common import (
+    PipelineBackbone,
     check_size,
-    drop_encoders,
     encode_in_parts,
     require_unguided,
     schedule,
 )
-from rtdmd_cli.engine.backbones.loading import Layout, Loaded, load_pipeline
+from rtdmd_cli.engine.backbones.loading import Layout, load_pipeline
 from rtdmd_cli.errors import DataError
 
 LAYOUT = Layout(
@@ -39,32 +39,8 @@ LAYOUT = Layout(
 ENCODE_BATCH = 64  # prompts at once
 
 
-class SD3Backbone:
+class SD3Backbone(PipelineBackbone):
     """See `base.Backbone`. Made by `load`."""
-
-    embedded_guidance = False
-
-    def __init__(self, loaded: Loaded, device: torch.device, dtype: torch.dtype) -> None:
-        self.transformer: nn.Module = loaded.transformer
-        self.device = device
-        self.encoder_device = device
-        self.dtype = dtype
-        self.text_length = loaded.config.text_length
-        self._loaded = loaded
-        self._pipe = loaded.pipe
-
-    @property
-    def decoder(self) -> nn.Module:
-        decoder: nn.Module = self._pipe.vae.decoder
-        return decoder
-
-    @property
-    def model_id(self) -> ModelId:
-        return self._loaded.model_id
-
-    @property
-    def encoder_key(self) -> str:
-        return self._loaded.encoder_key(self.dtype)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         scale, config = self._pipe.vae_scale_factor, self._pipe.transformer.config
@@ -87,9 +63,6 @@ class SD3Backbone:
 
         return encode_in_parts(self._pipe, LAYOUT.encoders, self.encoder_device, prompts, ENCODE_BATCH, part)
 
-    def drop_text_encoders(self) -> None:
-        drop_encoders(self._pipe, LAYOUT.encoders, self.device)
-
     def velocity(
         self, x: Tensor, sigma: Tensor, cond: Conditioning, guidance: float | Tensor = 1.0
     ) -> Tensor:
@@ -108,9 +81,7 @@ class SD3Backbone:
     def decode(self, latents: Tensor) -> Tensor:
         vae = self._pipe.vae
         scaled = latents / vae.config.scaling_factor + vae.config.shift_factor
-        images = vae.decode(scaled.to(self.dtype), return_dict=False)[0]
-        pictures: Tensor = self._pipe.image_processor.postprocess(images.float(), output_type="pt")
-        return pictures
+        return self.pictures(scaled)
 
     def sigmas(self, raw_steps: Sequence[float], shape: Sequence[int]) -> Tensor:
         return schedule(self._pipe.scheduler, sigmas=list(raw_steps))
@@ -129,4 +100,4 @@ def load(
             f"The scheduler in {loaded.sources.folder} shifts by resolution, which no SD3 model does.",
             LAYOUT.renew,
         )
-    return SD3Backbone(loaded, device, dtype)
+    return SD3Backbone(LAYOUT, loaded, device, dtype)
