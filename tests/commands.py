@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,6 +67,31 @@ def wait(process: subprocess.Popen[str], limit: float = LIMIT) -> Done:
         process.terminate()  # not killed: a launcher has to end its own processes
         raise
     return Done(process.returncode, out, err)
+
+
+def signalled(
+    process: subprocess.Popen[str],
+    run: RunFolder,
+    number: signal.Signals,
+    when: Callable[[RunFolder], bool],
+    limit: float = LIMIT,
+) -> Done:
+    """Send a training a signal as soon as `when` holds of its run folder, and wait for its end."""
+    end = time.monotonic() + limit
+    while process.poll() is None and not when(run) and time.monotonic() < end:
+        time.sleep(0.005)
+    process.send_signal(number)
+    return wait(process, limit)
+
+
+def as_overrides(section: str, values: Mapping[str, object]) -> list[str]:
+    """`--set SECTION.KEY=VALUE` for each."""
+    return [word for key, value in values.items() for word in ("--set", f"{section}.{key}={value}")]
+
+
+def contents(folder: Path, pattern: str = "*") -> dict[str, bytes]:
+    """The files of a folder by name."""
+    return {path.name: path.read_bytes() for path in sorted(folder.glob(pattern))}
 
 
 def newest(run: RunFolder) -> int:

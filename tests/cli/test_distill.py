@@ -9,7 +9,6 @@ import json
 import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,7 +23,7 @@ from rtdmd_cli.config.loader import Resolved, load_preset
 from rtdmd_cli.engine.storage.checkpoint import load_checkpoint, save_checkpoint
 from rtdmd_cli.engine.storage.run_folder import RunFolder
 from rtdmd_cli.errors import DataError, UsageError
-from tests.commands import ENDLESS, LIMIT, Done, World, launch, newest, steps, timeless, wait
+from tests.commands import ENDLESS, Done, World, contents, launch, newest, signalled, steps, timeless, wait
 from tests.tiny_models import PROMPTS, TEXT_LENGTH, sd3_folder
 from tests.tiny_runs import generator_weights, make_run
 
@@ -62,11 +61,7 @@ def break_off(
     """Start or continue an endless run, and send it a signal as soon as `when` holds."""
     run = RunFolder(folder / "runs" / name)
     process = start(folder, "--name", name, "--set", f"distill.iterations={ENDLESS}", *arguments)
-    limit = time.monotonic() + LIMIT
-    while process.poll() is None and not when(run) and time.monotonic() < limit:
-        time.sleep(0.005)
-    process.send_signal(number)
-    return wait(process)
+    return signalled(process, run, number, when)
 
 
 def broken_run(folder: Path) -> dict[str, Done]:
@@ -128,10 +123,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     with ThreadPoolExecutor(2) as pool:
         parts = [pool.submit(broken_run, folder), pool.submit(other_runs, folder)]
         yield World(folder, parts[0].result() | parts[1].result())
-
-
-def contents(folder: Path, pattern: str = "*") -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.glob(pattern))}
 
 
 def state(path: Path) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ from rtdmd_cli.cli.launching import without_option
 from rtdmd_cli.engine.storage.checkpoint import load_checkpoint
 from rtdmd_cli.engine.storage.run_folder import RunFolder
 from tests.cli.test_distill import write_preset
-from tests.commands import ROOT, World, launch, wait
+from tests.commands import ROOT, World, as_overrides, launch, signalled, wait
 
 LIMIT = 900  # s, of one command
 TWO = ("--processes", "2")
@@ -43,7 +42,7 @@ def distill(folder: Path, name: str, iterations: int, *arguments: str) -> subpro
 
 
 def tune(folder: Path, name: str, *arguments: str) -> subprocess.Popen[str]:
-    given = [part for key, value in TUNING.items() for part in ("--set", f"tune_reward.{key}={value}")]
+    given = as_overrides("tune_reward", TUNING)
     given += ["--set", "distill.eps=0.001", "--reward", "shapes-clip", "--from", "runs/one", "--name", name]
     return launch(folder, "rtdmd_cli", "tune-reward", *given, *arguments)
 
@@ -61,11 +60,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     done["tilted one"] = wait(tune(folder, "tilted-one", *TILTED, "--json"), LIMIT)
     done["tilted two"] = wait(tune(folder, "tilted-two", *TILTED, *TWO, "--json"), LIMIT)
     broken, run = distill(folder, "broken", 1_000_000, *TWO), RunFolder(folder / "runs/broken")
-    limit = time.monotonic() + LIMIT
-    while broken.poll() is None and not run.metrics.read() and time.monotonic() < limit:
-        time.sleep(0.02)
-    broken.send_signal(signal.SIGTERM)
-    done["broken"] = wait(broken, LIMIT)
+    done["broken"] = signalled(broken, run, signal.SIGTERM, lambda r: bool(r.metrics.read()), LIMIT)
     return World(folder, done)
 
 

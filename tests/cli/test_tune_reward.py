@@ -9,7 +9,6 @@ import json
 import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,7 +25,19 @@ from rtdmd_cli.engine.rewards import registry
 from rtdmd_cli.engine.storage.checkpoint import load_checkpoint, save_checkpoint
 from rtdmd_cli.engine.storage.run_folder import RunFolder
 from rtdmd_cli.engine.training.session import Outcome
-from tests.commands import ENDLESS, LIMIT, Done, World, launch, newest, steps, timeless, wait
+from tests.commands import (
+    ENDLESS,
+    Done,
+    World,
+    as_overrides,
+    contents,
+    launch,
+    newest,
+    signalled,
+    steps,
+    timeless,
+    wait,
+)
 from tests.tiny_models import PROMPTS
 from tests.tiny_runs import add_checkpoint, generator_weights, make_run
 from tests.tiny_tuning import find
@@ -48,7 +59,7 @@ RECIPE = {
     "sample_every": 0,
     "eval_images": 2,
 }
-SETTINGS = [part for key, value in RECIPE.items() for part in ("--set", f"tune_reward.{key}={value}")]
+SETTINGS = as_overrides("tune_reward", RECIPE)
 SETTINGS += ["--set", "distill.eps=0.001", "--set", "hardware.threads=1", "--reward", TRAINED]
 
 
@@ -63,11 +74,7 @@ def break_off(
     """Start or continue the endless run "broken", and send it a signal as soon as `when` holds."""
     run = RunFolder(folder / "runs" / "broken")
     process = start(folder, "broken", ENDLESS, *arguments)
-    limit = time.monotonic() + LIMIT
-    while process.poll() is None and not when(run) and time.monotonic() < limit:
-        time.sleep(0.005)
-    process.send_signal(number)
-    return wait(process)
+    return signalled(process, run, number, when)
 
 
 def broken_run(folder: Path) -> dict[str, Done]:
@@ -102,10 +109,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     with ThreadPoolExecutor(2) as pool:
         parts = [pool.submit(broken_run, folder), pool.submit(other_runs, folder)]
         yield World(folder, parts[0].result() | parts[1].result())
-
-
-def contents(folder: Path, pattern: str = "*") -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.glob(pattern))}
 
 
 def test_a_run_from_start_to_end(world: World) -> None:
