@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "rtdmd_cli"
 LADDER = (
     "cli",
+    "engine.doctor",
     "engine.export",
     "engine.evaluation",
     "engine.tune_reward",

@@ -91,6 +91,12 @@ def _fetch() -> Callable[..., Any]:
     return fetch
 
 
+def _doctor() -> Callable[..., Any]:
+    from rtdmd_cli.cli.doctor import doctor
+
+    return doctor
+
+
 @dataclass(frozen=True)
 class Entry:
     """A command of the program: how to import its function or Typer app, and the first sentence of its help."""
@@ -111,6 +117,7 @@ COMMANDS = {
     ),
     "data": Entry(_data, "List and fetch the public sets of prompts."),
     "rewards": Entry(_rewards, "List the rewards, and check that they work: order, range, gradient."),
+    "doctor": Entry(_doctor, "Check this machine: GPU, memory, disk, libraries, login; and what mends it."),
     "presets": Entry(_presets, "List, show, copy and check presets: one YAML file is one recipe."),
 }
 

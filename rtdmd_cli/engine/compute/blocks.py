@@ -41,11 +41,20 @@ def compile_blocks(transformer: nn.Module, device: torch.device, backend: str = 
         block.compile(backend=backend)
 
 
+def find_compiler(device: torch.device) -> str | None:
+    """Path of the compiler that `compile_blocks` needs on `device`; None where there is none."""
+    return next((path for path in map(shutil.which, _compilers(device)) if path), None)
+
+
+def _compilers(device: torch.device) -> list[str]:
+    """Names to look for: the environment's own choice alone, where it makes one."""
+    variable, usual = ("CXX", ["g++", "clang++"]) if device.type == "cpu" else ("CC", ["gcc", "clang", "cc"])
+    return [os.environ[variable]] if os.environ.get(variable) else usual
+
+
 def _require_compiler(device: torch.device) -> None:
-    names = ("CXX", ("g++", "clang++")) if device.type == "cpu" else ("CC", ("gcc", "clang", "cc"))
-    candidates = [os.environ[names[0]]] if os.environ.get(names[0]) else list(names[1])
-    if not any(shutil.which(name) for name in candidates):
+    if find_compiler(device) is None:
         raise EnvironmentFailure(
-            f"hardware.compile needs a compiler, and none of {', '.join(candidates)} is on the PATH.",
+            f"hardware.compile needs a compiler, and none of {', '.join(_compilers(device))} is on the PATH.",
             "Install one (on Debian and Ubuntu: apt install g++), or set hardware.compile to false.",
         )

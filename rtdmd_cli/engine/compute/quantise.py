@@ -23,7 +23,9 @@ from torch.nn import functional as F
 from rtdmd_cli.engine.compute.blocks import repeated_blocks
 from rtdmd_cli.errors import EnvironmentFailure
 
-Base: TypeAlias = Literal["plain", "int8", "nf4"]
+Quantised: TypeAlias = Literal["int8", "nf4"]
+Base: TypeAlias = Literal["plain"] | Quantised
+QUANTISED: tuple[Quantised, ...] = ("int8", "nf4")
 
 
 def place(transformer: nn.Module, base: Base, device: torch.device) -> None:

@@ -1,0 +1,139 @@
+"""Each check against what it is to find: made-up systems in files and on the PATH, the real libraries."""
+
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from packaging.requirements import Requirement
+
+from rtdmd_cli.engine.compute.host import GIB, host_memory
+from rtdmd_cli.engine.doctor import device, run, software, storage
+from rtdmd_cli.engine.doctor.check import Check, examined
+
+PYPROJECT = tomllib.loads(Path(__file__).parents[3].joinpath("pyproject.toml").read_text("utf-8"))["project"]
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+
+
+def test_python_and_extras_are_those_of_the_package() -> None:
+    (low, high) = ((int(a), int(b)) for a, b in (v.split(".") for v in ("3.11", "3.14")))
+    assert PYPROJECT["requires-python"] == ">=3.11,<3.14" and (low, high) == software.PYTHON
+    stated = {name: PYPROJECT["optional-dependencies"][name] for name in software.EXTRAS}
+    assert {name: tuple(Requirement(line).name for line in lines) for name, lines in stated.items()} == (
+        software.EXTRAS
+    )
+
+
+def test_a_library_that_is_missing_or_too_old_is_named() -> None:
+    wanted = ["torch>=2.13,<3", "torch>=99", "no-such-library>=1", 'also-not-here; extra == "ocr"']
+    assert software.unmet([Requirement(line) for line in wanted]) == ["torch>=99", "no-such-library>=1"]
+
+
+def test_unmet_libraries_fail_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(software, "_stated", lambda: [Requirement("torch>=99")])
+    found = software.libraries()
+    assert found.state == "FAIL" and found.fix == "pip install --upgrade 'torch>=99'"
+
+
+def write_system(folder: Path, bound: str = "max") -> tuple[Path, Path]:
+    meminfo = folder / "meminfo"
+    meminfo.write_text("MemTotal:       16777216 kB\nMemFree: 1 kB\nMemAvailable:   12582912 kB\n")
+    (folder / "memory.max").write_text(f"{bound}\n")
+    (folder / "memory.current").write_text(f"{3 * GIB}\n")
+    return meminfo, folder
+
+
+def test_the_memory_of_the_host_and_of_a_container(tmp_path: Path) -> None:
+    free = host_memory(*write_system(tmp_path))
+    assert free and (free.total, free.available, free.limited) == (16 * GIB, 12 * GIB, False)
+    bound = host_memory(*write_system(tmp_path, str(8 * GIB)))
+    assert bound and (bound.total, bound.available, bound.limited) == (8 * GIB, 5 * GIB, True)
+    assert host_memory(tmp_path / "absent") is None
+
+
+@pytest.mark.parametrize(("free", "state"), [(1, "FAIL"), (9, "WARN"), (20, "PASS")])
+def test_too_little_memory(free: int, state: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = storage.host_memory()
+    assert memory
+    monkeypatch.setattr(storage, "host_memory", lambda: type(memory)(24 * GIB, free * GIB))
+    assert storage.memory().state == state
+
+
+@NO_GPU
+def test_a_card_that_torch_cannot_use_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 'NVIDIA GeForce RTX 4090, 570.86'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    device.driver.cache_clear()
+    try:
+        found = device.gpu()
+    finally:
+        device.driver.cache_clear()
+    assert found.state == "FAIL" and "RTX 4090 (driver 570.86)" in found.found and "torch" in found.fix
+
+
+@NO_GPU
+def test_without_a_card_it_warns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "driver", dict)
+    assert device.gpu().state == "WARN" and device.formats().facts["fp8"] is False
+
+
+def test_a_compiler_is_found_or_missed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.delenv("CC", raising=False)
+    assert device.compiler().state == "WARN"
+    for name in ("g++", "gcc"):
+        (tmp_path / name).write_text("#!/bin/sh\n")
+        (tmp_path / name).chmod(0o755)
+    assert device.compiler().state == "PASS"
+
+
+def test_quantised_layers_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = device.quantisation()
+    assert found.state == "PASS" and 0 < found.facts["int8"] < found.facts["nf4"]
+    monkeypatch.setattr(device, "NEAR", {"int8": 0.03, "nf4": 0.01})
+    assert device.quantisation().state == "FAIL"
+
+
+def test_a_folder_that_cannot_be_written_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RTDMD_CACHE", str(tmp_path / "a/b"))
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/file").write_bytes(bytes(1000))
+    assert storage.cache().state == "PASS" and storage.cache().facts["size_gib"] == 0
+    monkeypatch.setattr(storage.os, "access", lambda path, mode: False)
+    found = storage.cache()
+    assert found.state == "FAIL" and "can't be written" in found.found and "RTDMD_CACHE" in found.fix
+
+
+def test_a_full_disk_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    usage = type(storage.shutil.disk_usage(tmp_path))
+    monkeypatch.setenv("RTDMD_CACHE", str(tmp_path))
+    monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: usage(GIB, GIB, GIB))
+    assert storage.cache().state == "FAIL"
+    monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: usage(9 * GIB, 0, 9 * GIB))
+    assert storage.cache().state == "PASS" and storage.models().state == "WARN"
+
+
+def test_the_token_is_never_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "get_token", lambda: "hf_abcdefghijkl")
+    monkeypatch.setattr(storage.constants, "HF_HUB_OFFLINE", False)
+    found = storage.hub()
+    assert found.state == "PASS" and "hf_" not in f"{found}"
+    monkeypatch.setattr(storage, "get_token", lambda: None)
+    assert storage.hub().state == "WARN" and storage.hub().fix.endswith("hf auth login")
+
+
+def test_a_check_that_breaks_is_a_failure_and_the_others_follow(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> Check:
+        raise subprocess.SubprocessError("no such driver\nat all")
+
+    found = examined("gpu", broken)
+    assert found.state == "FAIL" and found.found == "SubprocessError: no such driver"
+    home = Check("home", "PASS", f"{Path.home()}/models", facts={"path": f"{Path.home()}/models"})
+    monkeypatch.setattr(run, "CHECKS", {"gpu": broken, "home": lambda: home})
+    lines = list(run.examine())
+    assert [line.state for line in lines] == ["FAIL", "PASS"]
+    assert lines[1].found == "~/models" == lines[1].facts["path"]
