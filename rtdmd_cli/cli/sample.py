@@ -127,7 +127,9 @@ def _texts(prompt: str | None, prompts: str | None) -> list[str]:
             "Give a prompt or --prompts, not both.", "Put the prompt into the file, or leave --prompts out."
         )
     if prompts is not None:
-        return list(read_prompts(prompts, sys.stdin.buffer))
+        if prompts == "-" and sys.stdin is None:  # closed by the shell: <&-
+            raise UsageError("Standard input is closed.", "Give the prompts to it: --prompts - < FILE")
+        return list(read_prompts(prompts, sys.stdin.buffer if sys.stdin else None))
     if prompt is None:
         raise UsageError("There is no prompt.", 'Write one, as in: rtdmd sample "a photo of two red circles"')
     return [check_prompt(prompt)]

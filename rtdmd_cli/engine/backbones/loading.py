@@ -6,7 +6,6 @@ A family says with a `Layout` what its pipeline's folder holds; nothing here kno
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ from rtdmd_cli.engine.backbones.two_bases import TwoBases, bases_of
 from rtdmd_cli.engine.compute.quantise import place, shrink_encoder
 from rtdmd_cli.engine.compute.quiet import quiet_loading
 from rtdmd_cli.engine.compute.tiling import enable_tiling
+from rtdmd_cli.engine.storage import strict_json
 from rtdmd_cli.errors import DataError, EnvironmentFailure, UsageError
 
 VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")
@@ -277,7 +277,7 @@ def check_layout(layout: Layout, folder: Path) -> set[str]:
     the one in `load_network`.
     """
     try:
-        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        index = strict_json.read(folder / "model_index.json")
     except FileNotFoundError:
         raise DataError(
             f"The folder {folder} holds no model: model_index.json is missing.", layout.renew

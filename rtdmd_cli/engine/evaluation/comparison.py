@@ -6,7 +6,6 @@ are averaged. A win counts 1, a tie 1/2.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from rtdmd_cli.engine.evaluation.folder import RESULTS, read_about
 from rtdmd_cli.engine.evaluation.prompts import EvalPrompts, Key
 from rtdmd_cli.engine.evaluation.run import PUBLISHED_WEIGHTS, Ask, Evaluation, file_name
 from rtdmd_cli.engine.evaluation.score_phase import SCORES, Line, ScoreFile
+from rtdmd_cli.engine.storage import strict_json
 from rtdmd_cli.errors import DataError
 
 
@@ -108,9 +108,11 @@ def _results(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        found = json.loads(path.read_bytes())
+        found = strict_json.read(path, strict_json.MAX_LINES_BYTES)
     except (OSError, ValueError) as error:
         raise DataError(f"{path} is damaged.", "Score that folder again: --score-only.") from error
+    if not isinstance(found, dict):
+        raise DataError(f"{path} is damaged.", "Score that folder again: --score-only.")
     return {key: value for key, value in found.items() if key not in ("pictures", "compare")}
 
 

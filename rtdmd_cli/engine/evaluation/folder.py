@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from rtdmd_cli.engine.sampling.pictures import free_folder
+from rtdmd_cli.engine.storage import strict_json
 from rtdmd_cli.engine.storage.files import make_folder, os_errors, remove_leftovers, write_json
 from rtdmd_cli.errors import DataError, EnvironmentFailure, UsageError
 
@@ -85,7 +85,7 @@ def read_about(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        found = json.loads(path.read_bytes())
+        found = strict_json.read(path)
     except (OSError, ValueError) as error:
         raise DataError(f"{path} is damaged.", "Begin another evaluation, without --resume.") from error
     if not isinstance(found, dict) or not {"identity", "about"} <= found.keys():

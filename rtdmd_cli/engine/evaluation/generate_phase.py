@@ -22,7 +22,8 @@ from rtdmd_cli.engine.evaluation.prompts import EvalPrompts, Key
 from rtdmd_cli.engine.sampling.model_source import Model
 from rtdmd_cli.engine.sampling.pictures import DTYPE_NAMES, batched, encode_to_cache, paint, text_chunks
 from rtdmd_cli.engine.sampling.sample import SamplingPlan
-from rtdmd_cli.engine.storage.files import append_line, os_errors
+from rtdmd_cli.engine.storage import strict_json
+from rtdmd_cli.engine.storage.files import append_line
 from rtdmd_cli.engine.training.signals import StopRequest
 
 
@@ -77,15 +78,9 @@ class Timing:
     def open(cls, path: Path | None) -> Timing:
         """What earlier processes noted; a damaged line is passed over."""
         lines = []
-        if path is not None and path.exists():
-            with os_errors(path, "read"):
-                rows = path.read_bytes().splitlines()
-            for row in rows:
-                try:
-                    entry = json.loads(row)
-                    lines.append((int(entry["pictures"]), float(entry["seconds"])))
-                except (ValueError, KeyError, TypeError):
-                    continue
+        if path is not None:
+            entries = [entry for _, entry in strict_json.read_lines(path) if entry is not None]
+            lines = [(each["pictures"], each["seconds"]) for each in entries if _is_timing(each)]
         return cls(path, lines)
 
     def add(self, pictures: int, seconds: float) -> None:
@@ -99,6 +94,13 @@ class Timing:
         """None where no batch was noted."""
         total = sum(pictures for pictures, _ in self.lines)
         return sum(seconds for _, seconds in self.lines) / total if total else None
+
+
+def _is_timing(entry: Mapping[str, Any]) -> bool:
+    """Whether a line says a number of pictures and their seconds."""
+    pictures, seconds = entry.get("pictures"), entry.get("seconds")
+    counted = isinstance(pictures, int) and not isinstance(pictures, bool) and pictures > 0
+    return counted and isinstance(seconds, float) and seconds >= 0
 
 
 def generate_phase(

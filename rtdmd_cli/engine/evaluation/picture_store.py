@@ -27,6 +27,7 @@ from torch import Tensor
 from rtdmd_cli.engine.evaluation.prompts import EvalPrompts, Key, spread
 from rtdmd_cli.engine.prompts.reading import PromptSet, known_by
 from rtdmd_cli.engine.report.grid import save_png, to_pil
+from rtdmd_cli.engine.storage import strict_json
 from rtdmd_cli.engine.storage.files import os_errors, write_bytes, write_text
 from rtdmd_cli.errors import DataError
 
@@ -195,10 +196,10 @@ def scan_folder(root: Path, images: int | None, limit: int | None) -> tuple[Eval
 def _metadata(folder: Path) -> dict[str, Any]:
     path = folder / METADATA
     try:
-        line = json.loads(path.read_bytes())
+        line = strict_json.read(path)
     except FileNotFoundError as error:
         raise DataError(f"{path} is missing.", _LAYOUT) from error
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise DataError(f"{path} is not one JSON object.", _LAYOUT) from error
     prompt = line.get("prompt") if isinstance(line, dict) else None
     if not isinstance(prompt, str) or not prompt.strip():

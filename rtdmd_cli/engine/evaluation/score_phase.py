@@ -23,7 +23,8 @@ from rtdmd_cli.engine.evaluation.metrics import JudgeEntry
 from rtdmd_cli.engine.evaluation.picture_store import Pictures
 from rtdmd_cli.engine.evaluation.prompts import EvalPrompts, Key
 from rtdmd_cli.engine.sampling.pictures import batched
-from rtdmd_cli.engine.storage.files import append_lines, os_errors, write_bytes
+from rtdmd_cli.engine.storage import strict_json
+from rtdmd_cli.engine.storage.files import append_lines, write_bytes
 from rtdmd_cli.engine.training.signals import StopRequest
 from rtdmd_cli.errors import DataError, NumericalError
 
@@ -114,11 +115,7 @@ def _require_finite(judge: str, lines: Sequence[Line]) -> None:
 
 def _load(path: Path, header: Line) -> tuple[bytes, dict[Key, tuple[bytes, Line]]]:
     """The bytes of a score file, and its good lines by key. DataError for another header."""
-    if not path.exists():
-        return b"", {}
-    with os_errors(path, "read"):
-        raw = path.read_bytes()
-    entries = [(line, _parse(line)) for line in raw.splitlines(keepends=True)]
+    entries = strict_json.read_lines(path)
     if entries and entries[0][1] not in (header, None):
         raise DataError(
             f"{path} holds the scores of another judge or of other weights than {header['judge']} "
@@ -129,25 +126,15 @@ def _load(path: Path, header: Line) -> tuple[bytes, dict[Key, tuple[bytes, Line]
     for line, entry in entries:
         if entry is not None and (key := _key(entry)) is not None:
             kept.setdefault(key, (line, entry))
-    return raw, kept
+    return b"".join(line for line, _ in entries), kept
 
 
 def _bytes(entry: Line) -> bytes:
     return (json.dumps(entry, ensure_ascii=False) + "\n").encode()
 
 
-def _parse(raw: bytes) -> Line | None:
-    if not raw.endswith(b"\n"):
-        return None
-    try:
-        entry = json.loads(raw)
-    except ValueError:
-        return None
-    return entry if isinstance(entry, dict) else None
-
-
 def _key(entry: Line) -> Key | None:
     prompt, image = entry.get("prompt"), entry.get("image")
-    if isinstance(prompt, int) and isinstance(image, int) and isinstance(entry.get("score"), float):
+    if type(prompt) is int and type(image) is int and isinstance(entry.get("score"), float):
         return prompt, image
     return None

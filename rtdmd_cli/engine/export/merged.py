@@ -6,7 +6,6 @@ back and written, so that the memory of one shard is enough. Everything but the 
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from rtdmd_cli.engine.export.fold import Folded
 from rtdmd_cli.engine.export.schedule import stock_config
-from rtdmd_cli.engine.storage import files
+from rtdmd_cli.engine.storage import files, strict_json
 from rtdmd_cli.errors import DataError
 
 Change = Callable[[Tensor], Tensor]
@@ -53,12 +52,12 @@ def write_merged(
             for source in _copied(base / name):
                 _copy(source, out / source.relative_to(base))
     write_transformer(out / TRANSFORMER, transformer, changes)
-    described: dict[str, Any] = json.loads((base / INDEX).read_bytes())
+    described: dict[str, Any] = strict_json.read(base / INDEX)
     described.pop("_name_or_path", None)
     files.write_json(out / INDEX, described | dict(index))
     if exact_already:
         return True
-    config = json.loads((base / SCHEDULER).read_bytes())
+    config = strict_json.read(base / SCHEDULER)
     changed = stock_config(config, sigmas)
     if changed is not None:
         files.write_json(out / SCHEDULER, changed)
@@ -67,7 +66,7 @@ def write_merged(
 
 def components(base: Path) -> list[str]:
     """The pipeline's subfolders that model_index.json names and that are there."""
-    index = json.loads((base / INDEX).read_bytes())
+    index = strict_json.read(base / INDEX)
     return sorted(name for name in index if not name.startswith("_") and (base / name).is_dir())
 
 
@@ -132,7 +131,7 @@ def weight_files(folder: Path) -> list[Path]:
     index = folder / f"{WEIGHTS}.index.json"
     if not index.is_file():
         return [folder / WEIGHTS]
-    return [folder / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
+    return [folder / name for name in sorted(set(strict_json.read(index)["weight_map"].values()))]
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

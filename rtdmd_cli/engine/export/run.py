@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -35,7 +34,7 @@ from rtdmd_cli.engine.export.generator import adapter_stacks, is_full, is_tuned
 from rtdmd_cli.engine.export.roundtrip import RoundTrip, compare, open_stock, own_pictures, stock_pictures
 from rtdmd_cli.engine.report.grid import GridRow, picture_grid, save_png
 from rtdmd_cli.engine.sampling.model_source import EMA, Source, open_model
-from rtdmd_cli.engine.storage import files
+from rtdmd_cli.engine.storage import files, strict_json
 from rtdmd_cli.engine.storage.checkpoint import Checkpoint, load_checkpoint
 from rtdmd_cli.engine.storage.exported import FORMAT, MANIFEST, VERSION, file_sha256, is_exported
 from rtdmd_cli.engine.storage.lora_files import DIFFUSERS_NAME, header, lora_tensors, write_lora
@@ -237,7 +236,7 @@ def gather(
         stored=request.stored,
         base_hash=own.base_hash,
         licence=licence_of(base),
-        pipeline=json.loads((bases.pipeline / merged.INDEX).read_bytes())["_class_name"],
+        pipeline=strict_json.read(bases.pipeline / merged.INDEX)["_class_name"],
         loader=row(FAMILIES[preset.model.family].comfy, base),
         tuned=is_tuned(checkpoint),
         iterations=checkpoint.step,

@@ -6,7 +6,6 @@ the published chat template.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from rtdmd_cli.engine.compute.quiet import quiet_loading
 from rtdmd_cli.engine.judges.features import resize
 from rtdmd_cli.engine.judges.pixels import normalise
+from rtdmd_cli.engine.storage import strict_json
 from rtdmd_cli.engine.storage.hub import hub_folder
 from rtdmd_cli.errors import DataError
 
@@ -123,7 +123,7 @@ def find_folder(source: str, patterns: Sequence[str], model_type: str) -> Path:
 def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file; DataError where it is unreadable or holds anything else."""
     try:
-        content = json.loads(file.read_text("utf-8"))
+        content = strict_json.read(file)
     except (OSError, ValueError) as error:
         raise DataError(f"{file} can't be read: {first_line(error)}", AGAIN) from error
     if not isinstance(content, dict):

@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from rtdmd_cli.engine.backbones.base import Backbone, Conditioning, concatenate
+from rtdmd_cli.engine.storage import strict_json
 from rtdmd_cli.engine.storage.files import TMP_PREFIX, cache_folder, write_bytes
 from rtdmd_cli.errors import EnvironmentFailure, UsageError
 
@@ -201,7 +202,7 @@ def _open(path: Path) -> _Block | None:
     try:
         tensors = safe_open(path, framework="pt")
         metadata = tensors.metadata() or {}
-        keys = tuple(json.loads(metadata["keys"]))
+        keys = tuple(strict_json.parse(metadata["keys"]))
         names = set(tensors.keys())
         if "embeds" not in names or not names <= {"embeds", "pooled"}:
             raise ValueError(f"tensors {sorted(names)}")

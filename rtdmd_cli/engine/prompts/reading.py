@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, BinaryIO
 
 from rtdmd_cli.engine.prompts.public_sets import PREFIX, DataSet, find_data
 from rtdmd_cli.engine.prompts.store import Stored, made_here, require
+from rtdmd_cli.engine.storage import strict_json
 from rtdmd_cli.engine.storage.files import os_errors
 from rtdmd_cli.errors import DataError, UsageError
 from rtdmd_cli.shapes.prompts import benchmark, training_captions
@@ -19,10 +21,11 @@ BUILTIN_DRAWS, BUILTIN_SEED = 4_000, 0
 MAX_CHARACTERS = 10_000
 """Longest line of a prompt file."""
 
-_MAX_BYTES = (
-    4 * MAX_CHARACTERS + 8
-)  # of a line: UTF-8 takes four at most; byte order mark and line end beside
-MAX_JSON_BYTES = 256_000_000
+_MAX_LINE = 4 * MAX_CHARACTERS + 8  # bytes: UTF-8 takes four at most; byte order mark and line end beside
+MAX_BYTES = 256 * 1024**2
+MAX_PROMPTS = 1_000_000
+MAX_BRACKETS = 4_000_000
+"""Opening brackets of a file: each may be a value that takes fifty times its own size in memory."""
 SUFFIXES = (".txt", ".json", ".jsonl")
 """Of the prompt files that are looked for in a folder."""
 USUAL_NAMES = frozenset({"train", "train_metadata", "prompts"})
@@ -129,37 +132,54 @@ def _only_file(folder: Path) -> Path:
 def _read_file(path: Path) -> PromptSet:
     name = str(path)
     try:
-        with path.open("rb") as file:
+        with strict_json.open_regular(path) as file:
             if path.suffix == ".json":
                 return _entries(_json_list(file, name), name, _JSON_HINT)
             lines = _prompts(file, name)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise DataError(f"There is no prompt file {path}.", "Check the path.") from error
+    except strict_json.BadJson as error:
+        raise DataError(f"{path} can't be read: {error}.", "Write the prompts to a file first.") from error
     return _entries(_json_lines(lines, name), name, _JSONL_HINT) if path.suffix == ".jsonl" else _plain(lines)
 
 
-def _json_list(file: BinaryIO, name: str) -> list[Any]:
+def _json_list(file: BinaryIO, name: str) -> Iterator[Any]:
     """The entries of a .json file; a text stands for an object that holds nothing else."""
-    data = file.read(MAX_JSON_BYTES + 1)
-    if len(data) > MAX_JSON_BYTES:
-        raise DataError(f"{name} has more than {MAX_JSON_BYTES:,} bytes.", "Write it as .jsonl.")
+    if os.fstat(file.fileno()).st_size > MAX_BYTES:
+        raise _too_much(name)
+    number = 0
     try:
-        found = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{name} is not JSON.", _JSON_HINT) from error
-    if not isinstance(found, list):
-        raise DataError(f"{name} holds no list of prompts.", _JSON_HINT)
-    if not found:
+        for number, (entry, brackets) in enumerate(strict_json.read_list(file), 1):
+            _require_few(number, brackets, name)
+            yield {"prompt": entry} if isinstance(entry, str) else entry
+    except strict_json.BadJson as error:
+        where = f", after prompt {number}" if number else ""
+        raise DataError(f"{name} can't be read{where}: {error}.", _JSON_HINT) from error
+    if not number:
         raise DataError(f"{name} holds no prompts.", _JSON_HINT)
-    return [{"prompt": entry} if isinstance(entry, str) else entry for entry in found]
 
 
 def _json_lines(lines: Sequence[str], name: str) -> Iterator[Any]:
+    brackets = 0
     for number, line in enumerate(lines, 1):
+        brackets += strict_json.brackets(line)
+        _require_few(number, brackets, name)
         try:
-            yield json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{name}: prompt {number} is not JSON.", _JSONL_HINT) from error
+            yield strict_json.parse(line)
+        except strict_json.BadJson as error:
+            raise DataError(f"{name}: prompt {number} can't be read: {error}.", _JSONL_HINT) from error
+
+
+def _require_few(prompts: int, brackets: int, name: str) -> None:
+    if prompts > MAX_PROMPTS or brackets > MAX_BRACKETS:
+        raise _too_much(name)
+
+
+def _too_much(name: str) -> DataError:
+    return DataError(
+        f"{name} holds more than {MAX_PROMPTS:,} prompts or {MAX_BYTES // 1024**2} MB, or too much about them.",
+        "Take a part of it.",
+    )
 
 
 def _entries(entries: Iterable[Any], name: str, hint: str) -> PromptSet:
@@ -201,7 +221,11 @@ def check_prompt(prompt: str) -> str:
 
 
 def _prompts(stream: BinaryIO, name: str) -> list[str]:
-    prompts = [line for line in _lines(stream, name) if line]
+    prompts = []
+    for line in _lines(stream, name):
+        if line:
+            prompts.append(line)
+            _require_few(len(prompts), 0, name)
     if not prompts:
         raise DataError(f"{name} holds no prompts.", _HINT)
     return prompts
@@ -209,14 +233,16 @@ def _prompts(stream: BinaryIO, name: str) -> list[str]:
 
 def _lines(stream: BinaryIO, name: str) -> Iterator[str]:
     """Every line, stripped. Reads no further than a line that is too long."""
-    number = 0
-    while raw := stream.readline(_MAX_BYTES):
-        number += 1
+    number, read = 0, 0
+    while raw := stream.readline(_MAX_LINE):
+        number, read = number + 1, read + len(raw)
+        if read > MAX_BYTES:
+            raise _too_much(name)
         where = f"{name}, line {number}"
         try:
             line = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
         except UnicodeDecodeError as error:
-            if len(raw) == _MAX_BYTES:  # maybe cut inside a character
+            if len(raw) == _MAX_LINE:  # maybe cut inside a character
                 raise _too_long(where) from error
             raise DataError(f"{where}: the text is not UTF-8.", _HINT) from error
         if len(line) > MAX_CHARACTERS:

@@ -6,7 +6,6 @@
 
 import hashlib
 import http.client
-import json
 import os
 import urllib.error
 import urllib.request
@@ -23,7 +22,7 @@ from rtdmd_cli.engine.prompts.geneval_train import (
     validation_requirements,
 )
 from rtdmd_cli.engine.prompts.public_sets import DataSet
-from rtdmd_cli.engine.storage import files
+from rtdmd_cli.engine.storage import files, strict_json
 from rtdmd_cli.errors import DataError, EnvironmentFailure, UsageError
 
 RECORD = ".source.json"
@@ -138,7 +137,7 @@ def _install(data: DataSet, content: bytes, origin: str, check: Callable[[Stored
 def _recorded(data: DataSet) -> str:
     """The sha256 that was found when the set was fetched, "" if that is lost."""
     try:
-        return str(json.loads((folder(data) / RECORD).read_bytes())["sha256"])
+        return str(strict_json.read(folder(data) / RECORD)["sha256"])
     except (OSError, ValueError, KeyError, TypeError):
         return ""
 

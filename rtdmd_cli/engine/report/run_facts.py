@@ -1,16 +1,16 @@
 """What a run folder tells for its report: command, machine, grids, sampler, lag curves."""
 
-import json
 from collections.abc import Mapping
 
 from rtdmd_cli.config.schema import DistillConfig, Preset
 from rtdmd_cli.engine.report.page import Picture
+from rtdmd_cli.engine.storage import strict_json
 from rtdmd_cli.engine.storage.run_folder import ENVIRONMENT, RunFolder
 
 
 def recorded_environment(run: RunFolder) -> tuple[str, list[tuple[str, str]]]:
     """The command that made a run, and its machine and versions."""
-    environment = json.loads((run.path / ENVIRONMENT).read_text(encoding="utf-8"))
+    environment = strict_json.read(run.path / ENVIRONMENT)
     command = " ".join(environment.pop("command"))
     packages = environment.pop("packages")
     return command, [(k, str(v)) for k, v in {**environment, **packages}.items() if v is not None]

@@ -14,7 +14,6 @@ This is the only module that opens pickles.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import re
@@ -28,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rtdmd_cli.engine.storage import strict_json
 from rtdmd_cli.engine.storage.files import cache_folder, os_errors, write_json, write_with
 from rtdmd_cli.engine.storage.hub import hub_file
 from rtdmd_cli.engine.storage.tensors import AGAIN
@@ -199,7 +199,7 @@ def _record_path(key: str) -> Path:
 def _read_record(key: str) -> _Record | None:
     """What is known of a source; nothing where its record is missing or unreadable: it is then hashed again."""
     try:
-        content = json.loads(_record_path(key).read_text("utf-8"))
+        content = strict_json.read(_record_path(key))
         return _Record([int(number) for number in content["state"]], str(content["sha256"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from rtdmd_cli.config.schema import SHARED_BASE, ModelConfig
 from rtdmd_cli.engine.rewards.base import Need, RewardEntry
 from rtdmd_cli.engine.rewards.local import INDEX, at_hand, cached_files, missing
 from rtdmd_cli.engine.rewards.registry import REWARDS
+from rtdmd_cli.engine.storage import strict_json
 from rtdmd_cli.engine.storage.hub import REPOSITORY, hub_failure, hub_folder
 from rtdmd_cli.errors import EnvironmentFailure, UsageError
 
@@ -150,14 +150,14 @@ def is_whole(folder: Path, part: str = "all") -> bool:
     try:
         if part == "transformer":
             return _component_is_whole(folder / part)
-        index = json.loads((folder / MODEL_INDEX).read_bytes())
+        index = strict_json.read(folder / MODEL_INDEX)
         parts = [
             name for name, kind in index.items() if isinstance(kind, list) and kind and kind != [None, None]
         ]
         if part != "all":
             parts.remove("transformer")
         return bool(parts) and all(_component_is_whole(folder / name) for name in parts)
-    except (OSError, ValueError, AttributeError, KeyError):
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
         return False
 
 
@@ -167,9 +167,7 @@ def _component_is_whole(folder: Path) -> bool:
     if "config.json" not in files:
         return bool(files)
     lists = [name for name in files if name.endswith(f".safetensors{INDEX}")]
-    parts = {
-        part for name in lists for part in json.loads((folder / name).read_bytes())["weight_map"].values()
-    }
+    parts = {part for name in lists for part in strict_json.read(folder / name)["weight_map"].values()}
     return any(name.endswith(".safetensors") for name in files) and parts <= files
 
 

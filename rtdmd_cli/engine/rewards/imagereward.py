@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from rtdmd_cli.engine.judges.features import resize
 from rtdmd_cli.engine.judges.pixels import check_batch, normalise
 from rtdmd_cli.engine.judges.requirements import Metadata
 from rtdmd_cli.engine.rewards.convert import converted_from
+from rtdmd_cli.engine.storage import strict_json
 from rtdmd_cli.engine.storage.hub import hub_file
 from rtdmd_cli.engine.storage.tensors import check_tensors
 from rtdmd_cli.errors import DataError
@@ -173,7 +173,7 @@ def _read_text_config(file: Path) -> Any:
         "layer_norm_eps",
     )
     try:
-        content = json.loads(file.read_text("utf-8"))
+        content = strict_json.read(file)
         settings: dict[str, Any] = {key: content[key] for key in numbers}
         return BlipTextConfig(**settings, hidden_act=content["hidden_act"], is_decoder=True)
     except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:

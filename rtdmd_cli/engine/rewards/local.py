@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 from rtdmd_cli.engine.rewards.base import Need, RewardEntry
+from rtdmd_cli.engine.storage import strict_json
 
 EXTRAS = {"ocr": ("rapidocr", "onnxruntime")}
 """Optional dependency -> the modules it brings."""
@@ -60,7 +60,10 @@ def at_hand(need: Need) -> bool:
     weights = [pattern for pattern in need.files if pattern.endswith(WEIGHTS)]
     if not weights:
         return bool(_matching(names, need.files))
-    parts = {part for name, path in names.items() if name.endswith(INDEX) for part in _parts(path)}
+    try:
+        parts = {part for name, path in names.items() if name.endswith(INDEX) for part in _parts(path)}
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):  # a damaged index
+        return False
     return all(_matching(names, [pattern]) for pattern in weights) and parts <= names.keys()
 
 
@@ -87,4 +90,4 @@ def _matching(names: dict[str, Path], patterns: Sequence[str]) -> list[str]:
 
 def _parts(index: Path) -> set[str]:
     """The weight files that an index names."""
-    return set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+    return set(strict_json.read(index)["weight_map"].values())

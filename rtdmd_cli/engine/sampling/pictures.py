@@ -32,6 +32,7 @@ from rtdmd_cli.engine.prompts.embeddings import EmbeddingCache, open_cache
 from rtdmd_cli.engine.report.grid import GridRow, picture_grid, save_png, to_pil
 from rtdmd_cli.engine.sampling.model_source import Model
 from rtdmd_cli.engine.sampling.sample import SamplingPlan, decode_all, generate
+from rtdmd_cli.engine.storage import strict_json
 from rtdmd_cli.engine.storage.files import append_line, os_errors
 from rtdmd_cli.errors import EnvironmentFailure, NumericalError, UsageError
 
@@ -279,16 +280,4 @@ def _index_line(name: str, record: Record) -> str:
 
 def _indexed(path: Path) -> set[str]:
     """The files that an index names; lines that are no JSON objects are passed over."""
-    if not path.exists():
-        return set()
-    names = set()
-    with os_errors(path, "read"):
-        lines = path.read_bytes().splitlines()
-    for line in lines:
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(entry, dict):
-            names.add(str(entry.get("file")))
-    return names
+    return {str(entry.get("file")) for _, entry in strict_json.read_lines(path) if entry is not None}

@@ -10,7 +10,6 @@ set, or the old set and the new checkpoint.
 """
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -23,7 +22,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from rtdmd_cli.engine.storage import files
+from rtdmd_cli.engine.storage import files, strict_json
 from rtdmd_cli.errors import DataError, EnvironmentFailure
 
 FORMAT = "rtdmd-checkpoint"
@@ -111,7 +110,7 @@ def _contents(
 ) -> Iterator[tuple[str, bytes]]:
     """The name and bytes of each file, one at a time. Raises ValueError for a bad group name or state."""
     text = files.json_text(dict(state))
-    if json.loads(text) != dict(state):
+    if strict_json.parse(text) != dict(state):
         raise ValueError("the state is not plain JSON: use dicts with text keys and lists, no tuples")
     for group, named in sorted(tensors.items()):
         if not _GROUP_NAME.fullmatch(group):
@@ -223,7 +222,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         data = _read_verified(path, name, manifest)
         try:
             if name == STATE:
-                state = json.loads(data)
+                state = strict_json.parse(data)
             else:
                 tensors[name.removesuffix(".safetensors")] = safetensors.torch.load(data)
         except (ValueError, safetensors.SafetensorError) as error:
@@ -254,19 +253,15 @@ def _read_verified(path: Path, name: str, manifest: Manifest) -> bytes:
     return data
 
 
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
 def _read_manifest(path: Path) -> Manifest:
     file = path / MANIFEST
     if not os.path.isdir(path):
         raise DataError(f"There is no checkpoint folder {path}.", _OTHER_HINT)
     data = _read(file, f"{path} is foreign, no checkpoint of rtdmd: {MANIFEST} is missing.")
     try:
-        body = json.loads(data, parse_constant=_refuse_constant)
+        body = strict_json.parse(data)
     except ValueError as error:
-        raise DataError(f"{file} is damaged: it is not JSON.", _OTHER_HINT) from error
+        raise DataError(f"{file} is damaged: {error}.", _OTHER_HINT) from error
     if not isinstance(body, dict) or body.get("format") != FORMAT:
         raise DataError(
             f"{path} is foreign, no checkpoint of rtdmd: {MANIFEST} is of another program.", _OTHER_HINT

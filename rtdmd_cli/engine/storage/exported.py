@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from rtdmd_cli.config.schema import Preset
+from rtdmd_cli.engine.storage import strict_json
 from rtdmd_cli.errors import DataError
 
 MANIFEST = "export.json"
@@ -45,7 +45,7 @@ class Exported:
 def is_exported(folder: Path) -> bool:
     """Whether the folder says that it is an export of this program."""
     try:
-        body = json.loads((folder / MANIFEST).read_bytes())
+        body = strict_json.read(folder / MANIFEST)
     except (OSError, ValueError):
         return False
     return isinstance(body, dict) and body.get("format") == FORMAT
@@ -53,7 +53,7 @@ def is_exported(folder: Path) -> bool:
 
 def read_exported(folder: Path) -> Exported:
     """The folder's description. DataError where it is damaged, of another version, or a LoRA file has changed."""
-    body = json.loads((folder / MANIFEST).read_bytes())
+    body = strict_json.read(folder / MANIFEST)
     if body.get("version") != VERSION:
         raise DataError(
             f"{folder / MANIFEST} has version {body.get('version')}; this program reads version {VERSION}.",

@@ -13,7 +13,6 @@ scale of 1:
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor, nn
 
-from rtdmd_cli.engine.storage import files
+from rtdmd_cli.engine.storage import files, strict_json
 from rtdmd_cli.errors import DataError
 
 A, B = ".lora_A.weight", ".lora_B.weight"  # after a layer's name, in checkpoints and files
@@ -96,5 +95,5 @@ def read_header(path: Path) -> dict[str, str]:
     """The metadata of a safetensors file."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        found: dict[str, str] = json.loads(file.read(length)).get("__metadata__", {})
+        found: dict[str, str] = strict_json.parse(file.read(length)).get("__metadata__", {})
     return found

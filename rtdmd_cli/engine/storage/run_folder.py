@@ -27,7 +27,7 @@ from rtdmd_cli import __version__
 from rtdmd_cli.config.loader import Resolved, dump_resolved
 from rtdmd_cli.engine.compute.device import device_name
 from rtdmd_cli.engine.compute.mixed import products_of
-from rtdmd_cli.engine.storage import checkpoint, files
+from rtdmd_cli.engine.storage import checkpoint, files, strict_json
 from rtdmd_cli.errors import DataError, EnvironmentFailure, NumericalError, UsageError
 
 State: TypeAlias = Literal["running", "finished", "interrupted", "failed"]
@@ -92,21 +92,12 @@ class Metrics:
 
     def _lines(self) -> list[tuple[bytes, dict[str, Any] | None]]:
         """Each line's bytes, and its object or None if it is damaged."""
-        if not self.path.exists():
-            return []
-        with files.os_errors(self.path, "read"):
-            data = self.path.read_bytes()
-        return [(raw, _parse_line(raw)) for raw in data.splitlines(keepends=True)]
+        return [(raw, _row(entry)) for raw, entry in strict_json.read_lines(self.path)]
 
 
-def _parse_line(raw: bytes) -> dict[str, Any] | None:
-    if not raw.endswith(b"\n"):
-        return None
-    try:
-        entry = json.loads(raw)
-    except ValueError:
-        return None
-    return entry if isinstance(entry, dict) and isinstance(entry.get("iteration"), int) else None
+def _row(entry: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The line of an iteration, or None for anything else."""
+    return entry if entry is not None and type(entry.get("iteration")) is int else None
 
 
 @dataclass(frozen=True)
@@ -128,7 +119,7 @@ class RunFolder:
         """The command that made it: "distill" or "tune-reward". DataError if environment.json is damaged."""
         path = self.path / ENVIRONMENT
         try:
-            return str(json.loads(path.read_bytes()).get("stage", "distill"))
+            return str(strict_json.read(path).get("stage", "distill"))
         except (OSError, ValueError, AttributeError) as error:
             raise DataError(f"{path} is missing or damaged.", "Restore it, or take another run.") from error
 
@@ -383,7 +374,8 @@ def _now() -> str:
 
 def _read_status(path: Path) -> dict[str, Any] | None:
     try:
-        status = json.loads((path / STATUS).read_bytes())
+        status = strict_json.read(path / STATUS)
     except (OSError, ValueError):
         return None
-    return status if isinstance(status, dict) and {"state", "time"} <= status.keys() else None
+    told = isinstance(status, dict) and all(isinstance(status.get(key), str) for key in ("state", "time"))
+    return status if told else None

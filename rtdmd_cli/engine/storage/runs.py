@@ -1,6 +1,5 @@
 """What lies under a folder of runs: one row for each, also for those that were killed or damaged."""
 
-import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +10,7 @@ from typing import Any, TypeVar
 
 from rtdmd_cli.config.loader import load_preset
 from rtdmd_cli.config.schema import Preset
-from rtdmd_cli.engine.storage import checkpoint, files
+from rtdmd_cli.engine.storage import checkpoint, files, strict_json
 from rtdmd_cli.engine.storage.run_folder import ENVIRONMENT, PRESET, STATUS, RunFolder, is_run, resolve_run
 from rtdmd_cli.errors import DataError, UsageError
 
@@ -132,7 +131,7 @@ def saved(run: RunFolder) -> Saved:
 def recorded(run: RunFolder) -> dict[str, Any]:
     """What environment.json tells of command, versions and machine; nothing if it is damaged."""
     try:
-        found = json.loads((run.path / ENVIRONMENT).read_bytes())
+        found = strict_json.read(run.path / ENVIRONMENT)
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

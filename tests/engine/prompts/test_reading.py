@@ -1,10 +1,13 @@
 """Prompt files: what is read, and what is refused with which line."""
 
 import io
+import json
+import os
 from pathlib import Path
 
 import pytest
 
+from rtdmd_cli.engine.prompts import reading
 from rtdmd_cli.engine.prompts.reading import (
     PromptSet,
     builtin_prompts,
@@ -122,9 +125,10 @@ def test_other_files_have_none(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("a ring", "prompt 2 is not JSON"),
-        ('{"prompt": "a ring"', "prompt 2 is not JSON"),
-        ("[" * 9_000, "prompt 2 is not JSON"),
+        ("a ring", "prompt 2 can't be read: it is not JSON"),
+        ('{"prompt": "a ring"', "prompt 2 can't be read: it is not JSON"),
+        ("[" * 9_000, "prompt 2 can't be read: it is nested deeper"),
+        ('{"prompt": "a ring", "n": 1e999}', "prompt 2 can't be read: it has a number"),
         ('["a ring"]', "prompt 2 has no text `prompt`"),
         ('"a ring"', "prompt 2 has no text `prompt`"),
         ("{}", "prompt 2 has no text `prompt`"),
@@ -132,7 +136,7 @@ def test_other_files_have_none(tmp_path: Path) -> None:
         ('{"prompt": "  "}', "prompt 2 has no text `prompt`"),
         ('{"Prompt": "a ring"}', "prompt 2 has no text `prompt`"),
         (r'{"prompt": "a\u0000ring"}', "prompt 2 holds a character"),
-        (r'{"prompt": "a \ud83d ring"}', "prompt 2 holds a character"),
+        (r'{"prompt": "a \ud83d ring"}', "prompt 2 can't be read: it holds half of a surrogate pair"),
         ('{"prompt": "' + "x" * 10_001 + '"}', "line 2: the line has more than 10,000"),
     ],
 )
@@ -165,10 +169,11 @@ def test_a_json_file_is_a_list_of_texts_or_objects(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("", "is not JSON"),
-        ('["a ring"', "is not JSON"),
-        ("[" * 100_000, "is not JSON"),
-        ('{"prompt": "a ring"}', "no list of prompts"),
+        ("", "holds no list"),
+        ('["a ring"', "after prompt 1: it is not JSON"),
+        ("[" * 100_000, "can't be read: it is nested deeper"),
+        ("[" + "[]," * 100_000 + "1]", "prompt 1 has no text `prompt`"),
+        ('{"prompt": "a ring"}', "holds no list"),
         ("[]", "holds no prompts"),
         ('["a ring", 3]', "prompt 2 has no text `prompt`"),
         ('["a ring", " "]', "prompt 2 has no text `prompt`"),
@@ -209,3 +214,24 @@ def test_prompts_are_known_by_texts_metadata_and_order() -> None:
     ]
     assert len(set(variants)) == len(variants) and all(len(text) == 64 for text in variants)
     assert known_by(PromptSet(("a", "b"), ({"n": 1}, {}))) == variants[0]
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "prompts.txt")
+    with pytest.raises(DataError, match=r"prompts\.txt can't be read: it is no regular file"):
+        read_prompt_set(str(tmp_path / "prompts.txt"))
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.json", "a.jsonl"])
+def test_more_than_can_be_meant_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    texts = [json.dumps({"prompt": f"a ring {number}", "n": [[], []]}) for number in range(5)]
+    content = f"[{','.join(texts)}]" if name == "a.json" else "\n".join(texts)
+    source = json_file(tmp_path, content, name)
+    assert len(read_prompt_set(source)) == 5
+    for limit, value in {"MAX_PROMPTS": 4, "MAX_BYTES": 100, "MAX_BRACKETS": 19}.items():
+        if (limit, name) != ("MAX_BRACKETS", "a.txt"):
+            with monkeypatch.context() as patch, pytest.raises(DataError, match="holds more than"):
+                patch.setattr(reading, limit, value)
+                read_prompt_set(source)

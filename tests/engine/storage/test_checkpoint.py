@@ -156,7 +156,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda p: os.truncate(p / "manifest.json", 30),
         r"manifest\.json is damaged: it is not JSON",
     ),
-    "nan": (lambda p: (p / "manifest.json").write_text('{"step": NaN}'), r"damaged: it is not JSON"),
+    "nan": (lambda p: (p / "manifest.json").write_text('{"step": NaN}'), r"damaged: NaN is not JSON"),
     "edited": (
         lambda p: (p / "manifest.json").write_text(
             (p / "manifest.json").read_text().replace('"step": 2', '"step": 9')
@@ -301,7 +301,7 @@ KILL_LOOP = """
 import os, random, signal, sys, time
 from pathlib import Path
 import torch
-from rtdmd_cli.engine.runtime import checkpoint
+from rtdmd_cli.engine.storage import checkpoint
 
 folder, rounds = Path(sys.argv[1]), int(sys.argv[2])
 random.seed(0)
