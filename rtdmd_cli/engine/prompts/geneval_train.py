@@ -107,7 +107,7 @@ def scene_hash(requirement: Mapping[str, Any]) -> str:
 @cache
 def held_out_hashes() -> frozenset[str]:
     """`scene_hash` of every scene of GenEval's 553 test prompts."""
-    text = (files("rtdmd_cli.engine.data") / HELD_OUT).read_text("ascii")
+    text = (files("rtdmd_cli.engine.prompts") / HELD_OUT).read_text("ascii")
     return frozenset(text.split())
 
 
