@@ -22,12 +22,13 @@ from rtdmd_cli.engine.compute import rng
 from rtdmd_cli.engine.distill import recipe as distill
 from rtdmd_cli.engine.distill.recipe import iterate
 from rtdmd_cli.engine.distill.run import build_trainer
+from rtdmd_cli.engine.training import matching
 from rtdmd_cli.engine.training.matching import Boundary, boundaries_in_use, rollout
 from rtdmd_cli.engine.training.trainer import Draws, Trainer
 from rtdmd_cli.errors import NumericalError
 from tests.tiny_models import PROMPTS, load_sd3, sd3_config
 
-REFERENCE = Path(__file__).parents[1] / "data" / "distill_losses.json"
+REFERENCE = Path(__file__).parents[2] / "data" / "distill_losses.json"
 VARIANTS: dict[str, dict[str, Any]] = {
     "published": {},
     "own": {"boundaries": "every", "consistency_batched": True, "normaliser": "noise-free"},
@@ -358,7 +359,7 @@ def test_the_normalisers_agree_at_zero_noise_alone() -> None:
         trainer.config = trainer.config.model_copy(update={"normaliser": normaliser})
         with torch.no_grad(), trainer.roles.role("generator"):
             losses[normaliser] = [
-                float(distill.matching_loss(trainer, draws, [(number, boundary)], cond, 1.0))
+                float(matching.matching_loss(trainer, draws, [(number, boundary)], cond, 1.0))
                 for number, boundary in rollout(trainer, draws, cond)
             ]
     assert losses["noise-free"][3] == losses["published"][3]
@@ -500,7 +501,7 @@ def test_random_numbers_of_a_sample_are_its_own() -> None:
     rows = torch.cat([whole, *others]).flatten(1)
     assert (torch.corrcoef(rows) - torch.eye(len(rows))).abs().max() < 0.3
     many, zeros = Draws(trainer, "fake", 0, range(64)), torch.zeros(64, *trainer.shape)
-    _, times, _ = distill.noise_up(trainer, many, (0, Boundary(0.5, zeros, zeros)))
+    _, times, _ = matching.noise_up(trainer, many, (0, Boundary(0.5, zeros, zeros)))
     assert len(set(times.tolist())) > 60 and times.min() > 0.51 and times.max() <= 0.98
 
 

@@ -98,7 +98,7 @@ def zeros(scores: Tensor) -> Tensor:
         (lambda s: s.to("meta"), "scores are on meta, the pictures on cpu"),
         (lambda s: s.log(), "a score is not finite: .*nan"),
         (lambda s: s / 0, "a score is not finite: inf, inf"),
-        (lambda s: s.no_such_method(), r"AttributeError: .*no_such_method.* \(test_check.py, line \d+\)"),
+        (lambda s: s.no_such_method(), r"AttributeError: .*no_such_method.* \(test_reward_check.py, line \d+\)"),
         (lambda s: exec("raise DataError('The prompt is bad.')"), "The prompt is bad."),
     ],
 )  # fmt: skip
