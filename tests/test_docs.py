@@ -17,7 +17,7 @@ from typer import Exit
 from typer._click.core import Context
 from typer.core import TyperGroup
 
-from rtdmd_cli.cli.app import COMMANDS, app
+from rtdmd_cli.cli.app import app
 from rtdmd_cli.config.loader import load_preset
 from rtdmd_cli.config.schema import Preset
 from rtdmd_cli.config.tune_reward import split_weights
@@ -137,10 +137,6 @@ LINES = [(path, words) for path in (*DOCUMENTS, *PRESETS) for words in commands(
 def test_a_command_line_parses(path: Path, words: list[str]) -> None:
     parsed(words)
     check_names(words)
-
-
-def test_every_command_is_in_the_readme() -> None:
-    assert {words[0] for words in commands(README)} == set(COMMANDS)
 
 
 @pytest.mark.parametrize(
