@@ -16,6 +16,7 @@ from rtdmd_cli.engine.storage.run_folder import RunFolder, create_run
 from tests.tiny_flux import TINY, tiny_folder
 
 RANK, FRESH_RANK = 2, 3  # of stage 1's adapters and of stage 2's
+REWARDS = ("shapes-clip", "shapes-clip-heldout")
 CPU = torch.device("cpu")
 
 
@@ -60,14 +61,10 @@ def make_run(preset_file: Path, out: Path, name: str, tuned: bool = False, size:
     state: dict[str, object] = {"stage": stage, "records": {}}
     if tuned:
         tensors["stage1_generator"] = weights(STAGE1_GENERATOR)
-        names = ("shapes-clip", "shapes-clip-heldout")
-        state["records"] = {
-            "rewards_before": dict.fromkeys(names, 0.25),
-            "rewards_after": dict.fromkeys(names, 0.5),
-        }
+        state["records"] = {"rewards_before": dict.fromkeys(REWARDS, 0.25)}
     tensors["generator"] = {key: -tensor for key, tensor in tensors["ema"].items()}
     run = create_run(out, name, resolved, ["rtdmd"], CPU, stage)
     meta = {"base_hash": backbone.model_id.hash, "preset_sha256": resolved.sha256}
     save_checkpoint(run.checkpoints, 20, tensors, state, 3, meta)
-    run.set_status("finished")
+    run.set_status("finished", iteration=20, **({"measured": dict.fromkeys(REWARDS, 0.5)} if tuned else {}))
     return run

@@ -34,7 +34,7 @@ Format = Annotated[
     typer.Option(
         "--format",
         metavar="diffusers|comfyui|merged|all",
-        help="diffusers: a LoRA file. comfyui: a LoRA file and workflows. merged: a whole pipeline. "
+        help="diffusers: a LoRA file. comfyui: a LoRA file and workflows. merged: a whole pipeline, with workflows. "
         "Default: diffusers; merged where every weight was trained.",
     ),
 ]
@@ -75,7 +75,7 @@ def export(
         raise UsageError("--public is about the repository of --push-to-hub.", "Add --push-to-hub USER/NAME.")
     console.quiet_libraries(quiet)
     from rtdmd_cli.engine.compute.device import resolve_device, resolve_dtype
-    from rtdmd_cli.engine.export.card import local_name
+    from rtdmd_cli.engine.export.names import local_name
     from rtdmd_cli.engine.export.run import Request, default_formats, run_export
 
     source = _source(run, quiet)

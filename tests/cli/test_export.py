@@ -89,6 +89,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 def test_every_format_makes_the_runs_pictures(world: World) -> None:
     assert world.exported.code == 0, world.exported.err
     found = world.exported.json
+    assert found["name"] == "tuned-step-000020"
     assert found["folder"] == "exports/tuned" and found["formats"] == ["diffusers", "comfyui", "merged"]
     assert found["rank"] == found["exact_rank"] == RANK + FRESH_RANK and found["fold_error"] == 0
     for name, trip in found["round_trip"].items():
@@ -107,8 +108,8 @@ def test_the_files_hold_both_stages(world: World) -> None:
     base = load_file(tiny_folder("sd3") / "transformer/diffusion_pytorch_model.safetensors")
     merged = load_file(folder / "transformer/diffusion_pytorch_model.safetensors")
     lora = load_file(folder / "pytorch_lora_weights.safetensors")
-    assert lora.keys() == load_file(folder / "comfyui/tuned.safetensors").keys()
-    assert_comfyui_knows(folder / "comfyui/tuned.safetensors")
+    assert lora.keys() == load_file(folder / "comfyui/tuned-step-000020.safetensors").keys()
+    assert_comfyui_knows(folder / "comfyui/tuned-step-000020.safetensors")
     assert len(lora) == 2 * len(stacks) > 0 and merged.keys() == base.keys()
     assert {len(parts) for parts in stacks.values()} == {2}
     for layer, (first, second) in stacks.items():
@@ -150,24 +151,39 @@ def test_the_card(world: World) -> None:
     ):
         assert words in card.text, words
     listed = world.exported.json["files"]
-    for name in ("pytorch_lora_weights.safetensors", "comfyui/tuned.safetensors"):
+    for name in ("pytorch_lora_weights.safetensors", "comfyui/tuned-step-000020.safetensors"):
         assert f"`{listed[name]['sha256']}`" in card.text
     head = read_header(folder / "pytorch_lora_weights.safetensors")
     assert head["modelspec.architecture"] == "stable-diffusion-v3-medium/lora"
-    assert head["modelspec.sai_model_spec"] and head["modelspec.title"] == "tuned"
+    assert head["modelspec.sai_model_spec"] and head["modelspec.title"] == "tuned-step-000020"
     with Image.open(folder / "samples.png") as image:
         assert image.width > 4 * 32
 
 
+def blocks(folder: Path) -> dict[str, str]:
+    """The Python of a card, by the heading above it, as it stands."""
+    text = (folder / "README.md").read_text()
+    parts = [part.partition("```python\n") for part in text.split("\n### ")[1:]]
+    return {head.partition("\n")[0]: rest.partition("```")[0] for head, _, rest in parts if rest}
+
+
+def run_blocks(world: World, export: str) -> list[str]:
+    """Run every block of a card in the world's folder, each of which makes a picture; their headings."""
+    found = blocks(world.folder / export)
+    for heading, code in found.items():
+        with contextlib.chdir(world.folder):
+            Path("picture.png").unlink(missing_ok=True)
+            exec(code, {})
+            with Image.open("picture.png") as image:
+                assert image.size == (32, 32), heading
+    return list(found)
+
+
 def test_the_cards_code_runs(world: World) -> None:
-    """The block for the whole pipeline, as it stands."""
-    text = (world.folder / "exports/tuned/README.md").read_text()
-    blocks = [part.partition("```")[0] for part in text.split("```python\n")[1:]]
-    code = next(block for block in blocks if "load_lora_weights" not in block)
-    with contextlib.chdir(world.folder):
-        exec(code, {})
-        with Image.open("picture.png") as image:
-            assert image.size == (32, 32)
+    """The blocks for the LoRA, on a base in a folder of this machine, and for the whole pipeline, as they stand."""
+    assert run_blocks(world, "exports/tuned") == ["diffusers, LoRA", "diffusers, whole pipeline"]
+    base = 'base = os.path.expanduser("~/models/small")  # where small lies on the machine of this export'
+    assert base in blocks(world.folder / "exports/tuned")["diffusers, LoRA"]
 
 
 def pixels(path: Path) -> Any:
@@ -307,9 +323,10 @@ def test_other_families(world: World, family: str) -> None:
     assert result.code == 0, result.err
     for kind, trip in result.json["round_trip"].items():
         assert trip["mean_difference"] < ROUNDING, kind
-    assert_comfyui_knows(world.folder / f"exports/{family}/comfyui/{family}.safetensors")
+    assert_comfyui_knows(world.folder / f"exports/{family}/comfyui/{family}-step-000020.safetensors")
     index = json.loads((world.folder / "exports" / family / "model_index.json").read_text())
     assert index.get("is_distilled", False) is (name == "flux2")
+    assert run_blocks(world, f"exports/{family}") == ["diffusers, LoRA", "diffusers, whole pipeline"]
     shutil.rmtree(world.folder / "cache", ignore_errors=True)
     first = "0000-0000-seed0.png"
     for source, out in ((family, "own"), (f"exports/{family}", "merged")):
@@ -330,8 +347,13 @@ def test_a_base_model_in_a_single_file(world: World) -> None:
     result = world.run("export", "single", "--json")
     assert result.code == 0, result.err
     assert result.json["round_trip"]["diffusers"]["mean_difference"] < ROUNDING
-    card = (world.folder / "exports/single/README.md").read_text()
-    assert 'from_single_file(\n    "tuned-by-me.safetensors"' in card and "transformer=transformer" in card
+    assert run_blocks(world, "exports/single") == ["diffusers, LoRA"]
+    code = blocks(world.folder / "exports/single")["diffusers, LoRA"]
+    assert (
+        "tuned-by-me.safetensors" in code
+        and "from_single_file(" in code
+        and "transformer=transformer" in code
+    )
 
 
 def test_a_generator_trained_in_full_is_a_pipeline(world: World) -> None:
@@ -377,10 +399,65 @@ def test_the_built_in_model_and_the_code_for_a_lora(world: World) -> None:
     assert result.json["round_trip"]["diffusers"]["mean_difference"] < ROUNDING
     text = (world.folder / "exports/shapes/README.md").read_text()
     assert "license: apache-2.0" in text
-    code = text.split("```python\n")[1].partition("```")[0]
+    assert run_blocks(world, "exports/shapes") == ["diffusers, LoRA"]
+    code = blocks(world.folder / "exports/shapes")["diffusers, LoRA"]
     assert "load_lora_weights" in code and "builtin" not in code
-    with contextlib.chdir(world.folder):
-        exec(code, {})
+
+
+def test_comfyui_gets_no_built_in_model(world: World) -> None:
+    """It would report success and draw without the adapter."""
+    world.make("small-world", base="builtin:shapes")
+    refused = world.run("export", "small-world", "--format", "comfyui")
+    assert refused.code == 2 and "8 latent channels" in refused.err
+    result = world.run("export", "small-world", "--format", "all", "--no-check", "--json")
+    assert result.code == 0, result.err
+    assert result.json["formats"] == ["diffusers", "merged"] and "nothing is written for it" in result.err
+    assert not any("comfyui" in name for name in result.json["files"])
+    assert "ComfyUI knows no model like" in (world.folder / "exports/small-world/README.md").read_text()
+
+
+def test_what_the_card_says_of_comfyui(world: World) -> None:
+    """Every file of the workflows with its folder and source, the version, the length of the text, the seeds."""
+    folder = world.folder / "exports/tuned"
+    card = (folder / "README.md").read_text()
+    for words in (
+        "ComfyUI 0.7.0 or newer",
+        "| `comfyui/tuned-step-000020.safetensors` | this LoRA | loras | this export |",
+        "| `sd3_medium.safetensors` | base model and VAE | checkpoints | `small` as one file |",
+        "| `t5xxl_fp16.safetensors` | text encoder | text_encoders | [stabilityai/stable-diffusion-3-medium]",
+        "T5TokenizerOptions pads the prompt to 8 tokens",
+        "(s + k * 1000000007) modulo 2^50",
+        "rounds the samplers' eta to 0.01",
+        "Copy `transformer/diffusion_pytorch_model.safetensors` into `ComfyUI/models/diffusion_models`",
+    ):
+        assert words in card, words
+    assert "default" not in card.partition("### ComfyUI")[2].partition("## Sampling")[0]
+    for kind in ("euler", "cps", "euler-api", "cps-api"):
+        for name in ("tuned-step-000020", "tuned-step-000020-merged"):
+            assert (folder / f"comfyui/{name}-{kind}.json").is_file()
+
+
+def test_shards_are_joined_by_the_cards_code(world: World) -> None:
+    """ComfyUI takes one file for a transformer, where large ones are saved as several."""
+    base = shutil.copytree(tiny_folder("flux1"), world.folder / "sharded")
+    weights = base / "transformer/diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    weights.unlink()
+    names = {
+        key: f"diffusion_pytorch_model-0000{1 + i % 2}-of-00002.safetensors" for i, key in enumerate(tensors)
+    }
+    for name in set(names.values()):
+        part = {key: tensor for key, tensor in tensors.items() if names[key] == name}
+        save_file(part, weights.with_name(name), {"format": "pt"})
+    index = {"metadata": {}, "weight_map": names}
+    weights.with_name(f"{weights.name}.index.json").write_text(json.dumps(index))
+    world.make("shards", name="flux1", base="sharded")
+    result = world.run("export", "shards", "--format", "merged", "--no-check", "--json")
+    assert result.code == 0, result.err
+    folder = world.folder / "exports/shards"
+    with contextlib.chdir(folder):
+        exec(blocks(folder)["ComfyUI, whole transformer"], {})
+        assert load_file("shards-step-000020.safetensors").keys() == tensors.keys()
 
 
 def test_bad_input(world: World) -> None:

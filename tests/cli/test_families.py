@@ -90,6 +90,9 @@ def test_from_nothing_to_a_picture(
         assert layers == {"transformer_blocks", "single_transformer_blocks"}
         moved = [t for key, t in saved.tensors["ema"].items() if key.endswith("lora_B.weight")]
         assert all(tensor.abs().max() > 0 for tensor in moved)
+    exported = call(capsys, "export", tuned["run"], "--no-check", "--format", "comfyui")
+    card = (Path(exported["folder"]) / "README.md").read_text()
+    assert "| pickscore | trained on |" in card and "not measured" not in card
     pictures = {}
     for source in (tuned["run"], made["run"], "tiny.yaml"):
         size = ("--width", "16") if source == made["run"] else ()

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+import diffusers
 from huggingface_hub import ModelCard, ModelCardData
 
 from rtdmd_cli import __version__
-from rtdmd_cli.config.schema import Preset
 from rtdmd_cli.config.section import LoraConfig
 from rtdmd_cli.engine.export import code
-from rtdmd_cli.engine.export.families import Licence, Loader, generator_revision
+from rtdmd_cli.engine.export.card_comfyui import lora_section, merged_section
+from rtdmd_cli.engine.export.facts import Facts
+from rtdmd_cli.engine.export.families import generator_revision
 from rtdmd_cli.engine.export.generator import is_full
-from rtdmd_cli.engine.export.roundtrip import RoundTrip
-from rtdmd_cli.engine.storage.run_folder import scrub
+from rtdmd_cli.engine.export.markdown import table
+from rtdmd_cli.engine.export.names import public_name
 from rtdmd_cli.engine.tune_reward.report import held_out_first, terms
 
 PAPER = "https://arxiv.org/abs/2605.26108"
@@ -24,52 +23,6 @@ ETA_NOTE = (
     "The stock scheduler knows two samplers of these: Euler, which is eta 0, and `stochastic_sampling=True`, which is "
     "eta 1 and draws from torch's global seed. Training used eta {eta:g}, which lies between."
 )
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What a card says. where: what the code loads, a folder's or a repository's name.
-
-    stored: how the base was stored in training ("plain", "int8", "nf4").
-    base: hub id, built-in name or the name of a local folder or `single` file. on_hub: base is a hub id. formats: of FORMATS.
-    records: the checkpoint's own, with rewards before and after. rewards, held_out: trained on and not, by name.
-    files: path in the folder -> (bytes, sha256). trips: format -> its round trip, empty where none was run.
-    """
-
-    name: str
-    where: str
-    formats: Sequence[str]
-    preset: Preset
-    base: str
-    on_hub: bool
-    single: code.SingleFile | None
-    stored: str
-    base_hash: str
-    licence: Licence
-    pipeline: str
-    loader: Loader
-    tuned: bool
-    iterations: int
-    preset_sha256: str
-    model_hash: str
-    records: Mapping[str, Any]
-    sigmas: Sequence[float]
-    rank: int
-    exact_rank: int
-    fold_error: float
-    stock_schedule: bool
-    prompts: Sequence[str]
-    trips: Mapping[str, RoundTrip] = field(default_factory=dict)
-    files: Mapping[str, tuple[int, str]] = field(default_factory=dict)
-
-    @property
-    def steps(self) -> int:
-        return len(self.sigmas) - 1
-
-    @property
-    def raw(self) -> list[float]:
-        """Unshifted levels, what `sigmas=` of the stock pipelines takes."""
-        return [step / 1000 for step in self.preset.sampler.raw_steps]
 
 
 def card_text(facts: Facts) -> str:
@@ -85,13 +38,13 @@ def card_text(facts: Facts) -> str:
         "## Round trip",
         _round_trip(facts),
         "## Recipe",
-        _table(("", ""), _recipe(facts)),
+        table(("", ""), _recipe(facts)),
         "## Rewards and results",
         _results(facts),
         "## Licence",
         _licence(facts),
         "## Files",
-        _table(
+        table(
             ("file", "bytes", "sha256"),
             [
                 (f"`{name}`", str(size), f"`{sha}`")
@@ -133,48 +86,19 @@ def _use(facts: Facts) -> list[str]:
     size, length = facts.preset.model.resolution, facts.preset.model.text_length
     parts.append(
         f"Guidance must be 1.0 and the text length {length} tokens (`max_sequence_length`): the defaults of the stock "
-        f"pipeline are others. Pictures are {size} x {size} px."
+        f"pipeline are others. Pictures are {size} x {size} px. The code ran with diffusers {diffusers.__version__}."
     )
     if "diffusers" in facts.formats:
-        parts += [
-            "### diffusers, LoRA",
-            code.lora_code(facts.pipeline, facts.base, facts.single, facts.where, _call(facts, False)),
-        ]
+        lora = code.stock_lora(facts.stock, facts.where)
+        parts += ["### diffusers, LoRA", code.block(lora, facts.call(merged=False))]
     if "merged" in facts.formats:
-        parts += [
-            "### diffusers, whole pipeline",
-            code.merged_code(facts.pipeline, facts.where, _call(facts, True)),
-        ]
+        whole = code.Stock(facts.stock.pipeline, code.Place(facts.where))
+        parts += ["### diffusers, whole pipeline", code.block(whole, facts.call(merged=True))]
     if "comfyui" in facts.formats:
-        parts += ["### ComfyUI", _comfyui(facts)]
+        parts += ["### ComfyUI, LoRA", lora_section(facts)]
+    if "merged" in facts.formats:
+        parts += ["### ComfyUI, whole transformer", merged_section(facts)]
     return parts
-
-
-def _call(facts: Facts, merged: bool) -> dict[str, str]:
-    """The arguments of a call, as Python text."""
-    model = facts.preset.model
-    levels = {} if merged and facts.stock_schedule else {"sigmas": str(facts.raw)}
-    return {
-        "num_inference_steps": str(facts.steps),  # FLUX.2's shift depends on it, with sigmas= as well
-        **levels,
-        "guidance_scale": "1.0",
-        "max_sequence_length": str(model.text_length),
-        "height": str(model.resolution),
-        "width": str(model.resolution),
-    }
-
-
-def _comfyui(facts: Facts) -> str:
-    names = ", ".join(
-        f"`{value}`" for value in [*facts.loader.model[1].values(), *facts.loader.clip[1].values()]
-    )
-    text = facts.loader.text.format(text_length=facts.preset.model.text_length)
-    return (
-        f"Put `comfyui/{facts.name}.safetensors` into `ComfyUI/models/loras` and drop a workflow onto the window: "
-        f"`comfyui/workflow-euler.json` (deterministic), or `comfyui/workflow-cps.json` (a node a step with fresh noise, "
-        f"the sampler of the training, eta {facts.preset.sampler.eta:g}). They name the files {names}: change them "
-        f"where yours are called otherwise. {text}".strip()
-    )
 
 
 def _sampling(facts: Facts) -> str:
@@ -219,7 +143,7 @@ def _round_trip(facts: Facts) -> str:
         "Each format was loaded into the stock pipeline and drew these prompts with fixed seeds and Euler; the run's own "
         "generator drew the same with eta 0. Differences of a pixel, 0 to 1:"
     )
-    return f"{note}\n\n" + _table(("format", "pictures", "mean", "largest", "number format"), rows)
+    return f"{note}\n\n" + table(("format", "pictures", "mean", "largest", "number format"), rows)
 
 
 def _recipe(facts: Facts) -> list[tuple[str, str]]:
@@ -264,7 +188,7 @@ def _results(facts: Facts) -> str:
         return "Trained on no reward (stage 1 alone). Held-out results: not measured in this run; see `rtdmd eval`."
     config = facts.preset.tune_reward
     text = f"Trained on: {', '.join(config.rewards)}. Held out: {', '.join(config.held_out) or 'none'}."
-    before, after = facts.records.get("rewards_before"), facts.records.get("rewards_after")
+    before, after = facts.before, facts.after
     if not before:
         return f"{text} Results: not measured in this run."
     rows = [
@@ -276,31 +200,9 @@ def _results(facts: Facts) -> str:
         )
         for name in held_out_first(before, config.held_out)
     ]
-    return f"{text}\n\n" + _table(("reward", "", "before stage 2", "after"), rows)
+    return f"{text}\n\n" + table(("reward", "", "before stage 2", "after"), rows)
 
 
 def _licence(facts: Facts) -> str:
     link = f" ({facts.licence.link})" if facts.licence.link else ""
     return f"These weights inherit the licence of the base model {facts.base}: {facts.licence.text}{link}."
-
-
-def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [headings, ["---"] * len(headings), *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in lines)
-
-
-def public_name(path: str) -> str:
-    """A base model as a card may name it: a hub id or built-in name as it is, of a local path the last part."""
-    return path if path.startswith("builtin:") or is_hub_id(path) else Path(path).name
-
-
-def is_hub_id(path: str) -> bool:
-    """Whether a model's path is a repository: no local folder, two parts, as `backbones` reads it."""
-    parts = path.split("/")
-    local = Path(path).expanduser().exists() or path.startswith(("/", ".", "~", "builtin:"))
-    return not local and len(parts) == 2 and all(parts)
-
-
-def local_name(path: str) -> str:
-    """A model's path without home and user name, which still opens on this machine where it lies under the home."""
-    return path if is_hub_id(path) else scrub([path])[0]

@@ -1,68 +1,134 @@
-"""The Python that a card shows."""
+"""The Python of a card. The round trip runs these very lines, with the paths, prompts and number format of its own."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
+from rtdmd_cli.engine.export.families import BUILTIN
 from rtdmd_cli.engine.storage.lora_files import DIFFUSERS_NAME
 
-BUILTIN = "builtin:"
+PROMPT = "a photo of a red ring and a blue cross"
 
 
 @dataclass(frozen=True)
-class SingleFile:
-    """A base model whose transformer is a file: its class in diffusers, and where everything else comes from."""
+class Place:
+    """A folder or a repository that the code loads: its name there, and a comment beside it, for people."""
 
-    network: str
-    components: str
+    name: str
+    comment: str = ""
+
+    @property
+    def expression(self) -> str:
+        """As Python."""
+        if self.name.startswith(BUILTIN):
+            return 'str(files("rtdmd_cli") / "shapes/weights/sd3")'
+        return f"os.path.expanduser({_text(self.name)})" if self.name.startswith("~") else _text(self.name)
 
 
-def lora_code(
-    pipeline: str, base: str, single: SingleFile | None, where: str, call: Mapping[str, str]
-) -> str:
-    """Base model, LoRA, one picture."""
-    lines = ["import torch", f"from diffusers import {pipeline}"]
-    model, parts = f'"{base}"', ""
-    if base.startswith(BUILTIN):
-        lines.insert(0, "from importlib.resources import files\n")
-        model = 'files("rtdmd_cli") / "shapes/weights/sd3"'
-    if single is not None:
-        lines[1] += f", {single.network}"
-        model, parts = f'"{single.components}"', "transformer=transformer, "
+@dataclass(frozen=True)
+class Stock:
+    """A stock pipeline: its class and its folder or repository.
+
+    transformer: of another place than the pipeline's, a folder whose `transformer/` it is, or a single file; network: its
+    class. lora: where the LoRA lies, and the file's name.
+    """
+
+    pipeline: str
+    base: Place
+    network: str = ""
+    transformer: Place | None = None
+    kind: Literal["folder", "file"] = "folder"
+    lora: tuple[Place, str] | None = None
+
+
+def stock_lora(stock: Stock, where: str) -> Stock:
+    """The same with the LoRA that an export holds for diffusers."""
+    return Stock(
+        stock.pipeline,
+        stock.base,
+        stock.network,
+        stock.transformer,
+        stock.kind,
+        (Place(where), DIFFUSERS_NAME),
+    )
+
+
+def load_lines(stock: Stock, dtype: str = "torch.bfloat16") -> list[str]:
+    """The lines that make `pipe`."""
+    places = [stock.base, *([stock.transformer] if stock.transformer else []), *(stock.lora or ())[:1]]
+    expressions = [place.expression for place in places if isinstance(place, Place)]
+    lines = ["import os"] if any("os.path" in each for each in expressions) else []
+    lines += (
+        ["from importlib.resources import files"] if any("files(" in each for each in expressions) else []
+    )
+    classes = [stock.pipeline, *([stock.network] if stock.transformer else [])]
+    lines += [*([""] if lines else []), "import torch", f"from diffusers import {', '.join(classes)}", ""]
+    lines.append(f"base = {stock.base.expression}{_beside(stock.base)}")
+    given = ""
+    if stock.transformer is not None:
+        given = "transformer=transformer, "
         lines += [
-            "",
-            f"transformer = {single.network}.from_single_file(",
-            f'    "{base}", config={model}, subfolder="transformer", torch_dtype=torch.bfloat16',
-            ")",
+            f"path = {stock.transformer.expression}{_beside(stock.transformer)}",
+            *_transformer(stock, dtype),
         ]
-    lines += [
-        *([] if single else [""]),
-        f"pipe = {pipeline}.from_pretrained({model}, {parts}torch_dtype=torch.bfloat16)",
-        f'pipe.load_lora_weights("{where}", weight_name="{DIFFUSERS_NAME}")',
-        *_picture(call),
-    ]
-    return _block(lines)
+    lines.append(f"pipe = {stock.pipeline}.from_pretrained(base, {given}dtype={dtype}, use_safetensors=True)")
+    if stock.lora is not None:
+        place, name = stock.lora
+        lines.append(f"pipe.load_lora_weights({place.expression}, weight_name={_text(name)})")
+    return lines
 
 
-def merged_code(pipeline: str, where: str, call: Mapping[str, str]) -> str:
-    """The merged pipeline, one picture."""
-    lines = ["import torch", f"from diffusers import {pipeline}", ""]
-    lines += [f'pipe = {pipeline}.from_pretrained("{where}", torch_dtype=torch.bfloat16)', *_picture(call)]
-    return _block(lines)
+def _transformer(stock: Stock, dtype: str) -> list[str]:
+    rest = f'subfolder="transformer", dtype={dtype}'
+    if stock.kind == "file":
+        start, rest = f"{stock.network}.from_single_file(", f"config=base, {rest}"
+    else:
+        start, rest = f"{stock.network}.from_pretrained(", f"{rest}, use_safetensors=True"
+    return [f"transformer = {start}", f"    path, {rest}", ")"]
 
 
-def _picture(call: Mapping[str, str]) -> list[str]:
+def call_lines(call: Mapping[str, str], prompt: str = PROMPT, seed: int = 0) -> list[str]:
+    """The lines that make `image` with `pipe`. call: further arguments, as Python."""
     return [
-        'pipe.to("cuda" if torch.cuda.is_available() else "cpu")',
         "image = pipe(",
-        '    "a photo of a red ring and a blue cross",',
+        f"    prompt={_text(prompt)},",
         *(f"    {name}={value}," for name, value in call.items()),
-        '    generator=torch.Generator("cpu").manual_seed(0),',
+        f'    generator=torch.Generator("cpu").manual_seed({seed}),',
         ").images[0]",
-        'image.save("picture.png")',
     ]
 
 
-def _block(lines: list[str]) -> str:
+def block(stock: Stock, call: Mapping[str, str]) -> str:
+    """All of it, as a card shows it: the pipeline, one picture, a file."""
+    device = 'pipe.to("cuda" if torch.cuda.is_available() else "cpu")'
+    return fenced([*load_lines(stock), device, *call_lines(call), 'image.save("picture.png")'])
+
+
+def join_code(target: str) -> str:
+    """The shards of a merged transformer as one file, which ComfyUI wants; run in the folder of the export."""
+    return fenced(
+        [
+            "from pathlib import Path",
+            "from safetensors.torch import load_file, save_file",
+            "",
+            'shards = Path("transformer").glob("*.safetensors")',
+            "tensors = {name: tensor for shard in shards for name, tensor in load_file(shard).items()}",
+            f"save_file(tensors, {_text(target)})",
+        ]
+    )
+
+
+def fenced(lines: list[str]) -> str:
+    """Lines as a block of Markdown."""
     return "```python\n" + "\n".join(lines) + "\n```"
+
+
+def _beside(place: Place) -> str:
+    return f"  # {place.comment}" if place.comment else ""
+
+
+def _text(value: str) -> str:
+    return json.dumps(value, ensure_ascii=False)

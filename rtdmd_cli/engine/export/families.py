@@ -22,14 +22,34 @@ class Licence:
 
 
 @dataclass(frozen=True)
+class ComfyFile:
+    """A file that a workflow loads. folder: under ComfyUI/models; source: its repository on the hub."""
+
+    name: str
+    what: str
+    folder: str
+    source: str
+
+
+@dataclass(frozen=True)
 class Loader:
-    """Nodes of ComfyUI that load a family's parts. model, clip: (class, inputs); vae: None where the model has it."""
+    """Nodes of ComfyUI that load a family's parts. model, clip: (class, inputs); vae: None where the model has it.
+
+    files: what these nodes load. needs: the oldest ComfyUI that draws the workflows. tokens: length to which ComfyUI by itself
+    pads the prompt of T5 or Qwen3; t5: whether the node T5TokenizerOptions changes it. guidance: of a FluxGuidance node.
+    takes_merged: whether ComfyUI reads the transformer of a merged export. text: a sentence for the card.
+    """
 
     model: tuple[str, Mapping[str, str]]
     clip: tuple[str, Mapping[str, str]]
     vae: str | None
     latent: str
-    guidance: float | None = None  # of a FluxGuidance node
+    files: tuple[ComfyFile, ...]
+    needs: str
+    tokens: int
+    t5: bool = True
+    guidance: float | None = None
+    takes_merged: bool = True
     text: str = ""
 
 
@@ -47,49 +67,73 @@ class ExportFamily:
     index: Mapping[str, Any] = field(default_factory=dict)
 
 
-_SD3_CLIP = (
-    "TripleCLIPLoader",
-    {
-        "clip_name1": "clip_l.safetensors",
-        "clip_name2": "clip_g.safetensors",
-        "clip_name3": "t5xxl_fp16.safetensors",
-    },
-)
 _BFL = "black-forest-labs/"
 _LEVELS = "The levels in the workflows are those of this size: FLUX shifts them by the number of pixels."
+_SINCE_MANUAL_SIGMAS = "0.7.0"  # the node ManualSigmas
+_SINCE_FLUX2_KEYS = "0.10.0"  # LoRA keys of FLUX.2's fused layers
+BUILTIN = "builtin:"
 
 
-def _padding(tokens: int) -> str:
-    return (
-        f"ComfyUI pads the T5 prompt to {tokens} tokens; this model was trained with {{text_length}}, and the padding "
-        "is not masked, so its pictures differ a little from those of diffusers."
+def comfyui_knows(base: str) -> bool:
+    """Whether ComfyUI can load the base model: it knows no SD3 with 8 latent channels and heads of 32, the built-in one."""
+    return not base.startswith(BUILTIN)
+
+
+def _sd3(checkpoint: str, repo: str) -> Loader:
+    encoders = ("clip_l.safetensors", "clip_g.safetensors", "t5xxl_fp16.safetensors")
+    names = {f"clip_name{i}": name for i, name in enumerate(encoders, 1)}
+    return Loader(
+        ("CheckpointLoaderSimple", {"ckpt_name": checkpoint}),
+        ("TripleCLIPLoader", names),
+        None,
+        "EmptySD3LatentImage",
+        files=(
+            ComfyFile(checkpoint, "base model and VAE", "checkpoints", repo),
+            *(ComfyFile(name, "text encoder", "text_encoders", repo) for name in encoders),
+        ),
+        needs=_SINCE_MANUAL_SIGMAS,
+        tokens=77,
     )
 
 
-def _sd3(checkpoint: str) -> Loader:
-    model = ("CheckpointLoaderSimple", {"ckpt_name": checkpoint})
-    return Loader(model, _SD3_CLIP, None, "EmptySD3LatentImage", text=_padding(77))
-
-
-def _klein(unet: str, encoder: str) -> Loader:
+def _klein(unet: str, repo: str, encoder: str, parts: str) -> Loader:
+    model, clip, vae = f"{unet}.safetensors", f"{encoder}.safetensors", "flux2-vae.safetensors"
     return Loader(
-        ("UNETLoader", {"unet_name": f"{unet}.safetensors", "weight_dtype": "default"}),
-        ("CLIPLoader", {"clip_name": f"{encoder}.safetensors", "type": "flux2"}),
-        "flux2-vae.safetensors",
+        ("UNETLoader", {"unet_name": model, "weight_dtype": "default"}),
+        ("CLIPLoader", {"clip_name": clip, "type": "flux2"}),
+        vae,
         "EmptyFlux2LatentImage",
+        files=(
+            ComfyFile(model, "base model", "diffusion_models", f"{_BFL}{repo}"),
+            ComfyFile(clip, "text encoder", "text_encoders", f"Comfy-Org/{parts}"),
+            ComfyFile(vae, "VAE", "vae", f"Comfy-Org/{parts}"),
+        ),
+        needs=_SINCE_FLUX2_KEYS,
+        tokens=512,
+        t5=False,
+        takes_merged=False,
         text=_LEVELS,
     )
 
 
+def _klein_4b(unet: str, repo: str) -> Loader:
+    return _klein(unet, repo, "qwen_3_4b", "vae-text-encorder-for-flux-klein-4b")
+
+
+def _klein_9b(unet: str, repo: str) -> Loader:
+    return _klein(unet, repo, "qwen_3_8b_fp8mixed", "vae-text-encorder-for-flux-klein-9b")
+
+
+_SD35 = "stabilityai/stable-diffusion-3.5-medium"
+_FLUX1 = f"{_BFL}FLUX.1-dev"
+_FLUX1_ENCODERS = "comfyanonymous/flux_text_encoders"
+
 FAMILIES: dict[str, ExportFamily] = {
     "sd3": ExportFamily(
-        architecture={
-            "": "stable-diffusion-v3-medium",
-            "stabilityai/stable-diffusion-3.5-medium": "stable-diffusion-v3.5-medium",
-        },
+        architecture={"": "stable-diffusion-v3-medium", _SD35: "stable-diffusion-v3.5-medium"},
         comfy={
-            "": _sd3("sd3_medium.safetensors"),
-            "stabilityai/stable-diffusion-3.5-medium": _sd3("sd3.5_medium.safetensors"),
+            "": _sd3("sd3_medium.safetensors", "stabilityai/stable-diffusion-3-medium"),
+            _SD35: _sd3("sd3.5_medium.safetensors", _SD35),
         },
     ),
     "flux1": ExportFamily(
@@ -107,8 +151,16 @@ FAMILIES: dict[str, ExportFamily] = {
                 ),
                 "ae.safetensors",
                 "EmptySD3LatentImage",
+                files=(
+                    ComfyFile("flux1-dev.safetensors", "base model", "diffusion_models", _FLUX1),
+                    ComfyFile("t5xxl_fp16.safetensors", "text encoder", "text_encoders", _FLUX1_ENCODERS),
+                    ComfyFile("clip_l.safetensors", "text encoder", "text_encoders", _FLUX1_ENCODERS),
+                    ComfyFile("ae.safetensors", "VAE", "vae", _FLUX1),
+                ),
+                needs=_SINCE_MANUAL_SIGMAS,
+                tokens=256,
                 guidance=1.0,
-                text=f"{_padding(256)} {_LEVELS}",
+                text=_LEVELS,
             )
         },
     ),
@@ -120,10 +172,10 @@ FAMILIES: dict[str, ExportFamily] = {
             f"{_BFL}flux.2-klein-base-9b": "flux-2-klein-base-9b",
         },
         comfy={
-            "": _klein("flux-2-klein-4b", "qwen_3_4b"),
-            f"{_BFL}flux.2-klein-base-4b": _klein("flux-2-klein-base-4b", "qwen_3_4b"),
-            f"{_BFL}flux.2-klein-9b": _klein("flux-2-klein-9b", "qwen_3_8b"),
-            f"{_BFL}flux.2-klein-base-9b": _klein("flux-2-klein-base-9b", "qwen_3_8b"),
+            "": _klein_4b("flux-2-klein-4b", "FLUX.2-klein-4B"),
+            f"{_BFL}flux.2-klein-base-4b": _klein_4b("flux-2-klein-base-4b", "FLUX.2-klein-base-4B"),
+            f"{_BFL}flux.2-klein-9b": _klein_9b("flux-2-klein-9b", "FLUX.2-klein-9B"),
+            f"{_BFL}flux.2-klein-base-9b": _klein_9b("flux-2-klein-base-9b", "FLUX.2-klein-base-9B"),
         },
         index={"is_distilled": True},
     ),

@@ -1,8 +1,8 @@
 """The proof that an export makes the run's pictures: reloaded in the stock pipeline, compared picture by picture.
 
-No class of this program takes part in the reload: `DiffusionPipeline.from_pretrained`, `load_lora_weights`, one call
-with guidance 1, the training's text length and a seeded generator for each picture. The other side is our own sampler on
-the run's generator with eta 0, which is what the stock scheduler does: Euler. The two differ by rounding.
+No class of this program takes part in the reload: it runs the lines of Python that the card shows (`code`), with the
+folders, prompts and number format of the moment. The other side is our own sampler on the run's generator with eta 0, which is
+what the stock scheduler does: Euler. The two differ by rounding.
 """
 
 from __future__ import annotations
@@ -10,17 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from rtdmd_cli.engine.backbones.loading import Layout
 from rtdmd_cli.engine.compute import rng
 from rtdmd_cli.engine.compute.quiet import quiet_loading
-from rtdmd_cli.engine.export.families import Bases
+from rtdmd_cli.engine.export.code import Stock, call_lines, load_lines
 from rtdmd_cli.engine.roles.base import GENERATOR
 from rtdmd_cli.engine.sampling.model_source import Model
 from rtdmd_cli.engine.sampling.pictures import encode
@@ -96,31 +93,12 @@ def own_pictures(
     return sets
 
 
-def open_stock(
-    folder: Path,
-    bases: Bases | None,
-    layout: Layout,
-    device: torch.device,
-    dtype: torch.dtype,
-    lora: Path | None,
-) -> Any:
-    """The stock pipeline of a folder, with a LoRA file; on a GPU its parts take turns there.
-
-    bases: for a transformer that doesn't lie in the folder, loaded with diffusers' own class too.
-    """
-    network, parts = layout.networks["transformer"], {}
+def open_stock(stock: Stock, device: torch.device, dtype: torch.dtype) -> Any:
+    """The stock pipeline, made by a card's lines; on a GPU its parts take turns there."""
+    names: dict[str, Any] = {}
     with quiet_loading():
-        if bases is not None and bases.file is not None:
-            parts["transformer"] = network.from_single_file(
-                str(bases.file), config=str(folder), subfolder="transformer", dtype=dtype
-            )
-        elif bases is not None and bases.own:
-            parts["transformer"] = network.from_pretrained(
-                bases.transformer, dtype=dtype, use_safetensors=True
-            )
-        pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True, **parts)
-        if lora is not None:
-            pipe.load_lora_weights(lora.parent, weight_name=lora.name)
+        exec("\n".join(load_lines(stock, str(dtype))), names)
+    pipe = names["pipe"]
     pipe.set_progress_bar_config(disable=True)
     if device.type == "cuda":
         pipe.enable_model_cpu_offload(device=device)
@@ -130,14 +108,18 @@ def open_stock(
 
 
 @torch.no_grad()
-def stock_pictures(pipe: Any, prompts: Sequence[str], call: Mapping[str, Any]) -> Tensor:
-    """The stock pipeline's pictures [n, 3, H, W] in 0..1 on the CPU, one a prompt; call: its other arguments."""
+def stock_pictures(pipe: Any, prompts: Sequence[str], call: Mapping[str, str]) -> Tensor:
+    """The stock pipeline's pictures [n, 3, H, W] in 0..1 on the CPU, one a prompt, made by a card's lines.
+
+    call: as `code.call_lines`.
+    """
+    made = []
     with quiet_loading():  # what it has to say of long prompts was said when our side encoded them
-        made = [
-            pipe(prompt=prompt, generator=generator, output_type="pt", **call).images.float().cpu()
-            for prompt, generator in zip(prompts, seeded(len(prompts)), strict=True)
-        ]
-    return torch.cat(made)
+        for i, prompt in enumerate(prompts):
+            names = {"pipe": pipe, "torch": torch}
+            exec("\n".join(call_lines({**call, "output_type": '"pt"'}, prompt, SEED + i)), names)
+            made.append(names["image"].float().cpu())
+    return torch.stack(made)
 
 
 def compare(own: Tensor, stock: Tensor, dtype: torch.dtype, exact: bool, name: str) -> RoundTrip:

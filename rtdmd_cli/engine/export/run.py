@@ -14,15 +14,14 @@ from torch import Tensor
 from rtdmd_cli import __version__
 from rtdmd_cli.config.schema import Preset
 from rtdmd_cli.config.tune_reward import split_weights
-from rtdmd_cli.engine.backbones import families as backbones
 from rtdmd_cli.engine.export import merged
-from rtdmd_cli.engine.export.card import Facts, card_text, is_hub_id, local_name, public_name
-from rtdmd_cli.engine.export.code import SingleFile
-from rtdmd_cli.engine.export.comfyui import cps_workflow, euler_workflow
+from rtdmd_cli.engine.export.card import card_text
+from rtdmd_cli.engine.export.code import Place, Stock
+from rtdmd_cli.engine.export.facts import Facts
 from rtdmd_cli.engine.export.families import (
     FAMILIES,
     Bases,
-    ExportFamily,
+    comfyui_knows,
     find_bases,
     generator_base,
     generator_revision,
@@ -31,17 +30,27 @@ from rtdmd_cli.engine.export.families import (
 )
 from rtdmd_cli.engine.export.fold import Folded, fold
 from rtdmd_cli.engine.export.generator import adapter_stacks, is_full, is_tuned
+from rtdmd_cli.engine.export.lora import lora_files, write_loras, write_workflows
+from rtdmd_cli.engine.export.names import (
+    export_name,
+    is_hub_id,
+    local_name,
+    public_name,
+)
 from rtdmd_cli.engine.export.roundtrip import RoundTrip, compare, open_stock, own_pictures, stock_pictures
+from rtdmd_cli.engine.export.stock import stock_here, stock_there
 from rtdmd_cli.engine.report.grid import GridRow, picture_grid, save_png
 from rtdmd_cli.engine.sampling.model_source import EMA, Source, open_model
 from rtdmd_cli.engine.storage import files, strict_json
 from rtdmd_cli.engine.storage.checkpoint import Checkpoint, load_checkpoint
 from rtdmd_cli.engine.storage.exported import FORMAT, MANIFEST, VERSION, file_sha256, is_exported
-from rtdmd_cli.engine.storage.lora_files import DIFFUSERS_NAME, header, lora_tensors, write_lora
+from rtdmd_cli.engine.storage.run_folder import RunFolder
+from rtdmd_cli.engine.tune_reward.watch import BEFORE
 from rtdmd_cli.errors import EnvironmentFailure, UsageError
 from rtdmd_cli.shapes.prompts import benchmark
 
 FORMATS = ("diffusers", "comfyui", "merged")
+NO_COMFYUI = "ComfyUI can't load the built-in model: it knows no SD3 with 8 latent channels and heads of 32"
 NO_ADAPTER = Folded({}, 0, 0, 0.0)
 PICTURES = 4
 PROMPTS = (
@@ -124,9 +133,9 @@ def default_formats(preset: Preset, rank: int | None) -> tuple[str, ...]:
 
 
 def prepared(request: Request, say: Callable[[str], None]) -> Request:
-    """The request as it can be met: whole weights as a pipeline alone, and the base model unquantised.
+    """The request as it can be met: whole weights as a pipeline alone, the base model unquantised, ComfyUI if it knows it.
 
-    UsageError for an adapter of a generator that was trained in full.
+    UsageError for an adapter of a generator that was trained in full, and for ComfyUI alone where it can't load the model.
     """
     preset, formats = request.source.preset, request.formats
     if is_full(preset) and formats != ("merged",):
@@ -137,6 +146,11 @@ def prepared(request: Request, say: Callable[[str], None]) -> Request:
             )
         say("trained in full: there is no adapter, the whole pipeline alone is written")
         formats = ("merged",)
+    if "comfyui" in formats and not comfyui_knows(generator_base(preset)):
+        if formats == ("comfyui",):
+            raise UsageError(f"{NO_COMFYUI}.", "Use --format diffusers or merged.")
+        say(f"{NO_COMFYUI}: nothing is written for it")
+        formats = tuple(name for name in formats if name != "comfyui")
     plain = {"base": "plain", "vae_tiling": False, "text_encoder": "auto"}
     stored = preset.hardware.base
     if stored != "plain":
@@ -212,6 +226,7 @@ def build(
             say("the stock scheduler can't take the run's noise levels by itself: call it with sigmas=")
         facts = replace(facts, stock_schedule=exact)
     write_loras(folder, facts, family, folded)
+    write_workflows(folder, facts)
     stock, trips = prove(request, folder, bases, facts, own, say) if request.check else (None, {})
     rows = [GridRow(f"rtdmd sample, eta {facts.preset.sampler.eta:g}", own.pictures)]
     rows += [GridRow("stock pipeline, Euler", stock)] if stock is not None else []
@@ -225,24 +240,25 @@ def gather(
     """What is known before anything is written."""
     preset = request.source.preset
     base = generator_base(preset)
+    pipeline: str = strict_json.read(bases.pipeline / merged.INDEX)["_class_name"]
     return Facts(
-        name=request.out.name,
+        name=export_name(request.source.label),
         where=request.where,
         formats=request.formats,
         preset=preset,
         base=public_name(base),
         on_hub=is_hub_id(base),
-        single=_single_file(preset, bases),
+        stock=stock_there(preset, bases, pipeline),
         stored=request.stored,
         base_hash=own.base_hash,
         licence=licence_of(base),
-        pipeline=strict_json.read(bases.pipeline / merged.INDEX)["_class_name"],
         loader=row(FAMILIES[preset.model.family].comfy, base),
         tuned=is_tuned(checkpoint),
         iterations=checkpoint.step,
         preset_sha256=checkpoint.meta.get("preset_sha256", "not recorded"),
         model_hash=own.model_hash,
-        records=checkpoint.state.get("records", {}),
+        before=checkpoint.state.get("records", {}).get(BEFORE, {}),
+        after=RunFolder(checkpoint.path.parent.parent).measured(checkpoint.step),
         sigmas=own.sigmas,
         rank=folded.rank,
         exact_rank=folded.exact_rank,
@@ -252,60 +268,23 @@ def gather(
     )
 
 
-def write_loras(folder: Path, facts: Facts, family: ExportFamily, folded: Folded) -> None:
-    """The LoRA for diffusers and for ComfyUI, and the workflows."""
-    model = facts.preset.model
-    tensors = lora_tensors(folded.layers, family.prefix)
-    architecture = row(family.architecture, facts.base)
-    head = header(
-        {
-            "architecture": f"{architecture}/lora",
-            "implementation": "diffusers",
-            "title": facts.name,
-            "description": f"{facts.steps}-step generator, distilled from {facts.base} with RTDMD by rtdmd {__version__}",
-            "license": facts.licence.text,
-            "resolution": f"{model.resolution}x{model.resolution}",
-            "merged_from": facts.base,
-            "usage_hint": f"{facts.steps} steps, guidance 1.0, text length {model.text_length}",
-        }
-    )
-    if "diffusers" in facts.formats:
-        write_lora(folder / DIFFUSERS_NAME, tensors, head)
-    if "comfyui" in facts.formats:
-        name, prompt, side = f"{facts.name}.safetensors", facts.prompts[0], model.resolution
-        write_lora(folder / "comfyui" / name, tensors, head)
-        common = (facts.loader, name, prompt, side, facts.sigmas)
-        files.write_json(folder / "comfyui/workflow-euler.json", euler_workflow(*common, facts.name))
-        eta = facts.preset.sampler.eta
-        files.write_json(folder / "comfyui/workflow-cps.json", cps_workflow(*common, eta, facts.name))
-
-
 def prove(
     request: Request, folder: Path, bases: Bases, facts: Facts, own: Own, say: Callable[[str], None]
 ) -> tuple[Tensor, dict[str, RoundTrip]]:
     """Reload each format in the stock pipeline; the last one's pictures, and the differences."""
-    model, trips, pictures = facts.preset.model, {}, own.euler
-    layout = backbones.FAMILIES[model.family].module().LAYOUT
-    call: dict[str, Any] = {"guidance_scale": 1.0, "max_sequence_length": model.text_length}
-    call |= {"height": model.resolution, "width": model.resolution}
-    call |= {"num_inference_steps": facts.steps}  # FLUX.2's shift asks for it, whatever sigmas= says
+    trips, pictures, loras = {}, own.euler, lora_files(facts)
+    base = stock_here(facts.preset, facts.stock, bases)
     for name in facts.formats:
         dtype = request.dtype
-        steps = {"sigmas": facts.raw}
         if name == "merged":
-            pipe = open_stock(folder, None, layout, request.device, dtype, None)
-            dtype = max(
-                dtype, merged.stored_dtype(folder / merged.TRANSFORMER), key=lambda d: torch.finfo(d).eps
-            )
-            steps = {} if facts.stock_schedule else steps
+            stock = Stock(facts.stock.pipeline, Place(str(folder)))
+            stored = merged.stored_dtype(folder / merged.TRANSFORMER)
+            dtype = max(dtype, stored, key=lambda d: torch.finfo(d).eps)
         else:
-            file = (
-                folder / DIFFUSERS_NAME
-                if name == "diffusers"
-                else folder / f"comfyui/{facts.name}.safetensors"
-            )
-            pipe = open_stock(bases.pipeline, bases, layout, request.device, dtype, file)
-        pictures = stock_pictures(pipe, facts.prompts, call | steps)
+            file = folder / loras[name]
+            stock = replace(base, lora=(Place(str(file.parent)), file.name))
+        pipe = open_stock(stock, request.device, request.dtype)
+        pictures = stock_pictures(pipe, facts.prompts, facts.call(merged=name == "merged"))
         trips[name] = compare(own.euler, pictures, dtype, facts.fold_error == 0, name)
         say(
             f"round trip {name}: mean difference {trips[name].mean:.2g}, largest {trips[name].largest:.2g} "
@@ -320,14 +299,13 @@ def describe(request: Request, folder: Path, facts: Facts) -> dict[str, Any]:
     preset = facts.preset.model_dump(mode="json")
     for key in ("path", "components", "generator_init"):
         preset["model"][key] = preset["model"][key] and local_name(preset["model"][key])
-    lora = {"diffusers": DIFFUSERS_NAME, "comfyui": f"comfyui/{facts.name}.safetensors"}
     described: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
         "rtdmd": __version__,
         "name": facts.name,
         "formats": list(facts.formats),
-        "lora": next((lora[name] for name in facts.formats if name in lora), None),
+        "lora": next(iter(lora_files(facts).values()), None),
         "prefix": FAMILIES[facts.preset.model.family].prefix,
         "merged": "merged" in facts.formats,
         "stock_schedule": facts.stock_schedule,
@@ -344,13 +322,6 @@ def describe(request: Request, folder: Path, facts: Facts) -> dict[str, Any]:
     }
     files.write_json(folder / MANIFEST, described)
     return described
-
-
-def _single_file(preset: Preset, bases: Bases) -> SingleFile | None:
-    if bases.file is None:
-        return None
-    network = backbones.FAMILIES[preset.model.family].module().LAYOUT.networks["transformer"]
-    return SingleFile(network.__name__, public_name(preset.model.components or ""))
 
 
 def _listing(folder: Path) -> dict[str, tuple[int, str]]:

@@ -5,7 +5,7 @@
               start   = "stage1_generator"
     EMA       a plain dict of tensors, put in the generator's place by `swapped`
 
-In stage 2 the stage-1 adapters stay frozen underneath fresh ones: what merging them into the base would give,
+In stage 2 the stage-1 adapters stay frozen underneath fresh ones: up to rounding what merging them would give,
 while the base stays shared. A role's own adapter, the one that is trained, bears the role's name.
 
 With `backbones.two_bases.TwoBases` in the base's place the generator's adapters (those of `start` too) live on the
@@ -79,7 +79,7 @@ class Roles:
             name: transformer if self._pair is None else self._pair.base(_base_of(name)) for name in adapters
         }
         modules = {
-            name: _targets(bases[name], config, "distill" if config is lora else "tune_reward")
+            name: target_layers(bases[name], config, "distill" if config is lora else "tune_reward")
             for name, (config, _) in adapters.items()
         }
         for name, (config, _) in adapters.items():
@@ -198,7 +198,7 @@ def _add_adapter(transformer: Any, name: str, lora: LoraConfig, modules: list[st
         transformer.add_adapter(config, name)  # its draws are replaced by keyed ones
 
 
-def _targets(transformer: nn.Module, lora: LoraConfig, section: str) -> list[str]:
+def target_layers(transformer: nn.Module, lora: LoraConfig, section: str) -> list[str]:
     """Full names of the linear layers in a module `attn` that `lora.targets` name by their endings.
 
     Full names, because FLUX.2 has linear layers and lists of layers of the same ending. UsageError for a target that

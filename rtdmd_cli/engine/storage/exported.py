@@ -2,7 +2,7 @@
 
 <folder>/README.md  samples.png  export.json
          pytorch_lora_weights.safetensors            --format diffusers
-         comfyui/<name>.safetensors  workflow-*.json --format comfyui
+         comfyui/<run>-<step>.safetensors  *.json    --format comfyui
          model_index.json  transformer/  vae/ ...    --format merged
 """
 

@@ -164,6 +164,19 @@ class RunFolder:
         path = self.checkpoints / str(status.get("best", "")) if status else self.checkpoints
         return path if path != self.checkpoints and path.is_dir() else None
 
+    def measured(self, step: int) -> dict[str, float]:
+        """Mean rewards of the generator of that step, by name; empty where the run measured none then.
+
+        In a line of metrics.jsonl, or, measured out of turn when the run ended, in its status.
+        """
+        mark = "measured/"
+        for row in reversed(self.metrics.read()):
+            found = {key.removeprefix(mark): value for key, value in row.items() if key.startswith(mark)}
+            if row["iteration"] == step and found:
+                return found
+        status = _read_status(self.path) or {}
+        return dict(status.get("measured", {})) if status.get("iteration") == step else {}
+
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the run for this process, and remove what a killed one left half written.

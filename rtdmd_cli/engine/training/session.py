@@ -86,9 +86,9 @@ class Session:
     """A run in progress.
 
     `seconds` counts training time of all parts, `last` is the newest checkpoint, `records` are JSON values of the
-    stage's own that survive a resume, `prompts` is what `prompts.reading.known_by` says of the prompts. Two records have a
+    stage's own that survive a resume, `prompts` is what `prompts.reading.known_by` says of the prompts. Three records have a
     meaning here: with `stopped` (true) the run ends before its time; `best` is the step of a checkpoint that is
-    made out of turn and never removed.
+    made out of turn and never removed; `rewards_after`, mean rewards measured at the end, go into the status.
     """
 
     run: RunFolder
@@ -275,8 +275,9 @@ def finish(session: Session, stop: StopRequest) -> Outcome:
         over = session.iteration >= session.stage.schedule.total or session.stopped
         state: State = "finished" if over else "interrupted"
         session.stage.finish(session, state)
-        best = {} if session.best is None else {"best": step_name(session.best)}
-        run.set_status(state, iteration=session.iteration, seconds=round(session.seconds, 3), **best)
+        known: dict[str, Any] = {} if session.best is None else {"best": step_name(session.best)}
+        known |= {"measured": session.records["rewards_after"]} if "rewards_after" in session.records else {}
+        run.set_status(state, iteration=session.iteration, seconds=round(session.seconds, 3), **known)
         run.log(f"{state} at iteration {session.iteration}")
     last = run.checkpoints / step_name(session.iteration)
     return Outcome(run.path, session.iteration, session.seconds, last, stop.exit_code, session.records)

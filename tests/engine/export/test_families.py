@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from rtdmd_cli.config.loader import list_presets, load_preset
-from rtdmd_cli.engine.backbones import base as backbones
-from rtdmd_cli.engine.export.card import is_hub_id, local_name, public_name
+from rtdmd_cli.engine.backbones import families as backbones
 from rtdmd_cli.engine.export.families import FAMILIES, UNKNOWN, generator_base, generator_revision, licence_of
+from rtdmd_cli.engine.export.names import is_hub_id, local_name, place_of, public_name
 
 PRESETS = [info.name for info in list_presets()]
 
@@ -40,5 +40,28 @@ def test_paths_of_this_machine_are_not_told(monkeypatch: pytest.MonkeyPatch) -> 
     assert public_name("/home/zebulon/models/mine") == "mine"
     for kept in ("builtin:shapes", "zebulon/model"):
         assert public_name(kept) == local_name(kept) == kept or kept.startswith("builtin")
-    assert is_hub_id("zebulon/model")
+    assert place_of("/home/zebulon/models/mine").expression == 'os.path.expanduser("~/models/mine")'
+    assert is_hub_id("zebulon/model") and place_of("zebulon/model").expression == '"zebulon/model"'
     assert not any(map(is_hub_id, ("builtin:shapes", "/a/b", "./b", "~/b", "a/b/c", "model")))
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_a_loader_lists_every_file_that_its_nodes_name(family: str) -> None:
+    """And no word of their other settings."""
+    for loader in FAMILIES[family].comfy.values():
+        values = {*loader.model[1].values(), *loader.clip[1].values(), loader.vae or ""}
+        named = {value for value in values if value.endswith(".safetensors")}
+        assert {file.name for file in loader.files} == named and values - named <= {
+            "",
+            "default",
+            "flux",
+            "flux2",
+        }
+        assert {file.folder for file in loader.files} <= {
+            "checkpoints",
+            "diffusion_models",
+            "text_encoders",
+            "vae",
+        }
+        assert all(file.source.count("/") == 1 and file.what for file in loader.files)
+        assert loader.needs == ("0.10.0" if family == "flux2" else "0.7.0")

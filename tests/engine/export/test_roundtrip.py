@@ -7,7 +7,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from rtdmd_cli.engine.backbones.sd3 import LAYOUT
+from rtdmd_cli.engine.export.code import Place, Stock
 from rtdmd_cli.engine.export.roundtrip import RoundTrip, compare, initial_noise, open_stock, stock_pictures
 from rtdmd_cli.engine.sampling.sample import cps, decode_all, guided
 from rtdmd_cli.errors import NumericalError
@@ -26,13 +26,14 @@ def drawn(count: int, shape: tuple[int, ...]) -> list[Tensor]:
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 @torch.no_grad()
 def test_the_stock_pipeline_is_our_sampler(eta: float) -> None:
-    pipe = open_stock(sd3_folder(), None, LAYOUT, CPU, torch.float32, None)
+    pipe = open_stock(Stock("StableDiffusion3Pipeline", Place(str(sd3_folder()))), CPU, torch.float32)
     config = dict(pipe.scheduler.config) | {"stochastic_sampling": eta == 1}
     pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
-    call = {"guidance_scale": 1.0, "max_sequence_length": TEXT_LENGTH, "sigmas": RAW}
+    side = str(RESOLUTION)
+    call = {"guidance_scale": "1.0", "max_sequence_length": str(TEXT_LENGTH), "sigmas": str(RAW)}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
-        stock = stock_pictures(pipe, PROMPTS[:1], call | {"height": RESOLUTION, "width": RESOLUTION})
+        stock = stock_pictures(pipe, PROMPTS[:1], call | {"height": side, "width": side})
         backbone = load_sd3()
         shape = backbone.latent_shape(RESOLUTION, RESOLUTION)
         noises = drawn(len(RAW), shape)

@@ -116,6 +116,8 @@ def test_the_rewards_of_a_run(tuned: Tuned) -> None:
     before, after = (tuned.outcome.records[key] for key in ("rewards_before", "rewards_after"))
     assert list(before) == list(after) == [JUDGE, TRAINED]
     assert before != after
+    assert RunFolder(tuned.outcome.run).measured(2) == after  # out of turn, so in no line of metrics.jsonl
+    assert RunFolder(tuned.outcome.run).measured(1) == {}
     for name, value in after.items():
         reward = registry.find_reward(name).load(CPU, None)
         scores = reward.score(tuned.pictures, MEASURED.texts, MEASURED.metadata)
