@@ -34,7 +34,7 @@ LINKED = (*DOCUMENTS, LOG, ROOT / "CHANGELOG.md")
 PRESETS = sorted((ROOT / "presets").glob("*.yaml"))
 LONGEST = 200
 """Lines of README.md."""
-SECTIONS = ("model", "sampler", "distill", "tune_reward", "evaluate", "hardware")
+SECTIONS = tuple(name for name, field in Preset.model_fields.items() if field.annotation is not str)
 
 
 def name_of(path: Path) -> str:
