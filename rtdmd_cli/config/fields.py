@@ -55,8 +55,8 @@ def dotted(path: KeyPath) -> str:
 
 
 def nearest_key(path: KeyPath, section: bool = False) -> str:
-    """The real key most like `path`, with dots: by spelling, first among those of the same last word, then
-    among those that `path` abbreviates (`distill.iter`; not `distill.lr`, which is a whole word).
+    """The real key most like `path`, with dots. Compared by spelling: first with keys that end in the same word, then
+    with keys that `path` abbreviates (`distill.iter`; not `distill.lr`, which is a whole word).
 
     section: whether `path` holds further keys; then the sections are looked at as well.
     """

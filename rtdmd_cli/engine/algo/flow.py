@@ -142,8 +142,8 @@ def cps_logprob(
               published clip range and learning rate belong to it.
     gaussian: the exact log-density summed over C,H,W; needs std > 0 (a deterministic step has no density).
 
-    Gradient of the reduced form = 2 std^2/(C H W) times that of the gaussian form, a factor that differs
-    per step. The gaussian form grows with C H W: at 262,144 elements float32 resolves it to about 0.03, so
+    The gradient of the reduced form is the gradient of the gaussian form times 2 std^2/(C H W), a factor that
+    differs per step. The gaussian form grows with C H W: at 262,144 elements float32 resolves it to about 0.03, so
     differences of two such values finer than that need float64 inputs.
     Raises ValueError for an unknown form.
     """

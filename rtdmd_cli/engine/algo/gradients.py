@@ -7,11 +7,11 @@ from torch import Tensor
 
 
 def bound_gradients(last: Tensor, earlier: Sequence[Tensor]) -> None:
-    """Let no sample's gradient grow on the way back: in each earlier latent at most the norm that it has in the last.
+    """Bound each sample's gradient in the earlier latents by its norm in the last one; directions are kept.
 
-    Where two pictures are equally near, a latent at high noise decides between them, and the gradient there is
-    thousands of times that of the other samples (measured on the built-in world: median 0.01, largest 4): one sample in
-    sixty-four would decide the step. Directions are kept. All [b,C,H,W]; acts in the next backward pass.
+    All latents are [b,C,H,W]; acts in the next backward pass. Where two pictures are equally near, a latent at high noise
+    decides between them, and the gradient there can be thousands of times larger than in other samples (measured in the
+    built-in world: median 0.01, largest 4), so that one sample in sixty-four would decide the step.
     """
     sizes: list[Tensor] = []
 

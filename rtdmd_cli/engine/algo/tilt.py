@@ -1,17 +1,16 @@
-"""Distribution matching to a teacher that a reward tilts, without the reward's gradient.
+"""The tilt: distribution matching that leans to a reward, without the reward's gradient.
 
-The aim of stage 2 is the generator p that is closest to the teacher q, tilted by a reward r:
+Stage 2 looks for the generator p that is closest to the teacher q tilted by a reward r:
 
     KL(p || q exp(tilt r) / Z)  =  E_p[log(p exp(-tilt r)) - log q] + log Z
 
-Distribution matching (method, section 3) moves samples of p along the difference of two scores, that of the fake score's
-distribution and that of the teacher's. So all that changes is what the fake score is fitted to: not p, but
-p exp(-tilt r), the generator's images drawn again in favour of the poor ones. At noise level 0 the step is along that KL's
-gradient. At higher ones, where noise is added after the drawing, it is another step with the same point of rest: the
-drawn images are distributed as the teacher's, and p is proportional to q exp(tilt r). A latent on the way is drawn with
-the reward of the image that its path ended in.
+Distribution matching (method, section 3) moves samples of p along the difference between the fake score and the teacher.
+The tilt changes only what the fake score is fitted to: not p, but p exp(-tilt r), the generator's images drawn again in
+favour of the poor ones. At noise level 0 the step follows the gradient of the KL above. At higher levels, where noise is
+added after the drawing, the step differs but comes to rest at the same point: there the drawn images are distributed like
+the teacher's, and p is proportional to q exp(tilt r). A latent on the way is drawn with the reward of its path's image.
 
-All this is for a fixed r. Stage 2 gives it advantages, see `tune_reward.fake_score.drawn_images`.
+All this holds for a fixed r. Stage 2 uses advantages as r, see `tune_reward.fake_score.drawn_images`.
 """
 
 import torch

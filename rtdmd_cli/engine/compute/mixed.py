@@ -1,8 +1,8 @@
-"""Mixed precision: matrix products in a shorter format, while weights, gradients and all else keep their own.
+"""Mixed precision: matrix products in bf16, while weights, gradients and everything else keep their own format.
 
-torch's autocast, around the forward passes of chosen modules alone. The products of a backward pass have the format of
-the forward pass that they belong to, as torch records them; under autocast itself a backward pass would also round what
-was computed outside these modules, a reward's gradient say.
+This is torch's autocast around the forward passes of chosen modules. Torch records the format of each product, and the
+backward pass uses the same. The backward pass itself runs outside autocast, which would also round what was computed
+outside these modules, such as a reward's gradient.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -19,7 +19,7 @@ from rtdmd_cli.engine.compute.device import resolve_dtype
 def resolve_mixed_precision(
     hardware: HardwareConfig, device: torch.device, dtype: torch.dtype
 ) -> torch.dtype | None:
-    """Format of the products by `hardware.mixed_precision`, where the base is in `dtype`; None for that of the base.
+    """Format of the matrix products by `hardware.mixed_precision`; None where they keep the base's `dtype`.
 
     "auto" is bf16 on a CPU that multiplies bf16 in hardware, unless a dtype was asked for. EnvironmentFailure for bf16
     on a cuda device without it.

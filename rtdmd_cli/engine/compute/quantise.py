@@ -31,7 +31,7 @@ QUANTISED: tuple[Quantised, ...] = ("int8", "nf4")
 def place(transformer: nn.Module, base: Base, device: torch.device) -> None:
     """Move a transformer to `device`, its blocks' linear layers quantised on the way unless `base` is plain.
 
-    Layer by layer: the device never holds more than one of them unquantised. To be called before adapters are put on.
+    Works layer by layer: the device never holds more than one unquantised layer. Call it before adapters are added.
     EnvironmentFailure for a quantised base on a device other than cpu and cuda.
     """
     if base != "plain":
@@ -44,7 +44,7 @@ def place(transformer: nn.Module, base: Base, device: torch.device) -> None:
 
 
 def shrink_encoder(encoder: nn.Module, device: torch.device) -> None:
-    """Put a text encoder's linear layers on `device` in 8 bits; the rest of it stays where it is.
+    """Put a text encoder's linear layers on `device` in 8 bits; its other layers stay where they are.
 
     EnvironmentFailure as `place`.
     """
@@ -128,8 +128,8 @@ def _int8(linear: nn.Linear, device: torch.device) -> nn.Module:
 class Int8Linear(Linear8bitLt):
     """bitsandbytes' 8-bit layer, multiplied by the dequantised weights: x [..., in] -> [..., out] in x's dtype.
 
-    The product of its own quantises the activations as well, through float16, whose range a transformer's
-    activations can leave, and keeps them until the backward pass, checkpointing or not.
+    bitsandbytes' own product also quantises the activations, through float16, whose range a transformer's activations
+    can leave, and keeps them until the backward pass even with checkpointing.
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 def generator(seed: int, stream: str, *key: int) -> torch.Generator:
-    """A CPU generator of its own for each (seed, stream, *key), seeded with a blake2b hash of the tuple.
+    """The CPU generator of (seed, stream, *key), seeded with a blake2b hash of the tuple.
 
     torch's CPU generator uses the low 32 bits of a seed: among a million keys some hundred pairs share their
     numbers. Such pairs lie anywhere in a run; two in one batch of 1,000 samples have a chance of 1 in 8,000.

@@ -1,9 +1,9 @@
 """The object detector of GenEval: Mask2Former with a Swin-S backbone, trained on COCO.
 
-The steps are those of the authors' `evaluate_images.py` and of the library it calls (mmdet 2): shorter edge to
-800 px, boxes around the masks, score = class probability * mean mask probability, no suppression of overlaps.
-The authors' own checkpoint is mmdet's; this one is the model's authors' checkpoint of the same network and data, so
-that scores agree closely but not picture by picture.
+The steps follow the authors' `evaluate_images.py` and the library it calls (mmdet 2): shorter edge to 800 px, boxes
+around the masks, score = class probability * mean mask probability, no suppression of overlaps.
+GenEval's authors use mmdet's checkpoint; this one was published by the authors of Mask2Former for the same network and
+data, so that scores agree closely but not picture by picture.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ COUNTING_THRESHOLD = 0.9
 """The same for the counting task."""
 MOST_PER_CLASS = 16
 SHORT, LONG = 800, 1333  # px: the shorter edge is brought to SHORT, unless the longer one would pass LONG
-STRIDE = 32  # px, of which the network's input is a multiple
+STRIDE = 32  # px; the network's input is a multiple of it
 MOST_PER_PICTURE = 100  # pairs of query and class, the most probable ones
 BATCH = 4  # pictures
 ANCHORS = {

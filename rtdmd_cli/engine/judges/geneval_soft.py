@@ -1,6 +1,6 @@
-"""`geneval-soft`: GenEval with partial credit. A training reward, not the benchmark; that is `geneval.judge`.
+"""`geneval-soft`: GenEval with partial credit, a training reward. The benchmark's strict rule is `geneval.judge`.
 
-The rule is that of the reward server of Flow-GRPO (Liu et al. 2025), with which RTDMD trains.
+The rule comes from Flow-GRPO's reward server (Liu et al. 2025), which RTDMD trains with.
 """
 
 from collections.abc import Mapping, Sequence

@@ -8,8 +8,8 @@
 In stage 2 the stage-1 adapters stay frozen underneath fresh ones: up to rounding what merging them would give,
 while the base stays shared. A role's own adapter, the one that is trained, bears the role's name.
 
-With `backbones.two_bases.TwoBases` in the base's place the generator's adapters (those of `start` too) live on the
-generator's own base, and a role switches to its base as well.
+With two bases (`backbones.two_bases.TwoBases`) the adapters of generator and `start` live on the generator's own base,
+and entering a role also switches to the role's base.
 
 A trap of peft: switching adapters between a role's forward and its backward loses gradients in silence, and
 peft's own `set_adapter` turns `requires_grad` on. So a role is entered with `Roles.role`, which restores all
@@ -59,7 +59,7 @@ class Roles:
     LoRA weights are float32 whatever the base's dtype. `A ~ N(0, 1/r^2)` and `B = 0` (method, section 3), `A`
     drawn by (seed, adapter, layer): both roles start as the teacher. Freezes the base.
     transformer: a diffusers model without adapters. fresh: for stage 2, the LoRA of the new adapters; `lora` is
-    then that of the frozen stage-1 adapters, to be loaded with `load`, and the new ones start with `B = 0` and
+    then the shape of the frozen stage-1 adapters, to be loaded with `load`, and the new ones start with `B = 0` and
     `A ~ N(0, 1)` (section 4). UsageError where a target names no layer.
     """
 

@@ -1,4 +1,4 @@
-"""The names of the roles, and what training needs of them however they are stored."""
+"""The names of the roles, and the protocol that training uses, whether roles are adapters or full copies."""
 
 from __future__ import annotations
 
