@@ -79,6 +79,13 @@ RewardPath = Annotated[
         help="Weights of a judge or reward, instead of the published; repeatable.",
     ),
 ]
+RewardSeconds = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        help="Longest time a reward may take for one picture, 0 for any. Default: 600, and 60 for module:Class.",
+    ),
+]
 PromptsFile = Annotated[
     str | None, typer.Option(metavar="FILE", help="The benchmark's prompts, where they aren't fetched.")
 ]
@@ -112,6 +119,7 @@ def eval_command(
     seed: Seed = None,
     rewards: Rewards = None,
     reward_path: RewardPath = None,
+    reward_seconds: RewardSeconds = None,
     prompts_file: PromptsFile = None,
     images_only: ImagesOnly = False,
     score_only: ScoreOnly = None,
@@ -155,7 +163,8 @@ def eval_command(
     console.quiet_libraries(quiet)
     from rtdmd_cli.engine.evaluation.run import choose_judges
 
-    judges = choose_judges(row, [name for text in rewards or () for name in text.split(",") if name])
+    named = [name for text in rewards or () for name in text.split(",") if name]
+    judges = choose_judges(row, named, reward_seconds)
     summary = _evaluate(row, judges, score_only, prompts_file, images_only, options, as_json, began)
     if as_json and summary:
         console.show(summary, as_json)

@@ -116,6 +116,13 @@ def check(
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    reward_seconds: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="Longest time for one picture, 0 for any. Default: 600, and 60 for module:Class.",
+        ),
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -136,7 +143,11 @@ def check(
     where = resolve_device(device)
     results = list(
         check_rewards(
-            entries, where, path, lambda name: console.say(f"checking {name} on {where.type}", quiet)
+            entries,
+            where,
+            path,
+            lambda name: console.say(f"checking {name} on {where.type}", quiet),
+            reward_seconds,
         )
     )
     if as_json:

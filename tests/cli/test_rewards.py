@@ -26,6 +26,18 @@ class Zero(Redness):
 
 class Needy(Redness):
     def __init__(self, a, b): ...
+
+class Leaver(Redness):
+    def score(self, images, prompts, metadata):
+        import os, sys
+        print("I am on stderr")
+        sys.exit(0)
+
+class Sleeper(Redness):
+    def score(self, images, prompts, metadata):
+        import time
+        print("I am on stderr")
+        time.sleep(30)
 """
 
 
@@ -124,6 +136,19 @@ def test_a_reward_of_the_users_own(capsys: pytest.CaptureFixture[str], tmp_path:
     (found,) = json.loads(out)
     assert (code, found["status"], found["ordered"]) == (0, "passed", None)
     assert found["gradient"] > 0
+
+
+def test_one_that_leaves_the_program_or_hangs_fails(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "cli_own_leaver.py").write_text(OWN)
+    for name, reason in {"Leaver": "it raised SystemExit: 0", "Sleeper": "it took more than"}.items():
+        code, out, err = run(
+            capsys, "check", f"cli_own_leaver:{name}", "--json", "-q", "--reward-seconds", "0.02"
+        )
+        (found,) = json.loads(out)  # what it prints is not on stdout
+        assert (code, found["status"]) == (4, "failed") and found["reason"].startswith(reason)
+        assert "I am on stderr" in err and f"error: 1 of 1 rewards failed: `cli_own_leaver:{name}`" in err
 
 
 def test_one_that_fails(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

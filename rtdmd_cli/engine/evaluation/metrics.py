@@ -27,6 +27,7 @@ from rtdmd_cli.engine.judges.geneval import judge as strict
 from rtdmd_cli.engine.judges.geneval_soft import soft_score
 from rtdmd_cli.engine.judges.requirements import Metadata
 from rtdmd_cli.engine.rewards.base import Reward, RewardEntry, require_metadata
+from rtdmd_cli.engine.rewards.guard import Failed, answer, load_reward, seconds_of
 from rtdmd_cli.engine.rewards.registry import find_reward
 from rtdmd_cli.errors import DataError
 
@@ -60,7 +61,7 @@ class JudgeEntry:
 
     def open(self, device: torch.device, path: str | None) -> Judge:
         """Load it; path: a folder or hub id in place of the usual source. Errors as the reward's loader."""
-        return self.wrap(self.reward.load(device, path))
+        return self.wrap(load_reward(self.reward, device, path))
 
     def figures(self, lines: Lines, prompts: EvalPrompts) -> Measured:
         """What the lines of all pictures say."""
@@ -69,14 +70,22 @@ class JudgeEntry:
 
 @dataclass(frozen=True)
 class RewardJudge:
-    """A reward's score and nothing else."""
+    """A reward's score and nothing else. seconds: the longest time for a picture, None for any."""
 
+    name: str
     reward: Reward
+    seconds: float | None
 
-    @torch.no_grad()
     def judge(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]) -> list[Details]:
-        scores = self.reward.score(images, prompts, metadata).float().cpu().tolist()
-        return [{"score": score} for score in scores]
+        """DataError where the reward fails. It may change `images`."""
+        try:
+            scores = answer(self.reward, images, prompts, metadata, self.seconds)
+        except Failed as failed:
+            raise DataError(
+                f"The reward {self.name} {failed}{failed.place} for {len(prompts)} pictures from {prompts[0]!r} on.",
+                f"Check it: rtdmd rewards check {self.name}; what is scored is kept: go on with --resume.",
+            ) from failed
+        return [{"score": score} for score in scores.tolist()]
 
 
 @dataclass(frozen=True)
@@ -203,18 +212,24 @@ REWARD_BATCH = 16
 """Pictures a plain reward sees at once."""
 
 
-def find_judge(name: str) -> JudgeEntry:
-    """The judge of that name: a benchmark's own or a reward. UsageError, with the nearest name, for neither."""
+def find_judge(name: str, seconds: float | None = None) -> JudgeEntry:
+    """The judge of that name: a benchmark's own or a reward. UsageError, with the nearest name, for neither.
+
+    seconds: the longest time a reward may take for one picture; 0 for any, None for `guard.seconds_of`.
+    """
     if name in _OWN:
         own = _OWN[name]
         reward = find_reward(own.reward)
         return JudgeEntry(name, own.label, reward, own.wrap, own.check, own.measure, own.batch, own.family)
     reward = find_reward(name)
 
+    def wrap(loaded: Reward) -> Judge:
+        return RewardJudge(name, loaded, seconds_of(name) if seconds is None else seconds or None)
+
     def check(prompts: EvalPrompts) -> None:
         require_metadata(reward, list(prompts.metadata.values()))
 
-    return JudgeEntry(name, name, reward, RewardJudge, check, plain_figures, REWARD_BATCH, (name,))
+    return JudgeEntry(name, name, reward, wrap, check, plain_figures, REWARD_BATCH, (name,))
 
 
 def check_prompts(entry: JudgeEntry, prompts: EvalPrompts) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import time
 import traceback
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from rtdmd_cli.engine.evaluation.probes import Pair, pairs_for
 from rtdmd_cli.engine.rewards.base import Reward, RewardEntry
+from rtdmd_cli.engine.rewards.guard import Failed, build_reward, guarded, picture_gradient, seconds_of
 from rtdmd_cli.engine.rewards.local import missing
 from rtdmd_cli.errors import EnvironmentFailure, RtdmdError, UsageError
 
@@ -63,15 +65,18 @@ def check_rewards(
     device: torch.device,
     path: str | None = None,
     on_start: Callable[[str], None] = lambda name: None,
+    seconds: float | None = None,
 ) -> Iterator[CheckResult]:
     """`check_reward` for one after the other; on_start is told each name. Only one is in memory at a time."""
     for entry in entries:
         on_start(entry.name)
-        yield check_reward(entry, device, path)
+        yield check_reward(entry, device, path, seconds)
         gc.collect()
 
 
-def check_reward(entry: RewardEntry, device: torch.device, path: str | None = None) -> CheckResult:
+def check_reward(
+    entry: RewardEntry, device: torch.device, path: str | None = None, seconds: float | None = None
+) -> CheckResult:
     """Load a reward and try it. It passes if
 
     - its scores are finite float32 [B] on the device, not all the same, and near the expected range;
@@ -79,7 +84,8 @@ def check_reward(entry: RewardEntry, device: torch.device, path: str | None = No
       the user's own, whose order nobody knows);
     - it is differentiable where its row says so, with finite gradients that are not all zero.
 
-    Nothing is downloaded: a reward whose weights aren't here is "not available". path: as for `RewardEntry.load`.
+    Nothing is downloaded: a reward whose weights aren't here is "not available". path: as for `RewardEntry.load`;
+    seconds: the longest time for one picture, 0 for any, None for `guard.seconds_of`.
     UsageError where a reward of the user's own can't be built.
     """
     began = time.monotonic()
@@ -90,10 +96,10 @@ def check_reward(entry: RewardEntry, device: torch.device, path: str | None = No
     findings = Findings()
     try:
         try:
-            reward = entry.load(device, path)
+            reward = build_reward(entry, device, path)
         except EnvironmentFailure as error:
             return CheckResult(entry.name, "not available", error.message.rstrip("."), error.hint)
-        _try(entry, reward, device, findings)
+        _try(entry, reward, device, findings, seconds_of(entry.name) if seconds is None else seconds or None)
     except (UsageError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
@@ -108,32 +114,42 @@ def _reason(error: Exception) -> str:
         return error.message
     if isinstance(error, Wrong):
         return str(error)
+    if isinstance(error, Failed):
+        return f"it {error}{error.place}"
     place = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {error} ({Path(place.filename).name}, line {place.lineno})"
 
 
-def _try(entry: RewardEntry, reward: Reward, device: torch.device, findings: Findings) -> None:
+def _try(
+    entry: RewardEntry, reward: Reward, device: torch.device, findings: Findings, seconds: float | None
+) -> None:
     """Fills in the findings; raises Wrong at the first thing that is wrong."""
     if reward.differentiable != entry.differentiable:
         claims = ["not differentiable", "differentiable"]
         raise Wrong(f"it says it is {claims[reward.differentiable]}, its row {claims[entry.differentiable]}")
     pairs = pairs_for(entry.name)
     findings.pairs = len(pairs)
-    with torch.no_grad():
-        better, worse = (_scores(reward, pairs, which, device) for which in ("better", "worse"))
+    better, worse = (_scores(reward, pairs, which, device, seconds) for which in ("better", "worse"))
     _check_range(entry, torch.cat([better, worse]), findings)
     if ":" not in entry.name:
         _check_order(pairs, better, worse, findings)
     if entry.differentiable:
-        findings.gradient = _gradient(reward, pairs[0], device)
+        findings.gradient = _gradient(reward, pairs[0], device, seconds)
 
 
 def _scores(
-    reward: Reward, pairs: Sequence[Pair], which: Literal["better", "worse"], device: torch.device
+    reward: Reward,
+    pairs: Sequence[Pair],
+    which: Literal["better", "worse"],
+    device: torch.device,
+    seconds: float | None,
 ) -> Tensor:
     """[pairs], on the CPU."""
     images = torch.stack([pair.better if which == "better" else pair.worse for pair in pairs]).to(device)
-    scores = reward.score(images, [pair.prompt for pair in pairs], [pair.metadata for pair in pairs])
+    texts, metadata = [pair.prompt for pair in pairs], [copy.deepcopy(pair.metadata) for pair in pairs]
+    limit = None if seconds is None else seconds * len(pairs)
+    with torch.no_grad():
+        scores = guarded(lambda: reward.score(images, texts, metadata), limit)
     _check_tensor(scores, len(pairs), device)
     return scores.detach().cpu()
 
@@ -170,19 +186,10 @@ def _check_order(pairs: Sequence[Pair], better: Tensor, worse: Tensor, findings:
         raise Wrong("no picture scores more than its worse counterpart")
 
 
-def _gradient(reward: Reward, pair: Pair, device: torch.device) -> float:
+def _gradient(reward: Reward, pair: Pair, device: torch.device, seconds: float | None) -> float:
     """The greatest absolute derivative of the better picture's score by one of its values."""
-    images = pair.better[None].to(device).requires_grad_()
-    with torch.enable_grad():
-        score = reward.score(images, [pair.prompt], [pair.metadata])
-        if not score.requires_grad:
-            raise Wrong("no gradient reaches the pixels, though it is differentiable")
-        (gradient,) = torch.autograd.grad(score.sum(), images, allow_unused=True)
-    if gradient is None:
-        raise Wrong("no gradient reaches the pixels, though it is differentiable")
-    if not gradient.isfinite().all():
-        raise Wrong("the gradient to the pixels is not finite")
-    size = float(gradient.abs().max())
+    images = pair.better[None].to(device)
+    size = float(picture_gradient(reward, images, [pair.prompt], [pair.metadata], seconds).abs().max())
     if size == 0:
         raise Wrong("the gradient to the pixels is zero")
     return size

@@ -87,8 +87,10 @@ class Evaluation:
     scores: Mapping[str, Sequence[Line]]
 
 
-def choose_judges(benchmark: Benchmark, rewards: Sequence[str]) -> tuple[JudgeEntry, ...]:
-    """The benchmark's own judge and the rewards asked for, or its usual ones.
+def choose_judges(
+    benchmark: Benchmark, rewards: Sequence[str], seconds: float | None = None
+) -> tuple[JudgeEntry, ...]:
+    """The benchmark's own judge and the rewards asked for, or its usual ones. seconds: as `metrics.find_judge`.
 
     UsageError for an unknown name, or for nothing at all; EnvironmentFailure for an optional package that is missing.
     """
@@ -98,7 +100,7 @@ def choose_judges(benchmark: Benchmark, rewards: Sequence[str]) -> tuple[JudgeEn
             f"There is nothing to measure on {benchmark.name}.",
             "Name rewards, as in: --rewards clipscore,hpsv2; list them: rtdmd rewards list",
         )
-    entries = tuple(find_judge(name) for name in dict.fromkeys(names))
+    entries = tuple(find_judge(name, seconds) for name in dict.fromkeys(names))
     for entry in entries:
         absent = [each for each in missing(entry.reward) if each.get.startswith("pip ")]
         if absent:

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from rtdmd_cli.engine.prompts.reading import PromptSet
 from rtdmd_cli.engine.rewards.base import Reward, RewardEntry, require_metadata
+from rtdmd_cli.engine.rewards.guard import Failed, answer_with_gradient, load_reward, picture_gradient
 from rtdmd_cli.engine.rewards.registry import find_reward
 from rtdmd_cli.engine.rewards.scoring import DEFAULT_LIMITS, Limits, Scores, Unjudged, score_all
-from rtdmd_cli.errors import NumericalError, UsageError
+from rtdmd_cli.errors import DataError, NumericalError, RewardFailure, UsageError
 
 
 class RewardMixture:
@@ -49,11 +50,28 @@ class RewardMixture:
         """Names of the rewards trained on that have a gradient."""
         return tuple(name for name in self.weights if self._entries[name].differentiable)
 
-    def check_loading(self) -> None:
-        """Load every reward once, so that one whose weights are missing is an error before anything is trained."""
+    def check_loading(self, edge: int | None = None) -> None:
+        """Load every reward once, so that one whose weights are missing is an error before anything is trained.
+
+        edge: px of a random picture by which each gradient is tried, None to try none. DataError for a reward that says
+        it is differentiable and gives no gradient, or fails.
+        """
         for name in (*self.weights, *self.held_out):
-            with self._hold([name]):
-                pass
+            with self._hold([name]) as (reward,):
+                if edge is not None and name in self.differentiable:
+                    self._try_gradient(name, reward, edge)
+
+    def _try_gradient(self, name: str, reward: Reward, edge: int) -> None:
+        picture = torch.rand(1, 3, edge, edge, generator=torch.Generator().manual_seed(0)).to(self._device)
+        first = self.prompts.pick([0])
+        try:
+            picture_gradient(reward, picture, first.texts, first.metadata, self._limits.seconds)
+        except Failed as failed:
+            raise DataError(
+                f"The reward {name} {failed}{failed.place}.",
+                "Correct it and check it: rtdmd rewards check "
+                f"{name}; or say `differentiable = False`, and it is followed without a gradient.",
+            ) from failed
 
     def score(self, images: Tensor, prompts: Sequence[int]) -> Scores:
         """The rewards trained on, of images [N,3,H,W] in 0..1 on the CPU, and prompt indices [N]."""
@@ -86,12 +104,23 @@ class RewardMixture:
         return self.weights[name] / self._entries[name].divisor
 
     def differentiable_sum(self, images: Tensor, prompts: Sequence[int]) -> Tensor:
-        """Weighted sum [B] of the differentiable rewards, each over its divisor, with gradient to images [B,3,H,W]."""
+        """Weighted sum [B] of the differentiable rewards, each over its divisor, with gradient to images [B,3,H,W].
+
+        NumericalError for a value that is not finite, RewardFailure for a reward that fails.
+        """
         chosen = self.prompts.pick(prompts)
         total = images.new_zeros(len(images))
         with self._hold(self.differentiable) as rewards:
             for name, reward in zip(self.differentiable, rewards, strict=True):
-                values = reward.score(images, chosen.texts, chosen.metadata)
+                try:
+                    values = answer_with_gradient(
+                        reward, images, chosen.texts, chosen.metadata, self._limits.seconds
+                    )
+                except Failed as failed:
+                    raise RewardFailure(
+                        f"The reward {name} {failed}{failed.place}, where its gradient is taken.",
+                        f"Check it, then go on with --resume: rtdmd rewards check {name}",
+                    ) from failed
                 for row in (~values.isfinite()).nonzero().flatten().tolist()[:1]:
                     raise NumericalError(
                         f"The reward {name} is not finite for prompt {prompts[row] + 1} ({chosen.texts[row]!r}), "
@@ -113,7 +142,7 @@ class RewardMixture:
         missing = [name for name in names if name not in self._loaded]
         try:
             for name in missing:
-                self._loaded[name] = self._entries[name].load(self._device, self._paths.get(name))
+                self._loaded[name] = load_reward(self._entries[name], self._device, self._paths.get(name))
             yield [self._loaded[name] for name in names]
         finally:
             if missing and not self._keep:

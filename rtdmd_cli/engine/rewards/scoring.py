@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import FrameType
 
 import torch
 from torch import Tensor
 
 from rtdmd_cli.engine.prompts.reading import PromptSet
 from rtdmd_cli.engine.rewards.base import Reward
-from rtdmd_cli.errors import RewardFailure, RtdmdError
+from rtdmd_cli.engine.rewards.guard import Failed, answer
+from rtdmd_cli.errors import RewardFailure
 
 SCORE_BATCH = 64
 """Pictures a reward sees at once."""
 NOT_ASKED = "was not asked any more"
-
-
-class Failed(Exception):
-    """A call of a reward came to nothing, for the reason given."""
-
-
-class TooSlow(Exception):
-    """A block took longer than it may."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +94,8 @@ def score_all(
     """
 
     def ask(rows: list[int]) -> Tensor:
-        return answer(reward, images[rows].to(device), prompts.pick(rows), limits.seconds)
+        part, chosen = images[rows].to(device), prompts.pick(rows)  # a copy of the pictures
+        return answer(reward, part, chosen.texts, chosen.metadata, limits.seconds)
 
     values, reasons = torch.full((len(images),), torch.nan), dict[int, str]()
     for start in range(0, len(images), SCORE_BATCH):
@@ -126,44 +117,3 @@ def score_all(
         Unjudged(name, row, numbers[row], prompts.texts[row], reason)
         for row, reason in sorted(reasons.items())
     ]
-
-
-def answer(reward: Reward, images: Tensor, prompts: PromptSet, seconds: float | None) -> Tensor:
-    """One call without gradient: float32 [n] on the CPU, of images [n,3,H,W] on the reward's device.
-
-    Failed, with the reason, if it raises, takes more than n times `seconds`, or answers something else.
-    """
-    count = len(images)
-    try:
-        with torch.no_grad(), time_limit(None if seconds is None else seconds * count):
-            given: object = reward.score(images, prompts.texts, prompts.metadata)
-    except (RtdmdError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except TooSlow as error:
-        raise Failed(f"took more than {seconds:g} s") from error
-    except Exception as error:  # a user's own code may raise anything
-        raise Failed(f"raised {type(error).__name__}: {' '.join(str(error).split())}") from error
-    if not isinstance(given, Tensor):
-        raise Failed(f"answered {type(given).__name__}, no tensor")
-    if given.shape != (count,) or given.is_complex():
-        raise Failed(f"answered {given.dtype} {list(given.shape)} instead of [{count}]")
-    return given.detach().float().cpu()
-
-
-@contextmanager
-def time_limit(seconds: float | None) -> Iterator[None]:
-    """Raise TooSlow in the block after that time, at the next step of Python code. Main thread only."""
-    if seconds is None:
-        yield
-        return
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise TooSlow
-
-    previous = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)

@@ -21,6 +21,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from rtdmd_cli.engine.rewards.base import Reward, RewardEntry
+from rtdmd_cli.engine.rewards.printing import prints_on_stderr
 from rtdmd_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -71,8 +72,11 @@ def _class(name: str, module: str, cls: str) -> type:
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # last, so that no file there hides an installed module
     try:
-        loaded = import_module(module)
-    except Exception as error:
+        with prints_on_stderr():
+            loaded = import_module(module)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # of a script that ends with sys.exit(), say
         absent = isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")
         raise UsageError(
             f"`{name}` can't be imported: {type(error).__name__}: {error}.",
@@ -100,6 +104,11 @@ def _build(name: str, cls: type, device: torch.device, path: str | None) -> Rewa
             f"`score` of `{name}` doesn't take three arguments: {error}.", f"Write {SIGNATURE}."
         ) from error
     built: Reward = reward
+    if built.differentiable is not inspect.getattr_static(cls, "differentiable"):
+        raise UsageError(
+            f"`{name}` says of itself that `differentiable` is {built.differentiable!r}; its class says otherwise.",
+            "Say it in the class alone.",
+        )
     return built
 
 

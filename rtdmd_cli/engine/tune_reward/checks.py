@@ -27,8 +27,12 @@ def open_rewards(
     eval_prompts: PromptSet,
     device: torch.device,
     say: Callable[[str], None],
+    edge: int,
 ) -> RewardMixture:
-    """The preset's rewards, each (and the watch's CLIP) loaded once; says which take no part in which term."""
+    """The preset's rewards, each (and the watch's CLIP) loaded once; says which take no part in which term.
+
+    edge: px of the pictures; where there is back-propagation, the gradients are tried with one.
+    """
     weights, paths = split_weights(config.rewards), split_paths(config.reward_paths)
     memory, limits = config.rewards_in_memory, Limits(config.max_bad_share, config.reward_seconds)
     open_mixture(weights, config.held_out, paths, eval_prompts, device, memory)
@@ -52,7 +56,7 @@ def open_rewards(
             "Back-propagation is the only term, and none of the rewards is differentiable.",
             "See which are: rtdmd rewards list",
         )
-    mixture.check_loading()
+    mixture.check_loading(edge if config.backprop_weight else None)
     if config.watch.features:
         open_clip(config.watch.features, device)
     return mixture

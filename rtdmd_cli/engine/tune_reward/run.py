@@ -111,7 +111,7 @@ def _load(
         torch.set_num_threads(preset.hardware.threads)
     processes, device = join(resolve_device(preset.hardware.device))
     require_shares(processes, config)
-    mixture = open_rewards(config, prompts, eval_prompts, device, say)
+    mixture = open_rewards(config, prompts, eval_prompts, device, say, preset.model.resolution)
     dtype = resolve_dtype(preset.hardware.dtype, device)
     backbone = load_backbone(preset.model, device, dtype, preset.hardware)
     say(model_line(preset, backbone))

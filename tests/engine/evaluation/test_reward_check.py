@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.resources import files
@@ -99,6 +100,8 @@ def zeros(scores: Tensor) -> Tensor:
         (lambda s: s.log(), "a score is not finite: .*nan"),
         (lambda s: s / 0, "a score is not finite: inf, inf"),
         (lambda s: s.no_such_method(), r"AttributeError: .*no_such_method.* \(test_reward_check.py, line \d+\)"),
+        (lambda s: exec("raise SystemExit(0)"), "it raised SystemExit: 0"),
+        (lambda s: exec("raise GeneratorExit"), "it raised GeneratorExit"),
         (lambda s: exec("raise DataError('The prompt is bad.')"), "The prompt is bad."),
     ],
 )  # fmt: skip
@@ -125,13 +128,13 @@ def test_the_range_has_slack_of_its_width() -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda s: s.detach(), "no gradient reaches the pixels"),
+        (lambda s: s.detach(), "it has no gradient to the pictures, though it says"),
         (
             lambda s: s.detach() + torch.ones(len(s), requires_grad=True) * 1e-3,
-            "no gradient reaches the pixels",
+            "it has no gradient to the pictures, though it says",
         ),
         (lambda s: s.detach() + 0 * s, "the gradient to the pixels is zero"),
-        (lambda s: s + 0 * (s - s.detach()).sqrt(), "the gradient to the pixels is not finite"),
+        (lambda s: s + 0 * (s - s.detach()).sqrt(), "it has a gradient to the pictures that is not finite"),
     ],
 )
 def test_wrong_gradients_fail(change: Callable[[Tensor], Tensor], reason: str) -> None:
@@ -154,7 +157,7 @@ def test_a_reward_of_the_users_own_has_no_known_order() -> None:
     assert found.reason == "every picture scores 0"
 
 
-def raising(error: Exception) -> Callable[[torch.device, str | None], Any]:
+def raising(error: BaseException) -> Callable[[torch.device, str | None], Any]:
     def load(device: torch.device, path: str | None) -> Any:
         raise error
 
@@ -221,3 +224,28 @@ def test_every_row_of_the_table_has_a_check_that_can_fail() -> None:
         reward = Scores(zeros, differentiable=row.differentiable)
         found = check_reward(replace(row, needs=(), extra="", load=lambda device, path, r=reward: r), CPU)
         assert found.status == "failed" and found.reason == "every picture scores 0"
+
+
+def test_one_that_hangs_fails_in_its_time() -> None:
+    found = check_reward(entry(Scores(lambda s: time.sleep(30))), CPU, seconds=0.05)
+    assert (found.status, found.reason) == ("failed", "it took more than 0.15 s")
+    assert found.seconds < 10
+
+
+def test_a_constructor_that_fails_is_a_result() -> None:
+    for error in (ZeroDivisionError("mine"), SystemExit(0), GeneratorExit()):
+        found = run(Redness(), name="my:Redness", load=raising(error))
+        assert found.status == "failed" and found.reason.startswith(f"it raised {type(error).__name__}")
+
+
+def test_the_pictures_and_metadata_of_the_pairs_stay_as_they_are() -> None:
+    class Greedy(Redness):
+        def score(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Any]) -> Tensor:
+            scores = super().score(images, prompts, metadata)
+            images.data.zero_()
+            for known in metadata:
+                known["eaten"] = True
+            return scores
+
+    assert run(Greedy()).status == run(Redness()).status == "passed"
+    assert all("eaten" not in pair.metadata for pair in probes.pairs_for("redness"))

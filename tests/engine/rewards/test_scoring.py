@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from torch import Tensor
 from rtdmd_cli.engine.judges.requirements import Metadata
 from rtdmd_cli.engine.prompts.reading import PromptSet
 from rtdmd_cli.engine.rewards import scoring
-from rtdmd_cli.engine.rewards.scoring import Limits, Scores, require_judged, score_all, time_limit
+from rtdmd_cli.engine.rewards.scoring import Limits, Scores, require_judged, score_all
 from rtdmd_cli.errors import DataError, NumericalError, RewardFailure
 
 CPU = torch.device("cpu")
@@ -55,6 +56,10 @@ def slow(values: Tensor) -> Tensor:
     return values
 
 
+def leaving(values: Tensor) -> Tensor:
+    sys.exit(0)
+
+
 def one_is(bad: float) -> Callable[[Tensor], Tensor]:
     return lambda values: values.where((values - BAD / 10).abs() > 1e-3, bad)
 
@@ -70,6 +75,9 @@ def one_is(bad: float) -> Callable[[Tensor], Tensor]:
         (lambda values: values.mean(), "answered torch.float32 [] instead of [1]"),
         (lambda values: values[:, None], "answered torch.float32 [1, 1] instead of [1]"),
         (slow, "took more than 0.1 s"),
+        (leaving, "raised SystemExit: 0"),
+        (lambda values: exec("raise GeneratorExit"), "raised GeneratorExit"),
+        (lambda values: exec("raise StopIteration"), "raised StopIteration"),
     ],
 )
 def test_a_picture_is_named_and_the_others_keep_their_score(
@@ -140,13 +148,3 @@ def test_the_share_that_may_be_left_out() -> None:
 def test_a_picture_counts_once_however_many_rewards_fail() -> None:
     one, two = torch.tensor([1.0, math.nan, 3.0, 4.0]), torch.tensor([1.0, math.nan, math.nan, 4.0])
     assert Scores({"one": one, "two": two}).judged().tolist() == [0, 3]
-
-
-def test_a_time_limit_ends_with_its_block() -> None:
-    with time_limit(0.05):
-        pass
-    time.sleep(0.1)
-    with pytest.raises(scoring.TooSlow), time_limit(0.05):
-        time.sleep(5)
-    with time_limit(None):
-        time.sleep(0.01)

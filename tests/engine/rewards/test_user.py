@@ -170,6 +170,8 @@ def test_modules_that_cannot_be_imported(write: Write) -> None:
     assert "ZeroDivisionError: division by zero" in failing("mine_f:Redness").message
     write("mine_g", "def")
     assert "SyntaxError" in failing("mine_g:Redness").message
+    write("mine_script", "import sys; print('said'); sys.exit(0)")
+    assert "SystemExit: 0" in failing("mine_script:Redness").message
     write("mine_h", "x = 1")
     assert failing("mine_h:Redness").hint == "It has no class at all."
 
@@ -189,6 +191,12 @@ def test_a_path_and_an_error_of_its_own(write: Write) -> None:
         find_reward("mine_i:Redness").load(CPU, "somewhere")
     with pytest.raises(ZeroDivisionError, match="mine"):
         find_reward("mine_i:Breaks").load(CPU, None)
+
+
+def test_an_instance_that_says_otherwise_than_its_class(write: Write) -> None:
+    changed = "    def __init__(self):\n        self.differentiable = False\n"
+    write("mine_j", f"{GOOD}\nclass Changes(Redness):\n{changed}")
+    assert "says otherwise" in failing("mine_j:Changes").message
 
 
 def test_without_a_colon_the_nearest_name_is_given() -> None:

@@ -283,7 +283,7 @@ def test_rewards_without_a_gradient(
     assert not (tmp_path / "off").exists()
     said: list[str] = []
     config = tune_preset(rewards=(TRAINED, "rule")).tune_reward
-    mixture = tune_checks.open_rewards(config, TRAINING, MEASURED, CPU, said.append)
+    mixture = tune_checks.open_rewards(config, TRAINING, MEASURED, CPU, said.append, 32)
     assert mixture.differentiable == (TRAINED,)
     assert len(said) == 1 and "rule" in said[0] and TRAINED not in said[0]
     said.clear()
@@ -296,10 +296,13 @@ def test_rewards_without_a_gradient(
     assert outcome.records["watch"]["best"]["trained"] is None
     said.clear()
     for values in ({"rewards": (TRAINED,)}, {"rewards": ("rule",), "backprop_weight": 0.0}):
-        tune_checks.open_rewards(tune_preset(**values).tune_reward, TRAINING, MEASURED, CPU, said.append)
+        tune_checks.open_rewards(tune_preset(**values).tune_reward, TRAINING, MEASURED, CPU, said.append, 32)
     assert said == []
+    with pytest.raises(DataError, match="The reward broken has no gradient to the pictures"):
+        run(tmp_path, "claims", begin, rewards=("broken",))
+    assert not (tmp_path / "claims").exists()  # tried before the first epoch
     with pytest.raises(RewardFailure, match="3 of 3 pictures got no reward in the first measurement.*broken"):
-        run(tmp_path, "broken", begin, rewards=("broken",))
+        run(tmp_path, "broken", begin, rewards=("broken",), backprop_weight=0.0)
     assert RunFolder(tmp_path / "broken").status()["state"] == "failed"
 
 
