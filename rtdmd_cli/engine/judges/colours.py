@@ -1,4 +1,4 @@
-"""The colour of an object as GenEval tells it: zero-shot CLIP on the object, cut out of its picture."""
+"""The colour of an object by GenEval's classifier: zero-shot CLIP on the object, cut out of its picture."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ class ObjectDetector:
     def load(cls, source: str | Path, device: torch.device | str) -> ObjectDetector:
         """Loads config.json, model.safetensors and preprocessor_config.json from a folder or hub id.
 
-        Of the preprocessing mean and std are taken over; the size is GenEval's, whatever the file says.
+        Mean and std come from preprocessor_config.json; the size is GenEval's, not the file's.
         Raises DataError for a folder that is missing, incomplete, damaged or holds another model, and
         EnvironmentFailure where a hub id can be had neither from the hub nor from the cache.
         """
@@ -140,7 +140,7 @@ Sizes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 def _select(probabilities: Tensor, masks: Tensor, sizes: Sizes, threshold: float) -> list[Found]:
     """The objects of one picture: probabilities [Q,classes], masks [Q,h,w] as logits.
 
-    sizes: of the network's input, of the picture in it, and of the picture itself, each (height, width).
+    sizes: the network's input, the picture inside it, and the picture itself, each (height, width).
     """
     kept = probabilities.flatten().topk(min(MOST_PER_PICTURE, probabilities.numel()))
     pairs = [

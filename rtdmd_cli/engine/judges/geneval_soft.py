@@ -18,7 +18,7 @@ def soft_score(detections: Sequence[Detection], requirement: Mapping[str, Any]) 
         0                                   if found != n and the clause names a colour or a position; else
         1 - |n - matching| / n              if it names a colour: `matching` objects have it
         0                                   if it names a position, the colour matched, and the target clause failed
-        0 for each object with a violated relation, then 1      likewise, where the target clause held
+        0 for each object with a violated relation, then 1      as the line above, where the target clause held
 
     A clause holds if found = n and its colour and position do. `exclude` clauses are ignored; without an `include`
     clause the score is 0. requirement: as for `geneval.judge`; thresholds are the detector's.

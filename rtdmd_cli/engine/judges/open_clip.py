@@ -71,7 +71,7 @@ def to_transformers(tensors: dict[str, Tensor], what: str) -> dict[str, Tensor]:
 
 
 def clip_config(ours: dict[str, Tensor], heads: int, activation: str) -> CLIPConfig:
-    """The configuration that belongs to what `to_transformers` gives.
+    """The CLIPConfig for the tensors that `to_transformers` returns.
 
     heads: of both towers; activation: transformers' name ("gelu"). Neither can be read off the tensors.
     """

@@ -1,4 +1,4 @@
-"""How the models of the Qwen-VL family are asked about a picture: pixels, tokens and the files both come from.
+"""The inputs of the Qwen-VL models for a question about a picture: pixels, tokens, and the files that both come from.
 
 The image processor is written again, differentiably; its settings are the published ones. The text is rendered with
 the published chat template.
@@ -77,7 +77,7 @@ class Chat:
     image_token: int
 
     def tokens(self, text: str, image_tokens: int) -> tuple[list[int], list[int]]:
-        """Of a question about one picture: the ids up to the picture's last token, and those after it.
+        """Token ids of a question about one picture: up to the picture's last token, and after it.
 
         DataError where `text` itself holds the picture's token.
         """

@@ -1,4 +1,4 @@
-"""The words of GenEval: what its detector and its colour classifier tell apart. No torch."""
+"""The words of GenEval: the classes of its detector and of its colour classifier. No torch."""
 
 CLASSES = (
     "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light",

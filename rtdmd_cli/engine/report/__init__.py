@@ -1,2 +1,2 @@
-"""What a person looks at after a run: picture grids (`grid`), line charts (`charts`), report page
+"""What a person looks at during and after a run: picture grids (`grid`), line charts (`charts`), report page
 (`html`)."""

@@ -1,7 +1,7 @@
 """Small line charts as inline SVG, without a script, a font or anything else from outside.
 
-A chart is one string for an HTML page that carries `CHART_CSS` once. Lengths are SVG user units: about CSS
-pixels at the width at which a phone shows the chart.
+A chart is one string for an HTML page that carries `CHART_CSS` once. Lengths are SVG user units, about CSS
+pixels on a phone.
 """
 
 import math

@@ -1,6 +1,6 @@
 """Two runs on one self-contained page: their curves in the same charts, their sample grids side by side.
 
-The page takes plain data; who reads the run folders decides what goes in. All text is escaped.
+The page takes plain data (`Comparison`), which `run_compare` reads from the run folders. All text is escaped.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ EARLIER_GRIDS = 8  # steps that both runs have, at most, below the newest grids
 
 @dataclass(frozen=True)
 class Side:
-    """One of the runs. label: how it is called on the page. facts: one cell for each of `Comparison.facts`.
+    """One of the runs. label: its name on the page. facts: one cell for each of `Comparison.facts`.
 
     metrics: the rows of metrics.jsonl. grids: by step, rising. problem: what is damaged, or "".
     """

@@ -1,7 +1,7 @@
 """What `--from` names, and the model it stands for.
 
-In this order: a path (a run folder, a checkpoint folder, an exported folder), the name of a run, a preset (its
-untouched base model). Nothing at all names the newest finished run, or else the built-in model.
+A name is looked up in this order: a path (a run folder, a checkpoint folder, an exported folder), the name of a run, a
+preset (its untouched base model). Without `--from` it is the newest finished run, or else the built-in model.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ LONGEST_NAME = 255  # characters of a file name
 class Source:
     """A generator (with its checkpoint) or a teacher (the preset's base model).
 
-    preset: for a generator the one of its run. label: for people and for results, free of folders.
+    preset: a generator's is its run's. label: a name for people and for results, without folders.
     notes: lines for stderr about what was chosen. exported: where the generator is an exported folder.
     """
 

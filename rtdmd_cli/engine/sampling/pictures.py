@@ -194,8 +194,8 @@ def encode(
 ) -> tuple[Conditioning, Conditioning | None]:
     """The prompts' conditioning on the CPU, one row a prompt, and the empty prompt's where guidance needs it.
 
-    By way of the cache on disk; the text encoders are freed. In bf16 a prompt takes 2 MB for Stable Diffusion 3, 4 MB
-    for FLUX.1 and 8 MB for FLUX.2-klein-4B, at the published text lengths.
+    Read from and written to the cache on disk; the text encoders are then freed. In bf16 a prompt takes 2 MB for Stable
+    Diffusion 3, 4 MB for FLUX.1 and 8 MB for FLUX.2-klein-4B, at the published text lengths.
     """
     cache, uncond = encode_to_cache(backbone, prompts, plan)
     return cache.fetch(prompts), uncond

@@ -3,10 +3,10 @@
 The samplers are short functions over any `velocity(x, sigma)`, with the noise as an argument. What a base
 model and a generator run is a `SamplingPlan`:
 
-    teacher    Euler with guidance, on the stock schedule; with as many steps as the preset's
-               few-step schedule has, on that one
-    generator  CPS with the preset's eta, without guidance; another number of steps spaces the raw steps
-               evenly
+    teacher    Euler with guidance, on the stock schedule; with 4 steps (or as many as the preset's few-step
+               schedule has) on the few-step schedule
+    generator  CPS (coefficients-preserving sampling) with the preset's eta, without guidance, on the few-step
+               schedule; with another number of steps, on raw steps that are evenly spaced
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def guided(
     Classifier-free guidance, or embedded guidance where the backbone has it. Differentiable in x.
     cond: one row a sample, on the backbone's device. uncond: one row, the encoded prompt "", needed by
     classifier-free guidance alone, for which both run in one batch of 2B.
-    guidance: one scale, or those at low and high noise between which `guidance_at` goes.
+    guidance: one scale, or two (at low and at high noise), with `guidance_at` between them.
     """
 
     def scale(sigma: Tensor) -> float | Tensor:
@@ -85,7 +85,7 @@ def guided(
 
 @dataclass(frozen=True)
 class SamplingPlan:
-    """How a picture is made. `sigmas` fall from 1 to 0; `eta` is a generator's, `guidance` a teacher's.
+    """How a picture is made. `sigmas` fall from 1 to 0; only generators use `eta`, only teachers `guidance`.
 
     embedded: guidance is an input of the network, not classifier-free.
     """
