@@ -140,7 +140,7 @@ def _unknown(path: KeyPath, where: str, example: str, section: bool = False) -> 
 
 
 def _flatten(document: strict_yaml.Document, path: Path) -> _Layer:
-    """The document's values by key. Raises UsageError for unknown keys and for sections that are none."""
+    """The document's values by key. Raises UsageError for unknown keys, and for a value where a section belongs."""
     source, layer = f"preset {_label(path)}", {}
 
     def visit(data: dict[str, Any], prefix: KeyPath) -> None:

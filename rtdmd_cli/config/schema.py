@@ -215,7 +215,7 @@ class DistillConfig(TrainingSection):
         return self
 
     def require_one_pass(self, name: str, backprop_steps: int) -> None:
-        """ValueError, naming the setting, where so many joined steps would be gone through backwards once a boundary."""
+        """ValueError, naming the setting, if joined steps would need one backward pass for each boundary."""
         if backprop_steps > 1 and self.boundaries == "every" and not self.boundaries_batched:
             raise ValueError(
                 f"`{name}` ({backprop_steps}) needs `distill.boundaries_batched: true`: "

@@ -1,4 +1,4 @@
-"""What every section of a preset is made of, the adapters' section, and what both stages' sections share. No torch."""
+"""The base class of every preset section, the adapters' section, and the settings that both stages share. No torch."""
 
 from typing import Literal
 

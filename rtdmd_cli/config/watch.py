@@ -1,4 +1,4 @@
-"""The preset's section that says when stage 2 is taken to exploit its rewards. No torch."""
+"""The preset's section of limits beyond which stage 2 counts as exploiting its rewards. No torch."""
 
 from pydantic import Field, field_validator
 

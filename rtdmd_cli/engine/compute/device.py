@@ -73,10 +73,10 @@ def float32_matmul(precision: str, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def plain_attention() -> Iterator[None]:
-    """Within the block attention is torch's plain one, with its products in the format of what goes in.
+    """Within the block attention is torch's plain one, with its products in the format of its inputs.
 
-    Of bf16 torch would otherwise compute them in float32, and a training step take a tenth longer on the CPU. To be
-    entered around a backward pass as well: checkpointing recomputes there, and must find the same.
+    Otherwise torch computes the products of bf16 tensors in float32, and a training step takes a tenth longer on the CPU.
+    Enter it around a backward pass as well: checkpointing recomputes there, and must find the same.
     """
     before = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # of the CPU too, in spite of its name
@@ -88,14 +88,14 @@ def plain_attention() -> Iterator[None]:
 
 
 def device_name(device: torch.device) -> str:
-    """What the device calls itself: the GPU's name, else the processor's, where Linux tells, and its architecture."""
+    """The device's name: the GPU's, or else the processor's (where Linux gives one) and its architecture."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} ({', '.join([*_processor(CPUINFO), platform.machine()])})"
 
 
 def _processor(cpuinfo: Path) -> list[str]:
-    """What tells processors apart, of the first one in Linux's list; empty where there is none to be read."""
+    """The facts that identify a processor, from the first one in Linux's list; empty where there is no list."""
     try:
         lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

@@ -18,7 +18,7 @@ class HostMemory:
 
 
 def host_memory(meminfo: Path = MEMINFO, cgroup: Path = CGROUP) -> HostMemory | None:
-    """What Linux tells, within the bound of the container if there is one; None on other systems."""
+    """Linux's figures, bounded by the container's if there is one; None on other systems."""
     try:
         lines = meminfo.read_text(encoding="ascii").splitlines()
     except OSError:

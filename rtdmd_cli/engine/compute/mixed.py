@@ -50,7 +50,7 @@ def multiplies_bf16(device: torch.device) -> bool:
 
 
 def cast_forward(module: nn.Module, wanted: Callable[[], torch.dtype | None]) -> None:
-    """From now on, autocast to `wanted()` around each forward pass of `module`; none where it gives None.
+    """Autocast each later forward pass of `module` to `wanted()`; not where that is None.
 
     Without autocast's cache: a weight is used once in a pass, and inside another autocast the cache would hand a cast
     that was made without gradient to a step with one.
@@ -71,10 +71,10 @@ def cast_forward(module: nn.Module, wanted: Callable[[], torch.dtype | None]) ->
 
 
 def take_contiguous(module: nn.Module, wanted: Callable[[], torch.dtype | None]) -> None:
-    """From now on, linear layers in `module` get inputs on the CPU as one block of memory wherever `wanted()` is a dtype.
+    """Make inputs of linear layers in `module` contiguous on the CPU, in all later passes where `wanted()` is a dtype.
 
-    Of a slice, such as the part of a joint attention's output that is the picture's, torch makes one product for each
-    picture where no gradient is recorded, each with a copy of the weights: a tenth of a forward pass on the CPU.
+    Without gradients torch multiplies a slice (such as the picture's part of a joint attention's output) one picture at a
+    time, each with a copy of the weights, which costs a tenth of a forward pass on the CPU.
     """
 
     def gather(_: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""Optimisers and what surrounds their step: learning rate, gradient check and clipping, EMA, saved states."""
+"""Optimisers and the parts around a step: learning rate, gradient check and clipping, EMA, saved states."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence

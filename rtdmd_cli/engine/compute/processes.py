@@ -26,7 +26,7 @@ PATIENCE = timedelta(hours=6)
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes of a training: this one's number among how many; the accelerator is None for one alone."""
+    """The processes of a training: this one's index, their count, and accelerate's object, None for one process alone."""
 
     index: int = 0
     count: int = 1
@@ -75,7 +75,7 @@ class Processes:
         return int(self.accelerator.gather(own).max())
 
     def first_here(self) -> AbstractContextManager[None]:
-        """One process of each machine goes through the block first: what it puts on disk, the others find there."""
+        """One process of each machine runs the block first; the others then find on disk what it wrote."""
         if self.count == 1:
             return nullcontext()
         block: AbstractContextManager[None] = self.accelerator.local_main_process_first()
@@ -83,7 +83,7 @@ class Processes:
 
     @contextmanager
     def agreeing(self) -> Iterator[None]:
-        """What is raised in one process stops all, with the same exit code: none waits for one that is gone.
+        """An error in one process stops all of them, with the same exit code, so that none waits for one that is gone.
 
         No process may sum, gather or wait for others within the block.
         """
@@ -120,7 +120,7 @@ def is_follower() -> bool:
 
 
 def join(device: torch.device) -> tuple[Processes, torch.device]:
-    """Meet the other processes of the launcher, if there are any; they, and this one's own device.
+    """Join the launcher's other processes, if there are any; returns the group, and this process's device.
 
     Returns when all have come.
     """

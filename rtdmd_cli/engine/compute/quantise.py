@@ -92,9 +92,9 @@ def _nf4(linear: nn.Linear, device: torch.device) -> nn.Module:
 class Nf4Linear(Linear4bit):
     """bitsandbytes' 4-bit layer: x [..., in] -> [..., out] in x's dtype.
 
-    With AVX-512 its CPU kernel begins a block of scales anew with each row, where the blocks run through: rows that
-    end inside a block come out wrong. The weights of such a layer are dequantised as one row, and kept until the
-    backward pass; rows of large models are whole blocks.
+    Blocks of scales run on from row to row, but with AVX-512 the CPU kernel starts a new block with each row, so rows that
+    end inside a block come out wrong. Such a layer's weights are dequantised as one row here, and kept until the
+    backward pass. In large models every row is a whole number of blocks.
     """
 
     def forward(self, x: Tensor) -> Tensor:

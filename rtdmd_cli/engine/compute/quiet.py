@@ -9,7 +9,7 @@ import transformers
 
 @contextmanager
 def quiet_loading() -> Iterator[None]:
-    """No progress bars and load reports of transformers and diffusers within the block; as before after it."""
+    """Within the block, no progress bars and load reports of transformers and diffusers."""
     bars = transformers.logging.is_progress_bar_enabled()
     levels = transformers.logging.get_verbosity(), diffusers.utils.logging.get_verbosity()
     transformers.logging.disable_progress_bar()

@@ -75,12 +75,12 @@ class FullRoles:
             _require(weights, flags)
 
     def _precision(self) -> torch.dtype | None:
-        """Of products in the transformer's forward pass: the base's dtype where the weights in place are float32."""
+        """The dtype of products in the transformer's forward pass: the base's where the weights in place are float32."""
         mixed = next(self.transformer.parameters()).dtype != self._dtype
         return self._dtype if mixed else None
 
     def _put(self, parameters: Iterable[nn.Parameter | None]) -> None:
-        """In the order of the slots. Past `Module.__setattr__`, which would look each one up by its kind first."""
+        """Put parameters in place, in the order of the slots, without `Module.__setattr__` and its look-up of each kind."""
         for (_, module, key), parameter in zip(self._slots, parameters, strict=True):
             module._parameters[key] = parameter
 
