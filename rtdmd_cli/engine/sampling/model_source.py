@@ -91,7 +91,16 @@ def resolve(reference: str | None, out: Path) -> Source:
     if reference is None:
         return _default(out)
     found = _in_folders(reference, out)
-    return found if found is not None else _from_preset(reference, out)
+    if found is None:
+        return _from_preset(reference, out)
+    return replace(found, notes=(*_namesake(reference), *found.notes))
+
+
+def _namesake(reference: str) -> list[str]:
+    """A line where a preset bears the name of what was found among the runs."""
+    if reference not in [info.name for info in list_presets()]:
+        return []
+    return [f"`{reference}` is a run here; the base model of the preset is --from {preset_path(reference)}"]
 
 
 def _in_folders(reference: str, out: Path) -> Source | None:

@@ -50,7 +50,12 @@ def test_a_path_comes_before_a_run_name_and_that_before_a_preset(runs: Path) -> 
     assert resolve("shapes-4step", runs).checkpoint == here.checkpoints / "step-000010"
     shutil.rmtree(here.path)
     Path("shapes-4step").mkdir()  # a folder of that name that is nothing of ours changes nothing
-    assert resolve("shapes-4step", runs).checkpoint == named.checkpoints / "step-000030"
+    found = resolve("shapes-4step", runs)
+    assert found.checkpoint == named.checkpoints / "step-000030"
+    assert len(found.notes) == 1 and "`shapes-4step` is a run here" in found.notes[0]
+    base = found.notes[0].rpartition(" ")[2]  # the preset's file, which the note names
+    assert resolve(base, runs).label == "shapes-4step (base model)"
+    assert resolve("runs/shapes-4step", runs).notes == ()
     shutil.rmtree(named.path)
     source = resolve("shapes-4step", runs)
     assert (source.kind, source.checkpoint, source.label) == ("teacher", None, "shapes-4step (base model)")
