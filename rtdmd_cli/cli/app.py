@@ -1,5 +1,6 @@
 """The program `rtdmd`: its commands, imported when they are called, and its exit codes."""
 
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -176,6 +177,7 @@ def root(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program with these arguments, by default the process's; returns the exit code, prints every error."""
+    _escape_what_has_no_code()
     quiet_libraries()
     try:
         code = _execute(sys.argv[1:] if argv is None else argv)
@@ -199,6 +201,12 @@ def _execute(arguments: Sequence[str]) -> int:
     except typer.Exit as done:
         return done.exit_code
     return 0
+
+
+def _escape_what_has_no_code() -> None:
+    """Letters that stdout has no code for are escaped: an ASCII terminal, a folder whose name is no UTF-8."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _discard_output() -> None:

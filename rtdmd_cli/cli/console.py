@@ -10,13 +10,13 @@ import typer
 
 from rtdmd_cli.cli.quiet import quiet_libraries
 
-__all__ = ["quiet_libraries", "say", "show"]
+__all__ = ["printable", "quiet_libraries", "say", "show"]
 
 
 def say(text: str, quiet: bool = False) -> None:
     """A line on stderr, unless quiet."""
     if not quiet:
-        typer.echo(text, err=True)
+        typer.echo(printable(text), err=True)
 
 
 def show(result: Mapping[str, Any], as_json: bool) -> None:
@@ -26,7 +26,12 @@ def show(result: Mapping[str, Any], as_json: bool) -> None:
         return
     width = max((len(key) for key in result), default=0)
     for key, value in result.items():
-        typer.echo(f"{key:<{width}}  {'-' if value is None else value}")
+        typer.echo(printable(f"{key:<{width}}  {'-' if value is None else value}"))
+
+
+def printable(text: str) -> str:
+    """The text with control characters but line ends and tabs escaped: what files hold must not steer a terminal."""
+    return "".join(each if each.isprintable() or each in "\n\t" else ascii(each)[1:-1] for each in text)
 
 
 def plain(value: Any) -> Any:

@@ -42,13 +42,14 @@ def show_table(summary: Mapping[str, Any], err: bool) -> None:
     from rich.console import Console
 
     screen = Console(stderr=err, highlight=False, markup=False)
-    screen.print(f"benchmark {summary['benchmark']}, model {summary['model']}", soft_wrap=True)
+    title = f"benchmark {summary['benchmark']}, model {summary['model']}"
+    screen.print(console.printable(title), soft_wrap=True)
     if "tasks" in summary:
         _shapes_table(summary, err)
     else:
         _figure_table(summary, err)
     for line in (*_notes(summary), *_cost(summary), *_comparison(summary)):
-        screen.print(line, soft_wrap=True)
+        screen.print(console.printable(line), soft_wrap=True)
 
 
 def _shapes_table(summary: Mapping[str, Any], err: bool) -> None:
@@ -78,7 +79,7 @@ def _figure_table(summary: Mapping[str, Any], err: bool) -> None:
     for part in summary["breakdowns"]:
         table.add_section()
         for row in part["rows"]:
-            table.add_row(f"  {row['label']}", *_cells(row))
+            table.add_row(console.printable(f"  {row['label']}"), *_cells(row))
     published = summary["published"]
     if published:
         table.add_section()

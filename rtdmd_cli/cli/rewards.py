@@ -167,7 +167,8 @@ def _check_table(results: list[CheckResult]) -> Table:
         scores = "" if each.low is None else f"{each.low:.4g} to {each.high:.4g}"
         gradient = "" if each.gradient is None else f"{each.gradient:.2g}"
         seconds = "" if each.status == "not available" else f"{each.seconds:.1f}"
-        table.add_row(each.name, each.status, order, scores, gradient, seconds, each.reason)
+        reason = console.printable(each.reason)
+        table.add_row(each.name, each.status, order, scores, gradient, seconds, reason)
     return table
 
 

@@ -80,9 +80,9 @@ def _print_table(found: list[RunSummary]) -> None:
         done = f"{each.iterations}/{each.target}" if each.target else f"{each.iterations}"
         preset = each.preset.name if each.preset else ""
         date = f"{each.date:%Y-%m-%d %H:%M}"
-        table.add_row(
-            each.name, each.stage or "", each.state, done, duration(each.seconds), figures(each), preset, date
-        )
+        stage, time, last = each.stage or "", duration(each.seconds), figures(each)
+        cells = (each.name, stage, each.state, done, time, last, preset, date)
+        table.add_row(*map(console.printable, cells))
     screen = Console(highlight=False, markup=False)
     if not screen.is_terminal:
         screen.width = PIPED_WIDTH

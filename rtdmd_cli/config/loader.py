@@ -30,6 +30,8 @@ from rtdmd_cli.errors import EnvironmentFailure, UsageError
 
 ENVIRONMENT_PREFIX = "RTDMD_SET_"
 OWN_KEYS = frozenset({("name",), ("description",)})  # of one file, not inherited
+MAX_CHAIN = 16
+"""Presets that extend one another."""
 PYTHON_FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 LIST_HINT = "List the shipped presets: rtdmd presets list"
 
@@ -176,6 +178,11 @@ def _file_layer(path: Path, seen: tuple[Path, ...] = ()) -> _Layer:
                 f"`extends` must be the name or path of a preset, not {shown(parent)} ({where}).", LIST_HINT
             )
         chain = (*seen, path.resolve())
+        if len(chain) > MAX_CHAIN:
+            raise UsageError(
+                f"More than {MAX_CHAIN} presets extend one another ({where}).",
+                "Write what they say into one file.",
+            )
         parent_path = preset_path(parent, path.parent, f" ({where})")
         if parent_path.resolve() in chain:
             raise UsageError(

@@ -414,3 +414,12 @@ def test_no_torch() -> None:
     code = "import sys, rtdmd_cli.config, rtdmd_cli.cli.presets; print('torch' in sys.modules)"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert answer.stdout == "False\n"
+
+
+def test_a_long_chain_of_presets_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, "extends: shapes-4step\n", "0.yaml")
+    for number in range(1, 2_000):
+        write(tmp_path, f"extends: {number - 1}.yaml\n", f"{number}.yaml")
+    assert load(str(tmp_path / "14.yaml")).preset.name == "14"
+    with pytest.raises(UsageError, match="More than 16 presets extend one another"):
+        load(str(tmp_path / "1999.yaml"))

@@ -7,7 +7,7 @@ from rtdmd_cli.config.loader import preset_values
 from rtdmd_cli.engine.report.charts import format_number
 from rtdmd_cli.engine.report.compare import Comparison, Side, write_comparison
 from rtdmd_cli.engine.report.page import Cell, format_duration
-from rtdmd_cli.engine.report.run_facts import grids
+from rtdmd_cli.engine.report.run_facts import grid_steps, grids
 from rtdmd_cli.engine.storage.run_folder import RunFolder
 from rtdmd_cli.engine.storage.runs import RunSummary, summary
 from rtdmd_cli.errors import UsageError
@@ -57,10 +57,8 @@ def _labels(both: tuple[RunSummary, RunSummary]) -> tuple[str, str]:
 
 def _side(each: RunSummary, label: str) -> Side:
     rows, unit = ROWS.get(each.stage or "distill", ROWS["distill"])
-    pictures = {
-        int(picture.path.stem.removeprefix("step-")): picture for picture in grids(each.run, rows, unit)
-    }
-    return Side(label, _facts(each), each.run.metrics.read(), pictures, each.problem)
+    pictures = dict(zip(sorted(grid_steps(each.run)), grids(each.run, rows, unit), strict=True))
+    return Side(label, _facts(each), each.rows, pictures, each.problem)
 
 
 def _facts(each: RunSummary) -> list[Cell]:

@@ -1,27 +1,37 @@
 """What a run folder tells for its report: command, machine, grids, sampler, lag curves."""
 
+import re
 from collections.abc import Mapping
+from pathlib import Path
 
 from rtdmd_cli.config.schema import DistillConfig, Preset
 from rtdmd_cli.engine.report.page import Picture
 from rtdmd_cli.engine.storage import strict_json
 from rtdmd_cli.engine.storage.run_folder import ENVIRONMENT, RunFolder
 
+_GRID = re.compile(r"step-(\d{1,12})\.png")
+
 
 def recorded_environment(run: RunFolder) -> tuple[str, list[tuple[str, str]]]:
-    """The command that made a run, and its machine and versions."""
-    environment = strict_json.read(run.path / ENVIRONMENT)
-    command = " ".join(environment.pop("command"))
-    packages = environment.pop("packages")
-    return command, [(k, str(v)) for k, v in {**environment, **packages}.items() if v is not None]
+    """The command that made a run, and its machine and versions; nothing where their record is damaged."""
+    try:
+        environment = strict_json.read(run.path / ENVIRONMENT)
+        command = " ".join(environment.pop("command"))
+        packages = environment.pop("packages")
+        return command, [(k, str(v)) for k, v in {**environment, **packages}.items() if v is not None]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"not known: {ENVIRONMENT} is damaged", []
 
 
 def grids(run: RunFolder, rows: str, unit: str) -> list[Picture]:
     """The sample grids of a run, oldest first. rows: what stands above what; unit: what the steps count."""
-    return [
-        Picture(path, f"{unit} {int(path.stem.removeprefix('step-'))}: {rows}")
-        for path in sorted(run.samples.glob("step-*.png"))
-    ]
+    return [Picture(path, f"{unit} {step}: {rows}") for step, path in sorted(grid_steps(run).items())]
+
+
+def grid_steps(run: RunFolder) -> dict[int, Path]:
+    """The sample grids of a run by their step; other files beside them are left alone."""
+    named = {path: _GRID.fullmatch(path.name) for path in sorted(run.samples.glob("step-*.png"))}
+    return {int(found[1]): path for path, found in named.items() if found}
 
 
 def trained_weights(config: DistillConfig) -> str:

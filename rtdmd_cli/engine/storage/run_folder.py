@@ -297,7 +297,10 @@ def open_run(path: Path) -> RunFolder:
 
 
 def find_newest_finished(out: Path, stage: str | None = None) -> RunFolder | None:
-    """The run under `out` (of that stage) that finished last, by the time in its status; None if there is none."""
+    """The run under `out` (of that stage) that finished last, by the time in its status; None if there is none.
+
+    A run that does not tell its stage is passed over, as it can't be gone on from.
+    """
     found: list[tuple[str, str, Path]] = []
     if out.is_dir():
         with files.os_errors(out, "list"):
@@ -305,7 +308,7 @@ def find_newest_finished(out: Path, stage: str | None = None) -> RunFolder | Non
         for path in folders:
             status = _read_status(path)
             finished = status is not None and status["state"] == "finished"
-            if status is not None and finished and (stage is None or RunFolder(path).stage == stage):
+            if status is not None and finished and (stage is None or _stage(path) == stage):
                 found.append((str(status["time"]), path.name, path))
     return RunFolder(max(found)[2]) if found else None
 
@@ -383,6 +386,13 @@ def _encodable(text: str) -> str:
 
 def _now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+def _stage(path: Path) -> str | None:
+    try:
+        return RunFolder(path).stage
+    except DataError:
+        return None
 
 
 def _read_status(path: Path) -> dict[str, Any] | None:

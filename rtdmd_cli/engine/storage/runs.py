@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,7 +12,7 @@ from rtdmd_cli.config.loader import load_preset
 from rtdmd_cli.config.schema import Preset
 from rtdmd_cli.engine.storage import checkpoint, files, strict_json
 from rtdmd_cli.engine.storage.run_folder import ENVIRONMENT, PRESET, STATUS, RunFolder, is_run, resolve_run
-from rtdmd_cli.errors import DataError, UsageError
+from rtdmd_cli.errors import RtdmdError, UsageError
 
 T = TypeVar("T")
 TRACES = (PRESET, STATUS, ENVIRONMENT, "checkpoints", "metrics.jsonl")
@@ -26,7 +26,8 @@ class RunSummary:
     """One run. state: that of its status; "killed" where no process works on it any more; "damaged".
 
     stage, preset and target (iterations or epochs) are None where the folder does not tell. seconds of training.
-    figures: the last value of every metric. date: of the last change, UTC. problem: what is damaged, or "".
+    figures: the last value of every metric, rows: all lines of them. date: of the last change, UTC. problem: what is
+    damaged, or "".
     """
 
     run: RunFolder
@@ -39,6 +40,7 @@ class RunSummary:
     figures: Mapping[str, float]
     date: datetime
     problem: str = ""
+    rows: Sequence[Mapping[str, Any]] = ()
 
     @property
     def name(self) -> str:
@@ -52,13 +54,13 @@ def list_runs(out: Path) -> list[RunSummary]:
         return []
     with files.os_errors(out, "list"):
         folders = [path for path in out.iterdir() if not path.name.startswith(".") and looks_like_run(path)]
-    found = [summary(RunFolder(path)) for path in folders]
+    found = [replace(summary(RunFolder(path)), rows=()) for path in folders]
     return sorted(found, key=lambda each: (each.date, each.name), reverse=True)
 
 
 def looks_like_run(path: Path) -> bool:
     """Whether a folder is a run, or what is left of one."""
-    return path.is_dir() and any(os.path.lexists(path / name) for name in TRACES)
+    return os.path.isdir(path) and any(os.path.lexists(path / name) for name in TRACES)
 
 
 def find_run(reference: str, out: Path) -> RunFolder:
@@ -77,14 +79,15 @@ def find_run(reference: str, out: Path) -> RunFolder:
 
 
 def summary(run: RunFolder) -> RunSummary:
-    """What the folder tells; what can't be read becomes `problem`, and nothing is raised but for the machine."""
+    """What the folder tells; what can't be read becomes `problem`, and nothing is raised."""
     problems: list[str] = []
     preset = _preset(run, problems)
     stage = _told(lambda: run.stage, problems)
     status = _told(run.status, problems) or {}
-    rows = run.metrics.read()
+    rows = _told(run.metrics.read, problems) or []
+    held = _told(run.is_held, problems)
     state = DAMAGED if problems else str(status["state"])
-    if state == "running" and not run.is_held():
+    if state == "running" and not held:
         state = KILLED
     last = rows[-1] if rows else {}
     return RunSummary(
@@ -98,6 +101,7 @@ def summary(run: RunFolder) -> RunSummary:
         figures=last_figures(rows),
         date=_date(run, status),
         problem=" ".join(problems),
+        rows=rows,
     )
 
 
@@ -148,7 +152,7 @@ def _told(read: Callable[[], T], problems: list[str]) -> T | None:
     """What `read` gives, or None and a problem."""
     try:
         return read()
-    except (DataError, UsageError) as error:
+    except RtdmdError as error:
         problems.append(error.message)
         return None
 
