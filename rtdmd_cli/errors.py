@@ -40,5 +40,9 @@ class NumericalError(RtdmdError):
     exit_code = 5
 
 
+class PictureFailure(NumericalError):
+    """Pictures are not finite; what was trained is not touched by that."""
+
+
 class RewardFailure(NumericalError):
     """Rewards have no usable answer for too many pictures; nothing has moved because of them."""

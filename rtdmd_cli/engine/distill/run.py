@@ -93,8 +93,7 @@ def run_distill(
         )
         session.last = saved.path if start.run and saved else None
         with failing(session):
-            stop = train(session, quiet)
-        return finish(session, stop)
+            return finish(session, train(session, quiet))
 
 
 def stage(trainer: Trainer, previews: pictures.Previews) -> Stage:

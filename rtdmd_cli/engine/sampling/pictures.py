@@ -34,7 +34,7 @@ from rtdmd_cli.engine.sampling.model_source import Model
 from rtdmd_cli.engine.sampling.sample import SamplingPlan, decode_all, generate
 from rtdmd_cli.engine.storage import strict_json
 from rtdmd_cli.engine.storage.files import append_line, os_errors
-from rtdmd_cli.errors import EnvironmentFailure, NumericalError, UsageError
+from rtdmd_cli.errors import EnvironmentFailure, UsageError
 
 T = TypeVar("T")
 
@@ -225,18 +225,13 @@ def paint(
 ) -> Tensor:
     """One batch of pictures [len(keys), 3, height, width], float32 in 0..1 on the CPU.
 
-    Arguments as `generate`. NumericalError for pictures that are not finite.
+    Arguments as `generate`. PictureFailure for pictures that are not finite.
     """
     size = len(keys)
     latents = generate(
         model.backbone, model.roles, plan, cond, uncond, keys, shape=shape, seed=seed, batch=size, rows=rows
     )
-    images = decode_all(model.backbone, latents, size)
-    if not bool(images.isfinite().all()):
-        raise NumericalError(
-            f"The model {model.label} makes pictures that are not finite.", "Try --dtype fp32."
-        )
-    return images
+    return decode_all(model.backbone, latents, size, f"The model {model.label}")
 
 
 def write_grid(folder: Path, job: Job) -> Path:

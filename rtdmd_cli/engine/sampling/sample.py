@@ -26,7 +26,7 @@ from rtdmd_cli.engine.backbones.base import Backbone, Conditioning, concatenate
 from rtdmd_cli.engine.backbones.common import evenly_spaced
 from rtdmd_cli.engine.compute import rng
 from rtdmd_cli.engine.roles.base import RoleSet
-from rtdmd_cli.errors import UsageError
+from rtdmd_cli.errors import PictureFailure, UsageError
 
 Kind = Literal["teacher", "generator", "start"]
 """Roles that pictures are drawn with; `start` is the generator that stage 2 began from."""
@@ -211,6 +211,16 @@ def generate(
 
 
 @torch.no_grad()
-def decode_all(backbone: Backbone, latents: Tensor, batch: int) -> Tensor:
-    """Pictures [N, 3, height, width], float32 in 0..1 on the CPU, of latents [N, C, H, W]."""
-    return torch.cat([backbone.decode(part.to(backbone.device)).cpu() for part in latents.split(batch)])
+def decode_all(backbone: Backbone, latents: Tensor, batch: int, label: str = "The model") -> Tensor:
+    """Pictures [N, 3, height, width], float32 in 0..1 on the CPU, of latents [N, C, H, W].
+
+    PictureFailure, beginning with `label`, for pictures that are not finite; it says whose fault that is.
+    """
+    images = torch.cat([backbone.decode(part.to(backbone.device)).cpu() for part in latents.split(batch)])
+    if not bool(images.isfinite().all()):
+        whose = "the VAE's, of finite latents" if bool(latents.isfinite().all()) else "so are their latents"
+        raise PictureFailure(
+            f"{label} makes pictures that are not finite: {whose}.",
+            "Compute in float32: --dtype fp32, or --set hardware.dtype=fp32 in a training.",
+        )
+    return images

@@ -31,7 +31,7 @@ from rtdmd_cli.engine.training.signals import StopRequest, stop_on_signals
 from rtdmd_cli.engine.training.start import Start
 from rtdmd_cli.engine.training.trackers import Tracker, open_tracker
 from rtdmd_cli.engine.training.trainer import ROLES, Trainer
-from rtdmd_cli.errors import DataError, UsageError
+from rtdmd_cli.errors import DataError, PictureFailure, UsageError
 
 STATE_KEYS = {"stage", "generator_updates", "optimizers", "seconds", "records"}
 OTHER_HINT = "Resume from another checkpoint, or start another run with --name OTHER."
@@ -310,7 +310,7 @@ def opened(
             yield run, tracker, done
         except BaseException as error:  # raised again; `failing` has said it where the training had begun
             if processes.main and run.status()["state"] == "running":
-                note_end(run, error, done)
+                note_end(run, error, done, total)
             raise
 
 
@@ -321,13 +321,20 @@ def failing(session: Session) -> Iterator[None]:
         yield
     except BaseException as error:
         if session.trainer.processes.main:
-            note_end(session.run, error, session.iteration)
+            if isinstance(error, PictureFailure):
+                save_unsaved(session)
+            note_end(session.run, error, session.iteration, session.stage.schedule.total)
         raise
 
 
-def note_end(run: RunFolder, error: BaseException, iteration: int) -> None:
-    """The status of a run that `error` ends: interrupted by a Ctrl-C, else failed."""
+def note_end(run: RunFolder, error: BaseException, iteration: int, total: int) -> None:
+    """The status of a run that `error` ends: interrupted by a Ctrl-C, else failed.
+
+    One that has come to its end stays finished where only its pictures failed.
+    """
     if isinstance(error, KeyboardInterrupt):
         run.set_status("interrupted", iteration=iteration)
+    elif isinstance(error, PictureFailure) and iteration >= total:
+        run.set_status("finished", iteration=iteration, reason=str(error))
     else:
         run.set_status("failed", iteration=iteration, reason=str(error))

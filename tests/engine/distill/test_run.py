@@ -9,17 +9,19 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from rtdmd_cli.config.loader import Resolved, preset_sha256
 from rtdmd_cli.config.schema import DistillConfig, HardwareConfig, Preset
 from rtdmd_cli.config.section import LoraConfig
+from rtdmd_cli.engine.backbones.common import PipelineBackbone
 from rtdmd_cli.engine.distill.run import STAGE, build_trainer, run_distill
 from rtdmd_cli.engine.prompts.reading import PromptSet, known_by
-from rtdmd_cli.engine.storage.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from rtdmd_cli.engine.storage.checkpoint import Checkpoint, load_checkpoint, newest_valid, save_checkpoint
 from rtdmd_cli.engine.storage.run_folder import RunFolder
 from rtdmd_cli.engine.training.session import Outcome, restore
 from rtdmd_cli.engine.training.start import Start
-from rtdmd_cli.errors import DataError, UsageError
+from rtdmd_cli.errors import DataError, PictureFailure, UsageError
 from tests.tiny_models import PROMPTS, TEXT_LENGTH, load_sd3, sd3_config
 
 
@@ -143,3 +145,46 @@ def test_a_cache_too_small_for_the_prompts_changes_nothing(
     for group, tensors in plenty.tensors.items():
         for name, tensor in tensors.items():
             torch.testing.assert_close(few.tensors[group][name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def break_pictures(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    """The VAE gives nan from its call number `after` on, as one in half precision may."""
+    real, calls = PipelineBackbone.pictures, [0]
+
+    def pictures(self: PipelineBackbone, vae_latents: Tensor) -> Tensor:
+        calls[0] += 1
+        return real(self, vae_latents) * (1.0 if calls[0] <= after else float("nan"))
+
+    monkeypatch.setattr(PipelineBackbone, "pictures", pictures)
+
+
+def test_pictures_that_are_not_finite_cost_no_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the last grid, in one on the way, before the training, and when a finished run is continued."""
+    monkeypatch.setenv("RTDMD_CACHE", str(tmp_path / "cache"))
+    found = {}
+    for name, after, sample_every in (("last", 1, 0), ("middle", 1, 1), ("first", 0, 0)):
+        with monkeypatch.context() as patch:
+            break_pictures(patch, after)
+            with pytest.raises(PictureFailure, match="not finite: the VAE's, of finite latents") as caught:
+                run(tmp_path, name, Start(None, None), sample_every=sample_every)
+        assert caught.value.exit_code == 5 and "fp32" in caught.value.hint
+        one = RunFolder(tmp_path / name)
+        status = one.status()
+        newest, _ = newest_valid(one.checkpoints)
+        assert "the VAE's" in status["reason"]
+        found[name] = (status["state"], status["iteration"], newest.name if newest else None)
+    assert found == {
+        "last": ("finished", 2, "step-000002"),
+        "middle": ("failed", 1, "step-000001"),
+        "first": ("failed", 0, None),
+    }
+    folder = RunFolder(tmp_path / "last")
+    again = Start(folder, load_checkpoint(folder.checkpoints / "step-000002"))
+    with monkeypatch.context() as patch, pytest.raises(PictureFailure):
+        break_pictures(patch, 0)
+        run(tmp_path, "last", again)
+    assert (folder.status()["state"], folder.status()["iteration"]) == ("finished", 2)
+    run(tmp_path, "last", again)  # in float32, say
+    assert folder.report.is_file() and "reason" not in folder.status()
