@@ -17,10 +17,12 @@ from pydantic import ValidationError
 
 from rtdmd_cli.config.schema import Preset
 from rtdmd_cli.engine.storage import strict_json
+from rtdmd_cli.engine.storage.files import os_errors
 from rtdmd_cli.errors import DataError
 
 MANIFEST = "export.json"
 FORMAT, VERSION = "rtdmd-export", 1
+INDEX, COMFYUI = "model_index.json", "comfyui"
 AGAIN = "Export the run again."
 
 
@@ -52,7 +54,7 @@ def is_exported(folder: Path) -> bool:
 
 
 def read_exported(folder: Path) -> Exported:
-    """The folder's description. DataError where it is damaged, of another version, or a LoRA file has changed."""
+    """The folder's description. DataError where it is damaged, of another version, or a file that is loaded has changed."""
     body = strict_json.read(folder / MANIFEST)
     if body.get("version") != VERSION:
         raise DataError(
@@ -75,7 +77,35 @@ def read_exported(folder: Path) -> Exported:
         raise DataError(f"{folder / MANIFEST} is damaged: {type(error).__name__}.", AGAIN) from error
     if found.lora is None and not found.merged:
         raise DataError(f"{folder / MANIFEST} names no weights.", AGAIN)
+    if found.merged:
+        _check_pipeline(folder, body)
     return found
+
+
+def _check_pipeline(folder: Path, body: dict[str, Any]) -> None:
+    """DataError where a file of a merged pipeline has changed, is missing, or was not written by the export."""
+    try:
+        listed = {str(name): str(entry["sha256"]) for name, entry in body["files"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{folder / MANIFEST} is damaged: {type(error).__name__}.", AGAIN) from error
+    parts = {name.partition("/")[0] for name in listed if "/" in name} - {COMFYUI}
+    loaded = {name for name in listed if name == INDEX or name.partition("/")[0] in parts}
+    if INDEX not in loaded:
+        raise DataError(f"{folder / MANIFEST} names no weights.", AGAIN)
+    with os_errors(folder, "read"):
+        found = [path for part in sorted(parts) for path in (folder / part).rglob("*") if not path.is_dir()]
+    for path in found:
+        if path.relative_to(folder).as_posix() not in loaded:
+            raise DataError(f"{path} is not of this export, which would load it.", f"Remove it. {AGAIN}")
+    for name in sorted(loaded):
+        _require_same(folder / name, listed[name])
+
+
+def _require_same(path: Path, sha256: str) -> None:
+    if not path.is_file():
+        raise DataError(f"{path} is missing.", AGAIN)
+    if file_sha256(path) != sha256:
+        raise DataError(f"{path} is damaged: its sha256 is not the one in {MANIFEST}.", AGAIN)
 
 
 def _lora(folder: Path, body: dict[str, Any]) -> Path | None:
@@ -86,10 +116,7 @@ def _lora(folder: Path, body: dict[str, Any]) -> Path | None:
     path = folder / str(name)
     if not path.resolve().is_relative_to(folder.resolve()):
         raise ValueError("a file outside the folder")
-    if not path.is_file():
-        raise DataError(f"{path} is missing.", AGAIN)
-    if file_sha256(path) != body["files"][name]["sha256"]:
-        raise DataError(f"{path} is damaged: its sha256 is not the one in {MANIFEST}.", AGAIN)
+    _require_same(path, str(body["files"][name]["sha256"]))
     return path
 
 

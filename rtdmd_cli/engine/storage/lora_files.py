@@ -52,23 +52,32 @@ def write_lora(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, s
 def read_lora(path: Path, prefix: str, transformer: nn.Module) -> dict[str, Tensor]:
     """The tensors of an exported file, each of which fits a linear layer of `transformer`.
 
-    DataError for a damaged file, an unexpected or half key, another shape.
+    DataError for a damaged file, none at all, an unexpected or half key, another shape or rank, and values that are no
+    finite floating-point numbers.
     """
     try:
         tensors = safetensors.torch.load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
         raise DataError(f"The LoRA {path} can't be read: {error}", "Export the run again.") from error
+    if not tensors:
+        raise DataError(f"The LoRA {path} holds no weights.", "Export the run again.")
     linear = {name: module for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
     for key, tensor in tensors.items():
         layer, end = _split(key.removeprefix(f"{prefix}."))
         other = f"{prefix}.{layer}{B if end == A else A}"
-        fits = layer in linear and other in tensors and tensor.ndim == 2
+        fits = layer in linear and other in tensors and tensor.ndim == tensors[other].ndim == 2
         if fits:
             size = linear[layer].in_features if end == A else linear[layer].out_features
-            fits = size == tensor.shape[1 if end == A else 0]
+            ranks = [tensors[f"{prefix}.{layer}{each}"].shape[number] for number, each in enumerate((A, B))]
+            fits = size == tensor.shape[1 if end == A else 0] and ranks[0] == ranks[1]
         if not fits:
             raise DataError(
                 f"{path} doesn't fit the model: {key} {list(tensor.shape)}.", "Use the base model it names."
+            )
+        if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
+            raise DataError(
+                f"{path} holds no usable weights: {key} is {tensor.dtype}, or not finite.",
+                "Export the run again.",
             )
     return tensors
 
