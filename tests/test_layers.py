@@ -16,6 +16,7 @@ LADDER = (
     "engine.doctor",
     "engine.export",
     "engine.evaluation",
+    "engine.planning",
     "engine.tune_reward",
     "engine.distill",
     "engine.training",

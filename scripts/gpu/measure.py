@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
 
@@ -60,12 +60,12 @@ def _allocated(device: torch.device) -> float | None:
 
 
 def _seconds(
-    update: Callable[[Trainer, int, Tensor], None], trainer: Trainer, number: int, device: torch.device
+    update: Callable[[Trainer, int, Sequence[int]], None], trainer: Trainer, number: int, device: torch.device
 ) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize()
     began = time.perf_counter()
-    update(trainer, number, torch.zeros(1, dtype=torch.long))
+    update(trainer, number, [0])
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - began

@@ -44,6 +44,11 @@ def move(values: Tensor, device: torch.device) -> Tensor:
     return values.to(device, non_blocking=values.device.type == "cpu")
 
 
+def _readable(values: Tensor) -> bool:
+    """Whether values lie in host memory. Subclasses of Tensor may have none, as where shapes alone are computed."""
+    return values.device.type == "cpu" and type(values) is Tensor
+
+
 def per_sample(name: str, level: Level, x: Tensor) -> Tensor:
     """Bring a noise level to [B,1,1,1] in the dtype and on the device of x [B,C,H,W].
 
@@ -52,7 +57,7 @@ def per_sample(name: str, level: Level, x: Tensor) -> Tensor:
     values = torch.as_tensor(level, dtype=x.dtype)
     if values.ndim != 0 and values.shape != x.shape[:1]:
         raise ValueError(f"{name} must be a scalar or have shape [{x.shape[0]}], got {list(values.shape)}")
-    if values.device.type == "cpu" and not bool(((values >= 0) & (values <= 1)).all()):
+    if _readable(values) and not bool(((values >= 0) & (values <= 1)).all()):
         raise ValueError(f"{name} must lie in [0, 1], got {values.tolist()}")
     return move(values, x.device).expand(x.shape[0]).view(-1, 1, 1, 1)
 
@@ -64,7 +69,7 @@ def require_order(low_name: str, low: Level, high_name: str, high: Level, strict
     """
     lower = torch.as_tensor(low, dtype=torch.float32)
     upper = torch.as_tensor(high, dtype=torch.float32)
-    if lower.device.type != "cpu" or upper.device.type != "cpu":
+    if not (_readable(lower) and _readable(upper)):
         return
     if not bool((lower < upper if strict else lower <= upper).all()):
         relation = "below" if strict else "at most"

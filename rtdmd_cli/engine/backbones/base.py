@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rtdmd_cli.config.schema import HardwareConfig
+from rtdmd_cli.engine.algo.flow import move
 
 PLAIN = HardwareConfig()
 """An unquantised base, and pictures decoded whole."""
@@ -44,12 +45,24 @@ class Conditioning:
 
     def select(self, indices: Sequence[int]) -> Conditioning:
         """The rows `indices`, in that order; a row may be taken several times."""
-        rows = torch.as_tensor(indices, dtype=torch.long, device=self.embeds.device)
+        rows = move(torch.as_tensor(indices, dtype=torch.long), self.embeds.device)
         return Conditioning(**{name: tensor[rows] for name, tensor in self.tensors.items()})
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Conditioning:
+    def repeat(self, count: int) -> Conditioning:
+        """The one row `count` times, without a copy."""
+        assert len(self) == 1, len(self)
         return Conditioning(
-            **{name: tensor.to(device=device, dtype=dtype) for name, tensor in self.tensors.items()}
+            **{name: tensor.expand(count, *tensor.shape[1:]) for name, tensor in self.tensors.items()}
+        )
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Conditioning:
+        """From host memory without waiting for the work queued on the device, see `algo.flow.move`."""
+        queued = self.embeds.device.type == "cpu"
+        return Conditioning(
+            **{
+                name: tensor.to(device=device, dtype=dtype, non_blocking=queued)
+                for name, tensor in self.tensors.items()
+            }
         )
 
 

@@ -30,6 +30,7 @@ class PipelineBackbone:
         self._layout = layout
         self._loaded = loaded
         self._pipe = loaded.pipe
+        self._kept: dict[tuple[str, int, int, int], Tensor] = {}
 
     @property
     def decoder(self) -> nn.Module:
@@ -46,6 +47,13 @@ class PipelineBackbone:
 
     def drop_text_encoders(self) -> None:
         drop_encoders(self._pipe, self._layout.encoders, self.device)
+
+    def kept(self, what: str, sizes: tuple[int, int, int], make: Callable[[], Tensor]) -> Tensor:
+        """A constant of the network's input, made once for each triple of sizes: bringing it over would stall the queue."""
+        key = (what, *sizes)
+        if key not in self._kept:
+            self._kept[key] = make().to(self.device)
+        return self._kept[key]
 
     def pictures(self, vae_latents: Tensor) -> Tensor:
         """Decode the VAE's own latents [B,C,H,W]: pictures [B,3,height,width], float32 in 0..1; differentiable."""

@@ -12,13 +12,18 @@ from rtdmd_cli.config.schema import HardwareConfig, ModelConfig
 from rtdmd_cli.engine.backbones.base import PLAIN, Backbone
 
 if TYPE_CHECKING:
+    from rtdmd_cli.engine.backbones.common import PipelineBackbone
     from rtdmd_cli.engine.backbones.loading import Layout, Sources
 
 
 class FamilyModule(Protocol):
-    """What a family's file offers: its loader, and what its folders hold."""
+    """What a family's file offers: what its folders hold, its backbone's class, prompts encoded at once, and its loader."""
 
     LAYOUT: Layout
+    ENCODE_BATCH: int
+
+    @property
+    def BACKBONE(self) -> type[PipelineBackbone]: ...
 
     def load(
         self, config: ModelConfig, device: torch.device, dtype: torch.dtype, hardware: HardwareConfig

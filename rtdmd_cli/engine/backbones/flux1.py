@@ -72,19 +72,27 @@ class Flux1Backbone(PipelineBackbone):
         assert cond.pooled is not None
         pipe, (count, channels, height, width) = self._pipe, x.shape
         embeds, pooled = cond.embeds.to(self.dtype), cond.pooled.to(self.dtype)
-        _, _, text_ids = pipe.encode_prompt(
-            prompt=None, prompt_embeds=embeds, pooled_prompt_embeds=pooled, device=x.device
-        )
+
+        def text_ids() -> Tensor:
+            ids: Tensor = pipe.encode_prompt(
+                prompt=None, prompt_embeds=embeds, pooled_prompt_embeds=pooled, device=x.device
+            )[2]
+            return ids
+
+        def image_ids() -> Tensor:
+            ids: Tensor = pipe._prepare_latent_image_ids(
+                count, height // PACK, width // PACK, x.device, torch.float32
+            )
+            return ids
+
         v: Tensor = self.transformer(
             hidden_states=pipe._pack_latents(x.to(self.dtype), count, channels, height, width),
             timestep=sigma.float(),
             guidance=self._guidance(guidance, sigma),
             pooled_projections=pooled,
             encoder_hidden_states=embeds,
-            txt_ids=text_ids,
-            img_ids=pipe._prepare_latent_image_ids(
-                count, height // PACK, width // PACK, x.device, torch.float32
-            ),
+            txt_ids=self.kept("text", (embeds.shape[1], 0, 0), text_ids),
+            img_ids=self.kept("image", (height, width, 0), image_ids),
             return_dict=False,
         )[0]
         scale = pipe.vae_scale_factor
@@ -111,6 +119,10 @@ class Flux1Backbone(PipelineBackbone):
 
     def stock_sigmas(self, steps: int, shape: Sequence[int]) -> Tensor:
         return self.sigmas(evenly_spaced(steps), shape)
+
+
+BACKBONE = Flux1Backbone
+"""The family's backbone."""
 
 
 def _mu(config: Any, tokens: int) -> float:

@@ -66,17 +66,19 @@ class Flux2Backbone(PipelineBackbone):
         assert sigma.shape == x.shape[:1], f"sigma {tuple(sigma.shape)} for x {tuple(x.shape)}"
         require_unguided(guidance)
         pipe, embeds = self._pipe, cond.embeds.to(self.dtype)
-        positions = pipe._prepare_latent_ids(x).to(x.device)
+        count, _, height, width = x.shape
+        positions = self.kept("image", (count, height, width), lambda: pipe._prepare_latent_ids(x))
+        texts = self.kept("text", (count, embeds.shape[1], 0), lambda: pipe._prepare_text_ids(embeds))
         v: Tensor = self.transformer(
             hidden_states=pipe._pack_latents(x.to(self.dtype)),
             timestep=sigma.float(),
             guidance=None,
             encoder_hidden_states=embeds,
-            txt_ids=pipe._prepare_text_ids(embeds).to(x.device),
+            txt_ids=texts,
             img_ids=positions,
             return_dict=False,
         )[0]
-        unpacked: Tensor = pipe._unpack_latents_with_ids(v, positions, x.shape[-2], x.shape[-1])
+        unpacked: Tensor = pipe._unpack_latents_with_ids(v, positions, height, width)
         return unpacked.float()
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -92,6 +94,10 @@ class Flux2Backbone(PipelineBackbone):
 
     def stock_sigmas(self, steps: int, shape: Sequence[int]) -> Tensor:
         return self.sigmas(evenly_spaced(steps), shape)
+
+
+BACKBONE = Flux2Backbone
+"""The family's backbone."""
 
 
 def load(

@@ -90,6 +90,10 @@ class SD3Backbone(PipelineBackbone):
         return schedule(self._pipe.scheduler, num_inference_steps=steps)
 
 
+BACKBONE = SD3Backbone
+"""The family's backbone."""
+
+
 def load(
     config: ModelConfig, device: torch.device, dtype: torch.dtype, hardware: HardwareConfig = PLAIN
 ) -> SD3Backbone:

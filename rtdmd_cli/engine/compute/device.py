@@ -6,6 +6,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rtdmd_cli.errors import EnvironmentFailure, UsageError
@@ -51,6 +52,19 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "bf16" and lacks_bf16:
         raise EnvironmentFailure(f"{device_name(device)} does not compute in bf16.", "Use --dtype fp32.")
     return DTYPES[name]
+
+
+def to_host(tensor: Tensor) -> Tensor:
+    """A copy in host memory, queued behind the device's work: `wait` before it is read."""
+    return tensor.to("cpu", non_blocking=True)
+
+
+def wait(device: torch.device) -> None:
+    """Return when all work queued on the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 @contextmanager

@@ -39,9 +39,10 @@ def build_optimizer(
     """
     parameters = [parameter for _, parameter in params]
     _require_device(choice, parameters)
-    on_cpu = all(parameter.device.type == "cpu" for parameter in parameters)
+    fused = all(parameter.device.type in ("cpu", "cuda") for parameter in parameters)
     optimizers: dict[Choice, Callable[..., torch.optim.Optimizer]] = {
-        "adamw": partial(torch.optim.AdamW, fused=on_cpu or None),  # on the CPU in a sixth of the time
+        # On the CPU in a sixth of the time; on CUDA without a copy of a state for every parameter at once.
+        "adamw": partial(torch.optim.AdamW, fused=fused or None),
         "adamw8bit": AdamW8bit,
         "paged_adamw8bit": PagedAdamW8bit,
     }
@@ -85,28 +86,35 @@ def check_finite(name: str, tensor: Tensor, iteration: int) -> None:
     raise NumericalError(f"{name} {text} at iteration {iteration}.", _DIVERGED_HINT)
 
 
-def clip_and_check(params: Sequence[tuple[str, Parameter]], max_norm: float, iteration: int) -> float:
-    """Scale the gradients so that their total 2-norm is at most `max_norm`; the norm before that.
+def gradient_norm(params: Sequence[tuple[str, Parameter]]) -> Tensor:
+    """The total 2-norm of the gradients, on their device; parameters without one are passed over.
 
-    As torch.nn.utils.clip_grad_norm_: scale min(1, max_norm / (norm + 1e-6)). Parameters without a gradient
-    are passed over. Raises NumericalError naming the first non-finite gradient and the iteration; no
-    gradient is changed then. Raises ValueError if no parameter has a gradient.
+    Raises ValueError if no parameter has a gradient.
     """
-    named = [(name, parameter) for name, parameter in params if parameter.grad is not None]
-    if not named:
+    gradients = [parameter.grad for _, parameter in params if parameter.grad is not None]
+    if not gradients:
         raise ValueError("no parameter has a gradient: was backward called with the role active?")
-    tensors = [parameter for _, parameter in named]
-    gradients = [parameter.grad for parameter in tensors if parameter.grad is not None]
-    total = torch.nn.utils.get_total_norm(gradients)
-    norm = float(total)
-    if not math.isfinite(norm):
-        for (name, _), gradient in zip(named, gradients, strict=True):
-            check_finite(f"The gradient of {name}", gradient, iteration)
-        raise NumericalError(
-            f"The norm of all gradients exceeds float32 at iteration {iteration}.", _DIVERGED_HINT
-        )
-    torch.nn.utils.clip_grads_with_norm_(tensors, max_norm, total)
-    return norm
+    return torch.nn.utils.get_total_norm(gradients)
+
+
+def require_finite_norm(norm: float, params: Sequence[tuple[str, Parameter]], iteration: int) -> None:
+    """NumericalError naming the first non-finite gradient and the iteration, unless their `norm` is finite."""
+    if math.isfinite(norm):
+        return
+    for name, parameter in params:
+        if parameter.grad is not None:
+            check_finite(f"The gradient of {name}", parameter.grad, iteration)
+    raise NumericalError(
+        f"The norm of all gradients exceeds float32 at iteration {iteration}.", _DIVERGED_HINT
+    )
+
+
+def clip(params: Sequence[tuple[str, Parameter]], max_norm: float, norm: Tensor) -> None:
+    """Scale the gradients, whose total 2-norm is `norm`, so that it is at most `max_norm`; without waiting for the device.
+
+    As torch.nn.utils.clip_grad_norm_: scale min(1, max_norm / (norm + 1e-6)).
+    """
+    torch.nn.utils.clip_grads_with_norm_([parameter for _, parameter in params], max_norm, norm)
 
 
 def ema_start(params: Sequence[tuple[str, Tensor]]) -> dict[str, Tensor]:
@@ -125,7 +133,9 @@ def ema_update(ema: Mapping[str, Tensor], params: Sequence[tuple[str, Tensor]], 
     for name, average in ema.items():
         if average.dtype != torch.float32:
             raise ValueError(f"the average of {name} must be float32, got {average.dtype}")
-        average.mul_(decay).add_(weights[name].detach().to(torch.float32), alpha=1.0 - decay)
+    averages = list(ema.values())
+    torch._foreach_mul_(averages, decay)
+    torch._foreach_add_(averages, [weights[name].detach().float() for name in ema], alpha=1.0 - decay)
 
 
 def ema_decay_at(n: int, decay: float, warmup: bool) -> float:

@@ -14,11 +14,11 @@ random number is keyed by (seed, stream, iteration, sample), so that micro-batch
 same ones.
 """
 
-from torch import Tensor
+from collections.abc import Sequence
 
 from rtdmd_cli.engine.compute import optim, rng
 from rtdmd_cli.engine.training.matching import add_fake_gradients, add_matching_gradients
-from rtdmd_cli.engine.training.trainer import Trainer, check_weights, move_role
+from rtdmd_cli.engine.training.trainer import Trainer, move_role
 
 
 def iterate(trainer: Trainer, iteration: int) -> None:
@@ -27,7 +27,7 @@ def iterate(trainer: Trainer, iteration: int) -> None:
     Raises NumericalError before a role moves by a value that is not finite.
     """
     config = trainer.config
-    trainer.metrics = {}
+    trainer.begin()
     prompts = chosen_prompts(trainer, iteration)
     update_fake_score(trainer, iteration, prompts)
     if (iteration + 1) % config.fake_per_generator == 0:
@@ -35,15 +35,16 @@ def iterate(trainer: Trainer, iteration: int) -> None:
     trainer.metrics = trainer.processes.sum_figures(trainer.metrics)
 
 
-def chosen_prompts(trainer: Trainer, iteration: int) -> Tensor:
-    """Prompt index of each sample of an iteration [B]."""
+def chosen_prompts(trainer: Trainer, iteration: int) -> list[int]:
+    """Prompt index of each sample of an iteration."""
     config = trainer.config
-    return rng.integers(0, trainer.prompts, config.seed, "prompts", iteration, range(config.batch))
+    drawn = rng.integers(0, trainer.prompts, config.seed, "prompts", iteration, range(config.batch))
+    indices: list[int] = drawn.tolist()
+    return indices
 
 
-def update_fake_score(trainer: Trainer, iteration: int, prompts: Tensor) -> None:
+def update_fake_score(trainer: Trainer, iteration: int, prompts: Sequence[int]) -> None:
     """The fake score's turn: velocity matching on the generator's samples, and the regulariser."""
-    check_weights(trainer, iteration)
     trainer.fake_optimizer.zero_grad(set_to_none=True)
     add_fake_gradients(trainer, "fake", iteration, prompts)
     config = trainer.config
@@ -52,9 +53,8 @@ def update_fake_score(trainer: Trainer, iteration: int, prompts: Tensor) -> None
     move_role(trainer, "fake", trainer.fake_optimizer, rate, iteration)
 
 
-def update_generator(trainer: Trainer, iteration: int, prompts: Tensor) -> None:
+def update_generator(trainer: Trainer, iteration: int, prompts: Sequence[int]) -> None:
     """The generator's turn: distribution matching at every boundary in use, then the EMA."""
-    check_weights(trainer, iteration)
     trainer.generator_optimizer.zero_grad(set_to_none=True)
     add_matching_gradients(trainer, "generator", iteration, prompts)
     config, done = trainer.config, trainer.generator_updates

@@ -134,8 +134,20 @@ def build_trainer(
     empty: Conditioning,
 ) -> Trainer:
     """Fresh roles, optimisers and EMA on the backbone; UsageError if schedule and preset disagree."""
-    config = preset.distill
     sigmas = training_sigmas(backbone, preset)
+    return trainer_on(sigmas, backbone, preset, prompts, conditioning, empty)
+
+
+def trainer_on(
+    sigmas: tuple[float, ...],
+    backbone: Backbone,
+    preset: Preset,
+    prompts: int,
+    conditioning: Callable[[Sequence[int]], Conditioning],
+    empty: Conditioning,
+) -> Trainer:
+    """`build_trainer` on a schedule that is known."""
+    config = preset.distill
     roles: RoleSet
     if config.train == "full":
         roles = FullRoles(backbone.transformer)

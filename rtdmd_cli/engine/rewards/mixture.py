@@ -44,6 +44,7 @@ class RewardMixture:
         self._keep = in_memory == "all"
         self._limits = limits
         self._loaded: dict[str, Reward] = {}
+        self._answers: list[tuple[str, Sequence[int], Tensor]] = []
 
     @property
     def differentiable(self) -> tuple[str, ...]:
@@ -106,7 +107,8 @@ class RewardMixture:
     def differentiable_sum(self, images: Tensor, prompts: Sequence[int]) -> Tensor:
         """Weighted sum [B] of the differentiable rewards, each over its divisor, with gradient to images [B,3,H,W].
 
-        NumericalError for a value that is not finite, RewardFailure for a reward that fails.
+        RewardFailure for a reward that fails. Values that are not finite pass: reading them would stall the queue;
+        `require_finite` names them afterwards.
         """
         chosen = self.prompts.pick(prompts)
         total = images.new_zeros(len(images))
@@ -121,18 +123,25 @@ class RewardMixture:
                         f"The reward {name} {failed}{failed.place}, where its gradient is taken.",
                         f"Check it, then go on with --resume: rtdmd rewards check {name}",
                     ) from failed
-                for row in (~values.isfinite()).nonzero().flatten().tolist()[:1]:
-                    raise NumericalError(
-                        f"The reward {name} is not finite for prompt {prompts[row] + 1} ({chosen.texts[row]!r}), "
-                        "where its gradient is taken.",
-                        f"Check it: rtdmd rewards check {name}",
-                    )
+                self._answers.append((name, tuple(prompts), values.detach()))
                 total = total + self._scale(name) * values
         return total
+
+    def require_finite(self) -> None:
+        """NumericalError for the first value of `differentiable_sum` that was not finite, since rewards were last held."""
+        for name, prompts, values in self._answers:
+            for row in (~values.isfinite()).nonzero().flatten().tolist()[:1]:
+                text = self.prompts.texts[prompts[row]]
+                raise NumericalError(
+                    f"The reward {name} is not finite for prompt {prompts[row] + 1} ({text!r}), "
+                    "where its gradient is taken.",
+                    f"Check it: rtdmd rewards check {name}",
+                )
 
     @contextmanager
     def hold_differentiable(self) -> Iterator[None]:
         """Within the block the differentiable rewards stay loaded, for the micro-batches of a turn."""
+        self._answers.clear()
         with self._hold(self.differentiable):
             yield
 

@@ -98,11 +98,14 @@ class Roles:
         self._train(None)
 
     def _collect(self, name: str, layer: Any) -> None:
-        """Cast the layer's LoRA weights to float32 (peft makes them in the base's dtype) and note them."""
+        """Make the layer's LoRA weights, float32 (peft would have them in the base's dtype), and note them."""
+        device = layer.get_base_layer().weight.device
         for adapter, parameters in self._parameters.items():
             if adapter in layer.lora_A:  # stage 2's adapters may have targets of their own
-                parameters[f"{name}.lora_A.weight"] = layer.lora_A[adapter].float().weight
-                parameters[f"{name}.lora_B.weight"] = layer.lora_B[adapter].float().weight
+                for part, linears in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
+                    linear = linears[adapter]
+                    empty = torch.empty(linear.weight.shape, dtype=torch.float32, device=device)
+                    linear.weight = parameters[f"{name}.{part}.weight"] = nn.Parameter(empty)
 
     @torch.no_grad()
     def _initialise(self, adapter: str, std: float, seed: int) -> None:
@@ -187,15 +190,14 @@ def _base_of(name: str) -> Base:
 
 
 def _add_adapter(transformer: Any, name: str, lora: LoraConfig, modules: list[str]) -> None:
-    config = peft.LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        target_modules=modules,
-        init_lora_weights="gaussian",
-    )
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+    """Put an adapter on, whose weights have no memory yet."""
+    config = peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=modules)
+    with torch.device("meta"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several are what we want
-        transformer.add_adapter(config, name)  # its draws are replaced by keyed ones
+        peft.inject_adapter_in_model(config, transformer, name)
+    transformer._hf_peft_config_loaded = (
+        True  # as diffusers' own `add_adapter`, which would make them at once
+    )
 
 
 def target_layers(transformer: nn.Module, lora: LoraConfig, section: str) -> list[str]:

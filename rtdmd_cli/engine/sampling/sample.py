@@ -73,7 +73,7 @@ def guided(
     if backbone.embedded_guidance:
         return lambda x, sigma: backbone.velocity(x, sigma, cond, scale(sigma))
     assert uncond is not None and len(uncond) == 1, "guidance needs the encoded empty prompt"
-    empty = uncond.select([0] * len(cond)).to(cond.embeds.device, cond.embeds.dtype)
+    empty = uncond.to(cond.embeds.device, cond.embeds.dtype).repeat(len(cond))
     both = concatenate([empty, cond])
 
     def velocity(x: Tensor, sigma: Tensor) -> Tensor:

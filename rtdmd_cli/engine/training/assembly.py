@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
 
 from rtdmd_cli.config.schema import DistillConfig, HardwareConfig, Preset
 from rtdmd_cli.engine.backbones.base import Backbone, Conditioning
@@ -71,11 +70,13 @@ def encode_prompts(
     return everything.select, empty
 
 
-def prepare_prompts(trainer: Trainer, iteration: int, total: int, order: Callable[[int], Tensor]) -> None:
+def prepare_prompts(
+    trainer: Trainer, iteration: int, total: int, order: Callable[[int], Sequence[int]]
+) -> None:
     """Encode ahead for an iteration, where that is needed. order: prompt indices of an iteration."""
     if isinstance(trainer.conditioning, AheadEncoder):
         with trainer.processes.first_here():
-            trainer.conditioning.prepare(iteration, total, lambda i: order(i).tolist())
+            trainer.conditioning.prepare(iteration, total, order)
 
 
 def training_sigmas(backbone: Backbone, preset: Preset) -> tuple[float, ...]:

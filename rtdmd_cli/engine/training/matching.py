@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rtdmd_cli.config.schema import DistillConfig
-from rtdmd_cli.engine.algo.flow import cps_step, to_x0
+from rtdmd_cli.engine.algo.flow import cps_step, move, to_x0
 from rtdmd_cli.engine.algo.gradients import bound_gradients
 from rtdmd_cli.engine.algo.losses import consistency_loss, dmd_loss, fake_score_loss
 from rtdmd_cli.engine.algo.subinterval import (
@@ -24,9 +24,8 @@ from rtdmd_cli.engine.algo.subinterval import (
     velocity_target,
 )
 from rtdmd_cli.engine.backbones.base import Conditioning, concatenate
-from rtdmd_cli.engine.compute import optim, rng
 from rtdmd_cli.engine.sampling.sample import guided
-from rtdmd_cli.engine.training.trainer import Draws, Trainer, add, micro_batches
+from rtdmd_cli.engine.training.trainer import Draws, Trainer, add, back_propagate, micro_batches
 
 
 @dataclass(frozen=True)
@@ -45,8 +44,8 @@ Point = tuple[int, Boundary]
 """A step of a rollout, by its number, and where it landed."""
 
 
-def add_fake_gradients(trainer: Trainer, turn: str, iteration: int, prompts: Tensor) -> None:
-    """Accumulate the gradients of the fake score's loss on fresh rollouts, one for each of `prompts` [B]."""
+def add_fake_gradients(trainer: Trainer, turn: str, iteration: int, prompts: Sequence[int]) -> None:
+    """Accumulate the gradients of the fake score's loss on fresh rollouts, one for each prompt index."""
     with trainer.processes.agreeing():
         for draws, cond, share in micro_batches(trainer, turn, iteration, prompts):
             with trainer.roles.role("generator"), torch.no_grad():
@@ -54,8 +53,7 @@ def add_fake_gradients(trainer: Trainer, turn: str, iteration: int, prompts: Ten
             with trainer.roles.role("fake", train=True):
                 for group in evaluated_together(trainer, points):
                     loss = fake_loss(trainer, draws, group, cond, share / len(points))
-                    optim.check_finite("The fake-score loss", loss, iteration + 1)
-                    loss.backward()
+                    back_propagate(trainer, "The fake-score loss", loss)
 
 
 def fake_loss(
@@ -97,7 +95,7 @@ def velocities_at(
     """The active role's velocity at each (x [b,C,H,W], t [b]), all in one evaluation."""
     x, t = torch.cat([x for x, _ in places]), torch.cat([t for _, t in places])
     velocity = guided(trainer.backbone, concatenate([cond] * len(places)), trainer.empty, guidance)
-    return velocity(x, t.to(x.device)).chunk(len(places))
+    return velocity(x, move(t, x.device)).chunk(len(places))
 
 
 def boundary_weight(config: DistillConfig, s: float) -> float:
@@ -121,7 +119,7 @@ def consistency_predictions(
         cps_step(x_t, v, t, t_next, trainer.eta, draws.normal(f"{number}/consistency {pick}"))
         for pick in (1, 2)
     ]
-    level, velocity = t_next.to(x_t.device), trainer.backbone.velocity
+    level, velocity = move(t_next, x_t.device), trainer.backbone.velocity
     if config.consistency_batched:
         both = velocity(torch.cat(starts), torch.cat([level, level]), concatenate([cond, cond]))
         velocities = both.chunk(2)
@@ -131,17 +129,16 @@ def consistency_predictions(
 
 
 def add_matching_gradients(
-    trainer: Trainer, turn: str, iteration: int, prompts: Tensor, weight: float = 1.0
+    trainer: Trainer, turn: str, iteration: int, prompts: Sequence[int], weight: float = 1.0
 ) -> None:
-    """Accumulate `weight` times the gradients of distribution matching on fresh rollouts, one for each of `prompts` [B]."""
+    """Accumulate `weight` times the gradients of distribution matching on fresh rollouts, one for each prompt index."""
     with trainer.processes.agreeing():
         for draws, cond, share in micro_batches(trainer, turn, iteration, prompts):
             with trainer.roles.role("generator", train=True):
                 used = len(boundaries_in_use(trainer, draws))
                 for group in evaluated_together(trainer, rollout(trainer, draws, cond)):
                     loss = matching_loss(trainer, draws, group, cond, share / used)
-                    optim.check_finite("The generator loss", loss, iteration + 1)
-                    (weight * loss).backward()
+                    back_propagate(trainer, "The generator loss", loss, weight)
 
 
 def matching_loss(
@@ -210,8 +207,6 @@ def rollout(trainer: Trainer, draws: Draws, cond: Conditioning) -> Iterator[Poin
 
 def boundaries_in_use(trainer: Trainer, draws: Draws) -> list[int]:
     """Steps whose landing points are trained on: all of them, or one drawn for the whole batch."""
-    steps = len(trainer.sigmas) - 1
     if trainer.config.boundaries == "every":
-        return list(range(1, steps + 1))
-    seed = trainer.config.seed
-    return [int(rng.integers(1, steps + 1, seed, f"{draws.turn}/boundary", draws.iteration, [0]))]
+        return list(range(1, len(trainer.sigmas)))
+    return [trainer.boundary(trainer, draws.turn, draws.iteration)]

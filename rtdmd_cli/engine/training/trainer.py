@@ -1,7 +1,7 @@
 """What both recipes work on: roles, optimisers and random numbers of a run, and how a role is moved."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rtdmd_cli.config.schema import DistillConfig
+from rtdmd_cli.engine.algo.flow import move
 from rtdmd_cli.engine.backbones.base import Backbone, Conditioning
 from rtdmd_cli.engine.compute import optim, rng
 from rtdmd_cli.engine.compute.device import float32_matmul
@@ -20,9 +21,26 @@ ROLES = ("fake", "generator")
 """The roles that are trained, in the order of their turns."""
 
 
+def on_host(values: Tensor) -> list[float]:
+    """The numbers of a vector; waits for the device."""
+    numbers: list[float] = values.tolist()
+    return numbers
+
+
+def drawn_boundary(trainer: "Trainer", turn: str, iteration: int) -> int:
+    """The step at which the rollouts of a turn stop where `distill.boundaries` is one: from 1 to their number."""
+    steps, seed = len(trainer.sigmas) - 1, trainer.config.seed
+    return int(rng.integers(1, steps + 1, seed, f"{turn}/boundary", iteration, [0]))
+
+
 @dataclass
 class Trainer:
-    """What the recipe works on. `conditioning` gives the encoded prompts of a list of prompt indices."""
+    """What the recipe works on. `conditioning` gives the encoded prompts of a list of prompt indices.
+
+    metrics: the figures of an iteration, on the host. pending: those that are still on the device, and checked: the
+    losses that gradients came from, summed by their names; `move_role` reads both, in one transfer, before a role moves.
+    read: that transfer, the one place where a turn waits for the device. boundary: see `drawn_boundary`.
+    """
 
     backbone: Backbone
     roles: RoleSet
@@ -42,6 +60,14 @@ class Trainer:
     matmul: str = "highest"
     mixed: MixedPrecision = field(default_factory=MixedPrecision)
     metrics: dict[str, float] = field(default_factory=dict)
+    pending: dict[str, Tensor] = field(default_factory=dict)
+    checked: dict[str, Tensor] = field(default_factory=dict)
+    read: Callable[[Tensor], list[float]] = on_host
+    boundary: Callable[["Trainer", str, int], int] = drawn_boundary
+
+    def begin(self) -> None:
+        """Forget the figures of the iteration before."""
+        self.metrics, self.pending, self.checked = {}, {}, {}
 
     @contextmanager
     def precision(self) -> Iterator[None]:
@@ -63,7 +89,7 @@ class Draws:
         """Standard normal [b,C,H,W] float32, on the model's device."""
         shape, seed = self.trainer.shape, self.trainer.config.seed
         draw = rng.normal(shape, seed, f"{self.turn}/{stream}", self.iteration, self.indices)
-        return draw.to(self.trainer.backbone.device)
+        return move(draw, self.trainer.backbone.device)
 
     def uniform(self, stream: str) -> Tensor:
         """Uniform in [0, 1), [b] float32, on the CPU."""
@@ -77,12 +103,12 @@ class Draws:
 
 
 def micro_batches(
-    trainer: Trainer, turn: str, iteration: int, prompts: Tensor
+    trainer: Trainer, turn: str, iteration: int, prompts: Sequence[int]
 ) -> Iterator[tuple[Draws, Conditioning, float]]:
     """This process's part of the batch, in parts: random draws, encoded prompts on the device, the share of the batch."""
     own = trainer.processes.part(len(prompts))
     for part in parts_of(own, trainer.config.micro_batch):
-        cond = trainer.conditioning(prompts[list(part)].tolist())
+        cond = trainer.conditioning([prompts[sample] for sample in part])
         draws = Draws(trainer, turn, iteration, part)
         yield draws, cond.to(trainer.backbone.device, trainer.backbone.dtype), len(part) / len(prompts)
 
@@ -93,34 +119,67 @@ def parts_of(samples: range, size: int | None) -> list[range]:
     return [samples[start : start + step] for start in range(0, len(samples), step)]
 
 
+def back_propagate(trainer: Trainer, name: str, loss: Tensor, weight: float = 1.0) -> None:
+    """Accumulate `weight` times the gradient of a loss, and keep the loss to be checked before a role moves.
+
+    name: of the loss, for the message, as in "The generator loss".
+    """
+    check(trainer, name, loss)
+    (weight * loss).backward()
+
+
+def check(trainer: Trainer, name: str, value: Tensor) -> None:
+    """Keep a scalar that must be finite before a role moves. Sums hold whatever is nan or infinite in any of the parts."""
+    kept = value.detach().float()
+    trainer.checked[name] = trainer.checked[name] + kept if name in trainer.checked else kept
+
+
+def add(trainer: Trainer, figures: Mapping[str, Tensor], share: float) -> None:
+    """Accumulate figures of a part of the batch, on the device."""
+    for name, value in figures.items():
+        part = share * value.detach().float()
+        trainer.pending[name] = trainer.pending[name] + part if name in trainer.pending else part
+
+
 def move_role(
     trainer: Trainer, role: str, optimizer: torch.optim.Optimizer, rate: float, iteration: int
 ) -> None:
-    """Check, clip and move one role at this learning rate; it stays if a gradient is not finite."""
+    """Read the turn's figures, check, clip and move one role at this learning rate.
+
+    Raises NumericalError, naming the first, if a weight of fake score or generator, a loss, or a gradient of this role is
+    not finite; nothing has moved then. Weights are looked at first: of one that is not finite every loss would be nan.
+    """
     parameters = [(f"{role}/{name}", parameter) for name, parameter in trainer.roles.named_parameters(role)]
     trainer.processes.sum_gradients([parameter for _, parameter in parameters])
-    norm = optim.clip_and_check(parameters, trainer.config.grad_clip, iteration + 1)
+    total = optim.gradient_norm(parameters)
+    with trainer.processes.agreeing():
+        norm = read_figures(trainer, total, parameters, iteration)
     trainer.metrics[f"{role}_grad_norm"] = (
         norm / trainer.processes.count
     )  # figures are summed over the processes
+    optim.clip(parameters, trainer.config.grad_clip, total)
     optim.set_learning_rate(optimizer, rate)
     optimizer.step()
 
 
-def check_weights(trainer: Trainer, iteration: int) -> None:
-    """Raise NumericalError, naming the first, if a weight of fake score or generator is not finite.
-
-    Before a turn and not after it, when every loss would be nan and hide where that comes from.
-    """
+@torch.no_grad()
+def read_figures(
+    trainer: Trainer, total: Tensor, parameters: Sequence[tuple[str, torch.nn.Parameter]], iteration: int
+) -> float:
+    """The gradients' norm; pending figures become metrics. NumericalError for what is not finite, see `move_role`."""
     named = [(f"{role}/{name}", p) for role in ROLES for name, p in trainer.roles.named_parameters(role)]
-    with torch.no_grad():
-        if math.isfinite(float(torch.nn.utils.get_total_norm([parameter for _, parameter in named]))):
-            return
-    for name, parameter in named:
-        optim.check_finite(f"The weight {name}", parameter, iteration + 1)
-
-
-def add(trainer: Trainer, figures: dict[str, Tensor], share: float) -> None:
-    """Accumulate figures of a part of the batch."""
-    for name, value in figures.items():
-        trainer.metrics[name] = trainer.metrics.get(name, 0.0) + share * float(value.detach())
+    weights = torch.nn.utils.get_total_norm([parameter for _, parameter in named])
+    losses, figures = list(trainer.checked), list(trainer.pending)
+    kept = [*trainer.checked.values(), *trainer.pending.values()]
+    values = iter(trainer.read(torch.stack([weights.float(), total.float(), *kept])))
+    if not math.isfinite(next(values)):
+        for name, parameter in named:
+            optim.check_finite(f"The weight {name}", parameter, iteration + 1)
+    norm = next(values)
+    for name in losses:
+        if not math.isfinite(next(values)):
+            optim.check_finite(name, trainer.checked[name], iteration + 1)
+    trainer.metrics |= {name: next(values) for name in figures}
+    optim.require_finite_norm(norm, parameters, iteration + 1)
+    trainer.pending, trainer.checked = {}, {}
+    return norm

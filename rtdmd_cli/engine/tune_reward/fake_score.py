@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
+from rtdmd_cli.engine.algo.flow import move
 from rtdmd_cli.engine.algo.tilt import effective_share, systematic_draw, tilt_weights
 from rtdmd_cli.engine.compute import optim, rng
 from rtdmd_cli.engine.training.matching import (
@@ -15,7 +15,7 @@ from rtdmd_cli.engine.training.matching import (
     evaluated_together,
     fake_loss,
 )
-from rtdmd_cli.engine.training.trainer import Draws, check_weights, move_role, parts_of
+from rtdmd_cli.engine.training.trainer import Draws, back_propagate, move_role, parts_of
 from rtdmd_cli.engine.tune_reward.rollouts import Rollouts, Tuner, conditioning
 
 FAKE = "tune/fake"
@@ -25,7 +25,6 @@ FAKE = "tune/fake"
 def update_fake_score(tuner: Tuner, epoch: int, rollouts: Rollouts, advantages: Tensor) -> None:
     """The fake score's turn: one optimiser step of section 3's loss. advantages [N] as of `recipe.advantages_of`."""
     core, config = tuner.core, tuner.config
-    check_weights(core, epoch)
     core.fake_optimizer.zero_grad(set_to_none=True)
     if config.tilt:
         add_tilted_fake_gradients(tuner, epoch, rollouts, advantages)
@@ -38,11 +37,11 @@ def update_fake_score(tuner: Tuner, epoch: int, rollouts: Rollouts, advantages: 
     move_role(core, "fake", core.fake_optimizer, rate, epoch)
 
 
-def matched_prompts(tuner: Tuner, rollouts: Rollouts) -> Tensor:
-    """Prompt index of each fresh rollout of `tune_reward.matching: distill` [m], evenly spread over the epoch's."""
+def matched_prompts(tuner: Tuner, rollouts: Rollouts) -> list[int]:
+    """Prompt index of each fresh rollout of `tune_reward.matching: distill`, evenly spread over the epoch's."""
     count = len(rollouts.prompts)
     wanted = tuner.config.matching_images or count
-    return rollouts.prompts[torch.arange(wanted) * count // wanted]
+    return rollouts.prompts_of([number * count // wanted for number in range(wanted)])
 
 
 def add_last_fake_gradients(tuner: Tuner, epoch: int, rollouts: Rollouts) -> None:
@@ -84,13 +83,12 @@ def add_recorded_fake_gradients(
     core = tuner.core
     with core.processes.agreeing():
         for keys, images in parts:
-            cond, draws = conditioning(core, rollouts.prompts[list(images)]), Draws(core, FAKE, epoch, keys)
+            cond, draws = conditioning(core, rollouts.prompts_of(images)), Draws(core, FAKE, epoch, keys)
             points = recorded_points(tuner, draws, rollouts.x[rollouts.rows(images)])
             with core.roles.role("fake", train=True):
                 for group in evaluated_together(core, points):
                     loss = fake_loss(core, draws, group, cond, weight * len(images) / len(points))
-                    optim.check_finite("The fake-score loss", loss, epoch + 1)
-                    loss.backward()
+                    back_propagate(core, "The fake-score loss", loss)
 
 
 def drawn_images(tuner: Tuner, epoch: int, advantages: Tensor) -> list[int]:
@@ -119,5 +117,5 @@ def recorded_points(tuner: Tuner, draws: Draws, x: Tensor) -> list[Point]:
     """
     core, last = tuner.core, len(tuner.core.sigmas) - 1
     used = [last] if tuner.last_step_matching else boundaries_in_use(core, draws)
-    x = x.to(core.backbone.device)
+    x = move(x, core.backbone.device)
     return [(step - 1, Boundary(core.sigmas[step], x[:, step], x[:, step])) for step in used]

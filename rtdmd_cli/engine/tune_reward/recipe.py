@@ -29,15 +29,16 @@ import torch
 from torch import Tensor
 
 from rtdmd_cli.engine.algo.advantages import group_advantages
-from rtdmd_cli.engine.algo.flow import cps_logprob
+from rtdmd_cli.engine.algo.flow import cps_logprob, move
 from rtdmd_cli.engine.algo.gradients import bound_gradients
 from rtdmd_cli.engine.algo.losses import clipped_policy_loss, gaussian_kl, reward_hinge_loss
 from rtdmd_cli.engine.backbones.base import Conditioning
 from rtdmd_cli.engine.compute import optim
+from rtdmd_cli.engine.compute.device import to_host, wait
 from rtdmd_cli.engine.rewards.scoring import Scores, require_judged
 from rtdmd_cli.engine.rewards.sharing import gathered, require_work
 from rtdmd_cli.engine.training.matching import Boundary, add_matching_gradients, matching_loss
-from rtdmd_cli.engine.training.trainer import Draws, add, check_weights, move_role
+from rtdmd_cli.engine.training.trainer import Draws, add, back_propagate, check, move_role
 from rtdmd_cli.engine.tune_reward.fake_score import matched_prompts, update_fake_score
 from rtdmd_cli.engine.tune_reward.rollouts import (
     Rollouts,
@@ -47,6 +48,7 @@ from rtdmd_cli.engine.tune_reward.rollouts import (
     roll_out,
     transition,
 )
+from rtdmd_cli.errors import NumericalError
 
 GENERATOR = "tune/generator"
 """Name of the random stream of the generator's turn; stage 1's is another."""
@@ -59,7 +61,7 @@ def tune(tuner: Tuner, epoch: int) -> None:
     no reward, before anything moves at all.
     """
     core, config = tuner.core, tuner.config
-    core.metrics = {}
+    core.begin()
     with core.processes.agreeing():
         rollouts = roll_out(tuner, epoch)
         own = score(tuner, rollouts)
@@ -84,11 +86,12 @@ def score(tuner: Tuner, rollouts: Rollouts) -> Scores:
     """Every reward of this process's decoded images."""
     backbone = tuner.core.backbone
     images = [
-        backbone.decode(rollouts.x[rollouts.rows(part), -1].to(backbone.device)).cpu()
+        to_host(backbone.decode(move(rollouts.x[rollouts.rows(part), -1], backbone.device)))
         for part in rollouts.parts
     ]
+    wait(backbone.device)
     own = [image for part in rollouts.parts for image in part]
-    return tuner.rewards.score(torch.cat(images), rollouts.prompts[own].tolist())
+    return tuner.rewards.score(torch.cat(images), rollouts.prompts_of(own))
 
 
 def advantages_of(tuner: Tuner, rewards: dict[str, Tensor], rows: Tensor, count: int) -> Tensor:
@@ -105,8 +108,23 @@ def advantages_of(tuner: Tuner, rewards: dict[str, Tensor], rows: Tensor, count:
 def update_generator(tuner: Tuner, epoch: int, rollouts: Rollouts, advantages: Tensor) -> None:
     """The generator's turn, accumulated over the epoch: (sum of the chosen steps + last step) / (M + 1)."""
     core, config = tuner.core, tuner.config
-    check_weights(core, epoch)
     core.generator_optimizer.zero_grad(set_to_none=True)
+    accumulate_generator(tuner, epoch, rollouts, advantages)
+    total = config.epochs if config.lr_decay != "none" else None
+    rate = optim.learning_rate_at(epoch, config.generator_lr, config.lr_warmup, total)
+    try:
+        move_role(core, "generator", core.generator_optimizer, rate, epoch)
+    except NumericalError:
+        tuner.rewards.require_finite()  # a reward at fault has a better name than the loss
+        raise
+    decay = optim.ema_decay_at(epoch, config.ema_decay, warmup=False)
+    optim.ema_update(core.ema, core.roles.named_parameters("generator"), decay)
+    core.generator_updates += 1
+
+
+def accumulate_generator(tuner: Tuner, epoch: int, rollouts: Rollouts, advantages: Tensor) -> None:
+    """Accumulate the gradients of the generator's turn."""
+    core, config = tuner.core, tuner.config
     with core.processes.agreeing():
         for part, cond, share in micro_batches(core, rollouts):
             share_of_term = share / (len(rollouts.steps) + 1)
@@ -114,22 +132,14 @@ def update_generator(tuner: Tuner, epoch: int, rollouts: Rollouts, advantages: T
                 if config.policy_weight or config.kl_weight:
                     for k in rollouts.steps:
                         loss = policy_loss(tuner, rollouts, part, k, cond, advantages, share)
-                        optim.check_finite("The policy loss", loss, epoch + 1)
-                        (share_of_term * loss).backward()
+                        back_propagate(core, "The policy loss", loss, share_of_term)
                 if tuner.last_step_matching or tuner.backprop_weight:
                     draws = Draws(core, GENERATOR, epoch, part)
                     loss = last_step_loss(tuner, rollouts, draws, cond, share)
-                    optim.check_finite("The loss of the last step", loss, epoch + 1)
-                    (share_of_term * loss).backward()
+                    back_propagate(core, "The loss of the last step", loss, share_of_term)
     if config.dmd_weight and config.matching == "distill":
         weight = config.dmd_weight / (len(rollouts.steps) + 1)
         add_matching_gradients(core, GENERATOR, epoch, matched_prompts(tuner, rollouts), weight)
-    total = config.epochs if config.lr_decay != "none" else None
-    rate = optim.learning_rate_at(epoch, config.generator_lr, config.lr_warmup, total)
-    move_role(core, "generator", core.generator_optimizer, rate, epoch)
-    decay = optim.ema_decay_at(epoch, config.ema_decay, warmup=False)
-    optim.ema_update(core.ema, core.roles.named_parameters("generator"), decay)
-    core.generator_updates += 1
 
 
 def policy_loss(
@@ -146,13 +156,13 @@ def policy_loss(
     On-policy: the old log-probability is this one, detached. The recorded one shows the drift.
     """
     core, config, rows = tuner.core, tuner.config, rollouts.rows(part)
-    x, x_next = (rollouts.x[rows, step].to(core.backbone.device) for step in (k, k + 1))
+    x, x_next = (move(rollouts.x[rows, step], core.backbone.device) for step in (k, k + 1))
     mean, std = transition(core, x, k, cond)
     logp = cps_logprob(x_next, mean, std, config.logprob)
     output = clipped_policy_loss(
-        logp, logp.detach(), advantages[list(part)].to(logp.device), config.policy_clip
+        logp, logp.detach(), move(advantages[list(part)], logp.device), config.policy_clip
     )
-    drift = (logp.detach() - rollouts.logp[rows, k].to(logp.device)).abs().mean()
+    drift = (logp.detach() - move(rollouts.logp[rows, k], logp.device)).abs().mean()
     add(core, {"drift": drift / len(rollouts.steps)}, share)
     loss = config.policy_weight * output.loss
     if config.kl_weight:
@@ -184,8 +194,9 @@ def last_step_loss(
         if x0 is None or config.backprop_steps > 1:
             x0 = clean_latent(tuner, rollouts, pulled, cond.select(places), config.backprop_steps)
         else:
-            x0 = x0[places]
-        reward = tuner.rewards.differentiable_sum(core.backbone.decode(x0), rollouts.prompts[pulled].tolist())
+            x0 = x0[move(torch.tensor(places), x0.device)]
+        reward = tuner.rewards.differentiable_sum(core.backbone.decode(x0), rollouts.prompts_of(pulled))
+        check(core, "The weighted reward", reward.sum())
         hinge, part = reward_hinge_loss(reward, config.backprop_margin), len(pulled) / len(draws.indices)
         add(core, {"hinge_loss": hinge.loss, "hinge_active": hinge.metrics["active"]}, share * part)
         loss = loss + config.backprop_weight * part * hinge.loss
@@ -212,10 +223,10 @@ def clean_latent(
     """
     core, rows, passed = tuner.core, rollouts.rows(part), []
     first = tuner.stochastic + 1 - steps
-    x = rollouts.x[rows, first].to(core.backbone.device)
+    x = move(rollouts.x[rows, first], core.backbone.device)
     for k in range(first, tuner.stochastic):
         mean, _ = transition(core, x, k, cond)
-        x = rollouts.x[rows, k + 1].to(mean.device) + (mean - mean.detach())
+        x = move(rollouts.x[rows, k + 1], mean.device) + (mean - mean.detach())
         passed.append(x)
     x0 = last_step(core, x, cond)
     if torch.is_grad_enabled():

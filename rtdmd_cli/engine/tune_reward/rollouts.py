@@ -3,15 +3,17 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from rtdmd_cli.config.tune_reward import TuneRewardConfig
-from rtdmd_cli.engine.algo.flow import cps_logprob, cps_mean_std, to_x0
+from rtdmd_cli.engine.algo.flow import cps_logprob, cps_mean_std, move, to_x0
 from rtdmd_cli.engine.backbones.base import Conditioning
 from rtdmd_cli.engine.compute import rng
+from rtdmd_cli.engine.compute.device import to_host, wait
 from rtdmd_cli.engine.rewards.scoring import Scores
 from rtdmd_cli.engine.training.trainer import Draws, Trainer, parts_of
 
@@ -43,6 +45,10 @@ class Rewards(Protocol):
 
     def differentiable_sum(self, images: Tensor, prompts: Sequence[int]) -> Tensor:
         """Weighted sum [B] of the differentiable rewards, each over its divisor, with gradient to the images."""
+        ...
+
+    def require_finite(self) -> None:
+        """NumericalError, naming it, for a reward that gave `differentiable_sum` a value that is not finite."""
         ...
 
 
@@ -101,6 +107,15 @@ class Rollouts:
         parts = [[row for row in part if row in wanted] for part in self.parts]
         return replace(self, parts=tuple(part for part in parts if part), count=len(wanted))
 
+    @cached_property
+    def _indices(self) -> list[int]:
+        indices: list[int] = self.prompts.tolist()
+        return indices
+
+    def prompts_of(self, images: Sequence[int]) -> list[int]:
+        """Prompt indices of images, by their numbers."""
+        return [self._indices[image] for image in images]
+
     def rows(self, part: Sequence[int]) -> list[int]:
         """Where the images of a part stand in `x` and `logp`."""
         return [image - self.first for image in part]
@@ -112,28 +127,33 @@ def chosen_steps(tuner: Tuner, epoch: int) -> tuple[int, ...]:
     return tuple(sorted(order[: tuner.config.subset_steps].tolist()))
 
 
-def chosen_prompts(tuner: Tuner, epoch: int) -> Tensor:
-    """Prompt index of each image [N]: distinct prompts, each `images_per_prompt` times in a row."""
+def chosen_prompts(tuner: Tuner, epoch: int) -> list[int]:
+    """Prompt index of each image: distinct prompts, each `images_per_prompt` times in a row."""
     config = tuner.config
-    order = rng.permutation(tuner.core.prompts, config.seed, "tune/prompts", epoch)
-    return order[: config.images_per_epoch // config.images_per_prompt].repeat_interleave(
-        config.images_per_prompt
-    )
+    order: list[int] = rng.permutation(tuner.core.prompts, config.seed, "tune/prompts", epoch).tolist()
+    groups = order[: config.images_per_epoch // config.images_per_prompt]
+    return [prompt for prompt in groups for _ in range(config.images_per_prompt)]
 
 
 def roll_out(tuner: Tuner, epoch: int) -> Rollouts:
     """Roll the generator out with the epoch's noise; see `Rollouts`."""
-    core, steps, prompts = tuner.core, chosen_steps(tuner, epoch), chosen_prompts(tuner, epoch)
+    return rolled_out(tuner, epoch, chosen_steps(tuner, epoch), chosen_prompts(tuner, epoch))
+
+
+def rolled_out(tuner: Tuner, epoch: int, steps: tuple[int, ...], prompts: Sequence[int]) -> Rollouts:
+    """`roll_out` of these prompts, one for each image, with these chosen steps."""
+    core, indices = tuner.core, torch.tensor(prompts)
     own = core.processes.part(len(prompts))
     parts = tuple(parts_of(own, tuner.config.micro_batch))
     latents, logps = [], []
     for part in parts:
-        draws, cond = Draws(core, ROLLOUT, epoch, part), conditioning(core, prompts[list(part)])
+        draws, cond = Draws(core, ROLLOUT, epoch, part), conditioning(core, [prompts[i] for i in part])
         with core.roles.role("generator"), torch.no_grad():
             x, logp = roll_out_part(tuner, draws, cond, steps)
-        latents.append(x.cpu())
-        logps.append(logp.cpu())
-    return Rollouts(torch.cat(latents), torch.cat(logps), prompts, steps, parts, own.start, len(prompts))
+        latents.append(to_host(x))
+        logps.append(to_host(logp))
+    wait(core.backbone.device)
+    return Rollouts(torch.cat(latents), torch.cat(logps), indices, steps, parts, own.start, len(prompts))
 
 
 def roll_out_part(
@@ -155,7 +175,7 @@ def shared_noise(tuner: Tuner, draws: Draws, k: int) -> Tensor:
     """Noise of a step that was not chosen: the same for all images of a prompt, [b,C,H,W]."""
     groups = [index // tuner.config.images_per_prompt for index in draws.indices]
     noise = rng.normal(tuner.core.shape, tuner.config.seed, f"{ROLLOUT}/{k}/shared", draws.iteration, groups)
-    return noise.to(tuner.core.backbone.device)
+    return move(noise, tuner.core.backbone.device)
 
 
 def transition(core: Trainer, x: Tensor, k: int, cond: Conditioning) -> tuple[Tensor, Tensor]:
@@ -174,9 +194,9 @@ def last_step(core: Trainer, x: Tensor, cond: Conditioning) -> Tensor:
 def micro_batches(core: Trainer, rollouts: Rollouts) -> Iterator[tuple[Sequence[int], Conditioning, float]]:
     """This process's images in parts: their numbers, encoded prompts on the device, the part's share of the epoch."""
     for part in rollouts.parts:
-        yield part, conditioning(core, rollouts.prompts[list(part)]), len(part) / rollouts.count
+        yield part, conditioning(core, rollouts.prompts_of(part)), len(part) / rollouts.count
 
 
-def conditioning(core: Trainer, prompts: Tensor) -> Conditioning:
-    """Encoded prompts of prompt indices [b], on the model's device."""
-    return core.conditioning(prompts.tolist()).to(core.backbone.device, core.backbone.dtype)
+def conditioning(core: Trainer, prompts: Sequence[int]) -> Conditioning:
+    """Encoded prompts of prompt indices, on the model's device."""
+    return core.conditioning(prompts).to(core.backbone.device, core.backbone.dtype)

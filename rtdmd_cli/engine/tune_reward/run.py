@@ -41,7 +41,7 @@ from rtdmd_cli.engine.training.start import Start
 from rtdmd_cli.engine.training.trainer import ROLES, Trainer
 from rtdmd_cli.engine.tune_reward.checks import check_counts, check_tilt, open_rewards, require_shares
 from rtdmd_cli.engine.tune_reward.measure import Measurement, evenly_chosen, measure, teacher_features
-from rtdmd_cli.engine.tune_reward.rollouts import Tuner
+from rtdmd_cli.engine.tune_reward.rollouts import Rewards, Tuner
 from rtdmd_cli.engine.tune_reward.stage import STAGE, tune_stage
 from rtdmd_cli.engine.tune_reward.watch import BEFORE, BEST, STOPPED, begin_watch
 from rtdmd_cli.errors import DataError, RewardFailure
@@ -197,7 +197,7 @@ def train_watched(
 def build_tuner(
     backbone: Backbone,
     preset: Preset,
-    rewards: RewardMixture,
+    rewards: Rewards,
     prompts: int,
     conditioning: Callable[[Sequence[int]], Conditioning],
     empty: Conditioning,
@@ -206,10 +206,23 @@ def build_tuner(
 
     UsageError if the preset asks for more prompts, stochastic steps or back-propagated steps than there are.
     """
-    config = preset.tune_reward
     sigmas = training_sigmas(backbone, preset)
-    check_counts(config, prompts, len(sigmas) - 1, preset.sampler.eta)
+    check_counts(preset.tune_reward, prompts, len(sigmas) - 1, preset.sampler.eta)
     check_tilt(preset)
+    return tuner_on(sigmas, backbone, preset, rewards, prompts, conditioning, empty)
+
+
+def tuner_on(
+    sigmas: tuple[float, ...],
+    backbone: Backbone,
+    preset: Preset,
+    rewards: Rewards,
+    prompts: int,
+    conditioning: Callable[[Sequence[int]], Conditioning],
+    empty: Conditioning,
+) -> Tuner:
+    """`build_tuner` on a schedule that is known, without its checks."""
+    config = preset.tune_reward
     roles: RoleSet
     if preset.distill.train == "full":
         roles = FullRoles(backbone.transformer, tuning=True)

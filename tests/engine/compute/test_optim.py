@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -69,6 +70,14 @@ def test_warm_up() -> None:
     assert [group["lr"] for group in optimizer.param_groups] == [0.7]
 
 
+def checked_and_clipped(params: Any, max_norm: float, iteration: int) -> float:
+    """As before a role moves: the norm is read, checked, and the gradients are clipped by it."""
+    norm = optim.gradient_norm(params)
+    optim.require_finite_norm(float(norm), params, iteration)
+    optim.clip(params, max_norm, norm)
+    return float(norm)
+
+
 @pytest.mark.parametrize("max_norm", [1.0, 1e6])
 def test_clipping_is_that_of_torch(max_norm: float) -> None:
     params = parameters()
@@ -77,7 +86,7 @@ def test_clipping_is_that_of_torch(max_norm: float) -> None:
     for twin, (_, parameter) in zip(twins, params, strict=True):
         twin.grad = parameter.grad.clone() if parameter.grad is not None else None
     expected = torch.nn.utils.clip_grad_norm_(twins, max_norm)
-    assert optim.clip_and_check(params, max_norm, 1) == pytest.approx(float(expected)) == pytest.approx(20.0)
+    assert checked_and_clipped(params, max_norm, 1) == pytest.approx(float(expected)) == pytest.approx(20.0)
     for twin, gradient in zip(twins, gradients(params), strict=True):
         assert twin.grad is not None
         assert torch.equal(gradient, twin.grad)
@@ -93,7 +102,7 @@ def test_the_first_bad_gradient_is_named_and_nothing_is_changed(value: float, wo
     with pytest.raises(
         NumericalError, match=rf"gradient of x\.lora_B holds {word} values at iteration 17"
     ) as caught:
-        optim.clip_and_check(params, 1.0, 17)
+        checked_and_clipped(params, 1.0, 17)
     assert caught.value.exit_code == 5
     for gradient, old in zip(gradients(params), before, strict=True):
         assert torch.equal(gradient.nan_to_num(), old.nan_to_num())
@@ -103,15 +112,15 @@ def test_a_norm_beyond_float32_is_an_error_too() -> None:
     params = parameters()
     set_gradients(params, 1e38, 3e38)
     with pytest.raises(NumericalError, match="norm of all gradients exceeds"):
-        optim.clip_and_check(params, 1.0, 2)
+        checked_and_clipped(params, 1.0, 2)
 
 
 def test_no_gradient_at_all_is_an_error_and_a_single_missing_one_is_not() -> None:
     params = parameters()
     with pytest.raises(ValueError, match="no parameter has a gradient"):
-        optim.clip_and_check(params, 1.0, 0)
+        checked_and_clipped(params, 1.0, 0)
     params[1][1].grad = torch.ones(4, 4)
-    assert optim.clip_and_check(params, 100.0, 0) == pytest.approx(4.0)
+    assert checked_and_clipped(params, 100.0, 0) == pytest.approx(4.0)
 
 
 def test_check_finite() -> None:

@@ -1,0 +1,163 @@
+"""Both stages of every family on shapes alone: whatever reads a number back from the device raises an error there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rtdmd_cli.config.schema import DistillConfig, HardwareConfig, Preset
+from rtdmd_cli.config.section import LoraConfig
+from rtdmd_cli.config.tune_reward import TuneRewardConfig
+from rtdmd_cli.engine.backbones.families import FAMILIES
+from rtdmd_cli.engine.distill import recipe as distill
+from rtdmd_cli.engine.distill.run import trainer_on
+from rtdmd_cli.engine.planning.depth import depths, with_depths
+from rtdmd_cli.engine.planning.skeleton import Skeleton, skeleton
+from rtdmd_cli.engine.rewards.scoring import Scores
+from rtdmd_cli.engine.training.assembly import training_sigmas
+from rtdmd_cli.engine.training.trainer import Draws, Trainer
+from rtdmd_cli.engine.tune_reward import recipe as tune
+from rtdmd_cli.engine.tune_reward.fake_score import update_fake_score
+from rtdmd_cli.engine.tune_reward.rollouts import ROLLOUT, Rollouts, Tuner, conditioning, roll_out_part
+from rtdmd_cli.engine.tune_reward.run import tuner_on
+from tests.tiny_flux import TINY, tiny_config, tiny_folder
+
+PROMPTS = [0, 0, 1, 1]
+
+
+class Brightness:
+    """A reward with a gradient."""
+
+    weights = {"brightness": 1.0}
+    differentiable = ("brightness",)
+
+    @contextmanager
+    def hold_differentiable(self) -> Iterator[None]:
+        yield
+
+    def score(self, images: Tensor, prompts: Sequence[int]) -> Scores:
+        raise NotImplementedError
+
+    def combined(self, rewards: Mapping[str, Tensor]) -> Tensor | None:
+        return rewards["brightness"]
+
+    def differentiable_sum(self, images: Tensor, prompts: Sequence[int]) -> Tensor:
+        return images.mean(dim=(1, 2, 3))
+
+    def require_finite(self) -> None:
+        """Always."""
+
+
+def configs_of(folder: Path) -> dict[str, Any]:
+    files = [*folder.glob("*/config.json"), folder / "scheduler/scheduler_config.json"]
+    return {path.parent.name: json.loads(path.read_text("utf-8")) for path in files}
+
+
+def preset_of(name: str, train: str, boundaries: str) -> Preset:
+    every = boundaries == "every"
+    lora = LoraConfig(rank=2, alpha=2, targets=tuple(TINY[name].targets.split(", ")))
+    settings = {"boundaries": boundaries, "boundaries_batched": every, "consistency_batched": every}
+    return Preset(
+        name="tiny",
+        model=tiny_config(name),
+        distill=DistillConfig.model_validate(
+            {"batch": 4, "micro_batch": 2 if every else 4, "train": train, "lora": lora, **settings}
+        ),
+        tune_reward=TuneRewardConfig(
+            images_per_epoch=4,
+            images_per_prompt=2,
+            micro_batch=2 if every else 4,
+            lora=lora,
+            kl_weight=0.1,
+            matching="distill" if every else "last",
+        ),
+        hardware=HardwareConfig(gradient_checkpointing=every),
+    )
+
+
+def on_shapes(preset: Preset, name: str) -> tuple[Skeleton, tuple[float, ...]]:
+    configs = configs_of(tiny_folder(name))
+    few = dict.fromkeys(depths(configs["transformer"]), 1)
+    configs["transformer"] = with_depths(configs["transformer"], few | {"plain": 2 if name == "sd3" else 1})
+    dtype = torch.float32 if preset.distill.train == "full" else torch.bfloat16
+    made = skeleton(preset.model, preset.hardware, dtype, configs)
+    return made, training_sigmas(made.backbone, preset)
+
+
+def reading(trainer: Trainer, reads: list[int]) -> None:
+    """Stand in for the one transfer of a turn."""
+
+    def read(values: Tensor) -> list[float]:
+        reads.append(len(values))
+        return [1.0] * len(values)
+
+    trainer.read = read
+    trainer.boundary = lambda trainer, turn, iteration: 2
+
+
+CASES = [
+    (name, train, boundaries) for name in TINY for train, boundaries in (("lora", "one"), ("lora", "every"))
+]
+
+
+@pytest.mark.parametrize(("name", "train", "boundaries"), [*CASES, ("sd3", "full", "every")])
+def test_a_turn_reads_once(name: str, train: str, boundaries: str) -> None:
+    preset = preset_of(name, train, boundaries)
+    made, sigmas = on_shapes(preset, name)
+    reads = list[int]()
+    trainer = trainer_on(sigmas, made.backbone, preset, 2, made.prompts(2).select, made.prompts(1))
+    reading(trainer, reads)
+    distill.update_fake_score(trainer, 0, PROMPTS)
+    assert len(reads) == 1 and set(trainer.metrics) >= {"fake_loss", "fake_grad_norm"}
+    distill.update_generator(trainer, 0, PROMPTS)
+    assert len(reads) == 2 and set(trainer.metrics) >= {"dmd_loss", "generator_grad_norm"}
+    moved = [p for role in ("fake", "generator") for _, p in trainer.roles.named_parameters(role)]
+    assert all(p.grad is not None and p.grad.shape == p.shape for p in moved)
+    assert all(p.dtype == torch.float32 and p.is_meta for p in moved)
+
+
+def epoch_on_shapes(tuner: Tuner) -> Rollouts:
+    """Images in host memory, as an epoch's are; the part that rolls them out runs on shapes too."""
+    cond = conditioning(tuner.core, PROMPTS[:2])
+    with torch.no_grad(), tuner.core.roles.role("generator"):
+        x, logp = roll_out_part(tuner, Draws(tuner.core, ROLLOUT, 0, range(2)), cond, (0, 2))
+    assert x.shape == (2, 5, *tuner.core.shape) and logp.shape == (2, 3)
+    images, logps = torch.zeros(4, 5, *tuner.core.shape), torch.zeros(4, 3)
+    return Rollouts(images, logps, torch.tensor(PROMPTS), (0, 2), (range(2), range(2, 4)), 0, 4)
+
+
+@pytest.mark.parametrize(("name", "train", "boundaries"), [*CASES, ("sd3", "full", "every")])
+def test_a_turn_of_stage_2_reads_once(name: str, train: str, boundaries: str) -> None:
+    preset = preset_of(name, train, boundaries)
+    made, sigmas = on_shapes(preset, name)
+    reads = list[int]()
+    tuner = tuner_on(sigmas, made.backbone, preset, Brightness(), 2, made.prompts(2).select, made.prompts(1))
+    reading(tuner.core, reads)
+    rollouts, advantages = epoch_on_shapes(tuner), torch.zeros(4)
+    update_fake_score(tuner, 0, rollouts, advantages)
+    assert len(reads) == 1
+    tune.update_generator(tuner, 0, rollouts, advantages)
+    assert len(reads) == 2
+    assert set(tuner.core.metrics) >= {"fake_loss", "dmd_loss", "drift", "kl", "hinge_loss"}
+
+
+def test_shapes_have_no_numbers() -> None:
+    """Else the tests above could not fail."""
+    preset = preset_of("sd3", "lora", "one")
+    made, _ = on_shapes(preset, "sd3")
+    x = made.prompts(1).embeds
+    with pytest.raises(RuntimeError, match="meta"):
+        float(x.sum())
+    with pytest.raises(NotImplementedError, match="no data"):
+        x.cpu()
+
+
+def test_every_family_is_tried() -> None:
+    assert {TINY[name].family for name in TINY} == set(FAMILIES)
