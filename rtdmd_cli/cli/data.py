@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rtdmd_cli.cli import console
+from rtdmd_cli.cli import completing, console
 from rtdmd_cli.errors import DataError
 
 if TYPE_CHECKING:
@@ -20,7 +20,10 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
-Name = Annotated[str, typer.Argument(metavar="NAME", help="A name of `rtdmd data list`.")]
+Name = Annotated[
+    str,
+    typer.Argument(metavar="NAME", help="A name of `rtdmd data list`.", autocompletion=completing.data_sets),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Nothing on stderr but errors.")]
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rtdmd_cli.cli import console
+from rtdmd_cli.cli import completing, console
 from rtdmd_cli.cli.starting import (
     DISTILL,
     Device,
@@ -34,7 +34,10 @@ DEFAULT_PRESET = "shapes-4step"
 
 def distill(
     preset: Annotated[
-        str, typer.Option(help="Preset: a name (see `rtdmd presets list`) or a file.")
+        str,
+        typer.Option(
+            help="Preset: a name (see `rtdmd presets list`) or a file.", autocompletion=completing.presets
+        ),
     ] = DEFAULT_PRESET,
     overrides: Overrides = None,
     name: Annotated[str | None, typer.Option(help="Name of the run. Default: the preset's name.")] = None,
@@ -66,7 +69,10 @@ def distill(
         console.show(plan(resolved, len(prompts) if prompts else None, out / run_name, start), json_output)
         return
     console.quiet_libraries(quiet)
-    from rtdmd_cli.engine.distill.run import run_distill
+    from rtdmd_cli.engine.compute.importing import quick_imports
+
+    with quick_imports():
+        from rtdmd_cli.engine.distill.run import run_distill
 
     def say(text: str) -> None:
         console.say(text, quiet)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rtdmd_cli.cli import console
+from rtdmd_cli.cli import completing, console
 from rtdmd_cli.cli.eval_show import show_benchmarks, show_table
 from rtdmd_cli.cli.eval_steps import (
     Options,
@@ -45,6 +45,7 @@ BenchmarkName = Annotated[
     typer.Argument(
         metavar="BENCHMARK|FILE|list",
         help="A benchmark of `rtdmd eval list`, or a prompt file (.txt, .json, .jsonl) with --rewards.",
+        autocompletion=completing.benchmarks,
     ),
 ]
 Compare = Annotated[
@@ -53,6 +54,7 @@ Compare = Annotated[
         metavar="OTHER",
         help="Another evaluation's folder, or a run, checkpoint or preset that is evaluated likewise "
         "(with its own steps and guidance): paired differences at equal seeds.",
+        autocompletion=completing.sources,
     ),
 ]
 ImagesPerPrompt = Annotated[
@@ -70,6 +72,7 @@ Rewards = Annotated[
     typer.Option(
         metavar="NAME[,NAME]",
         help="Rewards to be measured (rtdmd rewards list). Default: the benchmark's. Its own judge always is.",
+        autocompletion=completing.rewards,
     ),
 ]
 RewardPath = Annotated[
@@ -161,7 +164,10 @@ def eval_command(
         compare,
     )
     console.quiet_libraries(quiet)
-    from rtdmd_cli.engine.evaluation.run import choose_judges
+    from rtdmd_cli.engine.compute.importing import quick_imports
+
+    with quick_imports():
+        from rtdmd_cli.engine.evaluation.run import choose_judges
 
     named = [name for text in rewards or () for name in text.split(",") if name]
     judges = choose_judges(row, named, reward_seconds)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rtdmd_cli.cli import console
+from rtdmd_cli.cli import completing, console
 from rtdmd_cli.cli.failures import nearest
 from rtdmd_cli.cli.sample import RUNS, Device, Dtype, Json, Quiet
 from rtdmd_cli.errors import UsageError
@@ -27,6 +27,7 @@ Run = Annotated[
     typer.Argument(
         metavar="[RUN]",
         help="Run or checkpoint folder, or name of a run under runs/. Default: the newest finished run.",
+        autocompletion=completing.runs_here,
     ),
 ]
 Format = Annotated[
@@ -74,9 +75,12 @@ def export(
     if public and push_to_hub is None:
         raise UsageError("--public is about the repository of --push-to-hub.", "Add --push-to-hub USER/NAME.")
     console.quiet_libraries(quiet)
-    from rtdmd_cli.engine.compute.device import resolve_device, resolve_dtype
-    from rtdmd_cli.engine.export.names import local_name
-    from rtdmd_cli.engine.export.run import Request, default_formats, run_export
+    from rtdmd_cli.engine.compute.importing import quick_imports
+
+    with quick_imports():
+        from rtdmd_cli.engine.compute.device import resolve_device, resolve_dtype
+        from rtdmd_cli.engine.export.names import local_name
+        from rtdmd_cli.engine.export.run import Request, default_formats, run_export
 
     source = _source(run, quiet)
     hardware = source.preset.hardware

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rtdmd_cli.cli import console
+from rtdmd_cli.cli import completing, console
 
 if TYPE_CHECKING:
     from rtdmd_cli.engine.rewards.fetch import Fetched
@@ -15,7 +15,9 @@ def fetch(
     name: Annotated[
         str,
         typer.Argument(
-            metavar="MODEL|REWARD", help="A preset (its base model), a hub id, or a reward's name."
+            metavar="MODEL|REWARD",
+            help="A preset (its base model), a hub id, or a reward's name.",
+            autocompletion=completing.weights,
         ),
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON value.")] = False,

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from rtdmd_cli.cli import completing
 from rtdmd_cli.errors import UsageError
 
 app = typer.Typer(
@@ -14,7 +15,14 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
-Name = Annotated[str, typer.Argument(metavar="NAME|FILE", help="A shipped preset's name, or a YAML file.")]
+Name = Annotated[
+    str,
+    typer.Argument(
+        metavar="NAME|FILE",
+        help="A shipped preset's name, or a YAML file.",
+        autocompletion=completing.presets,
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value.")]
 
 
@@ -63,7 +71,10 @@ def show(
     overrides: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", metavar="KEY=VALUE", help="Override a value, with --resolved; may be repeated."
+            "--set",
+            metavar="KEY=VALUE",
+            help="Override a value, with --resolved; may be repeated.",
+            autocompletion=completing.keys,
         ),
     ] = None,
     as_json: Json = False,
@@ -141,7 +152,12 @@ def copy(
 
 @app.command()
 def validate(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="A YAML file, or a shipped preset's name.")],
+    file: Annotated[
+        str,
+        typer.Argument(
+            metavar="FILE", help="A YAML file, or a shipped preset's name.", autocompletion=completing.presets
+        ),
+    ],
     as_json: Json = False,
 ) -> None:
     """Check a preset file by itself, without the environment: exit code 0 if it is good, 2 if not."""

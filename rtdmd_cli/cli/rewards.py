@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rtdmd_cli.cli import console
+from rtdmd_cli.cli import completing, console
 from rtdmd_cli.errors import DataError, EnvironmentFailure, UsageError
 
 if TYPE_CHECKING:
@@ -106,7 +106,9 @@ def check(
     names: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[NAME ...]", help="Rewards of the list, or module:Class. Default: all that are here."
+            metavar="[NAME ...]",
+            help="Rewards of the list, or module:Class. Default: all that are here.",
+            autocompletion=completing.rewards,
         ),
     ] = None,
     path: Annotated[
@@ -137,8 +139,11 @@ def check(
     from rtdmd_cli.engine.rewards.registry import REWARDS, find_reward
 
     entries = [find_reward(name) for name in dict.fromkeys(names or REWARDS)]
-    from rtdmd_cli.engine.compute.device import resolve_device
-    from rtdmd_cli.engine.evaluation.reward_check import check_rewards
+    from rtdmd_cli.engine.compute.importing import quick_imports
+
+    with quick_imports():
+        from rtdmd_cli.engine.compute.device import resolve_device
+        from rtdmd_cli.engine.evaluation.reward_check import check_rewards
 
     where = resolve_device(device)
     results = list(

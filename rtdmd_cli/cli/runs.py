@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rtdmd_cli.cli import console
+from rtdmd_cli.cli import completing, console
 from rtdmd_cli.cli.starting import Out
 
 if TYPE_CHECKING:
@@ -24,7 +24,12 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
-Name = Annotated[str, typer.Argument(metavar="NAME|PATH", help="A run's name under --out, or its folder.")]
+Name = Annotated[
+    str,
+    typer.Argument(
+        metavar="NAME|PATH", help="A run's name under --out, or its folder.", autocompletion=completing.runs
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Nothing on stderr but errors.")]
 
@@ -134,8 +139,10 @@ def readable(details: dict[str, Any]) -> dict[str, Any]:
 
 @app.command()
 def compare(
-    left: Annotated[str, typer.Argument(metavar="A", help="A run: its name or folder.")],
-    right: Annotated[str, typer.Argument(metavar="B", help="Another one.")],
+    left: Annotated[
+        str, typer.Argument(metavar="A", help="A run: its name or folder.", autocompletion=completing.runs)
+    ],
+    right: Annotated[str, typer.Argument(metavar="B", help="Another one.", autocompletion=completing.runs)],
     out: Annotated[Path, typer.Option("--runs", help="Folder that holds the runs.")] = Path("runs"),
     file: Annotated[
         Path | None,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rtdmd_cli.cli import console
+from rtdmd_cli.cli import completing, console
 from rtdmd_cli.cli.counting import counting
 from rtdmd_cli.errors import UsageError
 
@@ -28,6 +28,7 @@ From = Annotated[
         metavar="RUN|CHECKPOINT|EXPORT|PRESET",
         help="Run, checkpoint or exported folder, name of a run under runs/, or preset (its untouched base model). "
         "Default: the newest finished run, else the built-in model.",
+        autocompletion=completing.sources,
     ),
 ]
 Steps = Annotated[int | None, typer.Option(min=1, max=1000, help="Sampling steps. Default: the preset's.")]
@@ -93,13 +94,16 @@ def sample(
     """
     console.quiet_libraries(quiet)
     texts = _texts(prompt, prompts)
-    from rtdmd_cli.engine.sampling.pictures import (
-        Job,
-        choose_folder,
-        default_batch,
-        write_grid,
-        write_pictures,
-    )
+    from rtdmd_cli.engine.compute.importing import quick_imports
+
+    with quick_imports():
+        from rtdmd_cli.engine.sampling.pictures import (
+            Job,
+            choose_folder,
+            default_batch,
+            write_grid,
+            write_pictures,
+        )
 
     source, model = load_model(from_, guidance, device, dtype, quiet)
     preset = source.preset

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rtdmd_cli.cli import console
+from rtdmd_cli.cli import completing, console
 from rtdmd_cli.config.loader import Resolved, load_preset
 from rtdmd_cli.errors import DataError, EnvironmentFailure, UsageError
 
@@ -20,7 +20,12 @@ if TYPE_CHECKING:
 
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a preset value; repeatable."),
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override a preset value; repeatable.",
+        autocompletion=completing.keys,
+    ),
 ]
 Out = Annotated[Path, typer.Option(help="Folder that holds the runs.")]
 Resume = Annotated[

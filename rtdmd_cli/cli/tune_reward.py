@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rtdmd_cli.cli import console
+from rtdmd_cli.cli import completing, console
 from rtdmd_cli.cli.distill import DEFAULT_PRESET
 from rtdmd_cli.cli.starting import (
     TUNE_REWARD,
@@ -45,6 +45,7 @@ RewardNames = Annotated[
     typer.Option(
         metavar="NAME[=WEIGHT]",
         help="Reward to train on, in place of the preset's; repeatable. MODULE:CLASS loads your own.",
+        autocompletion=completing.rewards,
     ),
 ]
 Stage1 = Annotated[
@@ -53,10 +54,15 @@ Stage1 = Annotated[
         "--from",
         metavar="RUN|CHECKPOINT",
         help="Stage-1 run or checkpoint to start from. Default: the newest finished distill run.",
+        autocompletion=completing.runs,
     ),
 ]
 PresetName = Annotated[
-    str | None, typer.Option(help="Preset with the recipe: a name or a file. Default: the stage-1 run's.")
+    str | None,
+    typer.Option(
+        help="Preset with the recipe: a name or a file. Default: the stage-1 run's.",
+        autocompletion=completing.presets,
+    ),
 ]
 RunName = Annotated[
     str | None, typer.Option(help=f"Name of the run. Default: the stage-1 run's, with {SUFFIX}.")
@@ -107,7 +113,10 @@ def tune_reward(
         console.show(plan(resolved, checkpoint, count, out / run_name, start), json_output)
         return
     console.quiet_libraries(quiet)
-    from rtdmd_cli.engine.tune_reward.run import run_tune, stage_1_state
+    from rtdmd_cli.engine.compute.importing import quick_imports
+
+    with quick_imports():
+        from rtdmd_cli.engine.tune_reward.run import run_tune, stage_1_state
 
     def say(text: str) -> None:
         console.say(text, quiet)

@@ -10,6 +10,7 @@ import torch
 
 from rtdmd_cli.config.schema import HardwareConfig, ModelConfig
 from rtdmd_cli.engine.backbones.base import PLAIN, Backbone
+from rtdmd_cli.engine.compute.importing import quick_imports
 
 if TYPE_CHECKING:
     from rtdmd_cli.engine.backbones.common import PipelineBackbone
@@ -36,10 +37,12 @@ class Family:
 
     name: str
     description: str
-    module: Callable[[], FamilyModule]
+    load: Callable[[], FamilyModule]
 
-
-# Imported late: diffusers and transformers take seconds.
+    def module(self) -> FamilyModule:
+        """The family's file; its libraries take seconds to import."""
+        with quick_imports():
+            return self.load()
 
 
 def _sd3() -> FamilyModule:

@@ -4,20 +4,25 @@
 
 Every process holds the same weights. Random numbers are keyed by sample, so a part of a batch has the numbers it would
 have in one process; gradients are summed before a role moves, and so all move alike. The main process alone writes.
+
+torch is imported by what computes: how many processes there are is asked before every command.
 """
+
+from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
-
-import torch
-from torch import Tensor
-from torch.nn import Parameter
+from typing import TYPE_CHECKING, Any
 
 from rtdmd_cli.errors import EnvironmentFailure, RtdmdError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from torch.nn import Parameter
 
 BUCKET = 2**26  # numbers that are summed at once: 268 MB
 PATIENCE = timedelta(hours=6)
@@ -45,6 +50,8 @@ class Processes:
         """Replace each gradient by its sum over the processes."""
         if self.count == 1:
             return
+        import torch
+
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         for bucket in _buckets(gradients):
             total = self.accelerator.reduce(torch.cat([each.flatten() for each in bucket]), "sum")
@@ -55,6 +62,8 @@ class Processes:
         """Each figure's sum over the processes, which all have the same names."""
         if self.count == 1:
             return figures
+        import torch
+
         names = sorted(figures)
         own = torch.tensor([figures[name] for name in names], dtype=torch.float64)
         total = self.accelerator.reduce(own.to(self.accelerator.device), "sum")
@@ -71,6 +80,8 @@ class Processes:
         """The largest of the processes' numbers."""
         if self.count == 1:
             return number
+        import torch
+
         own = torch.tensor([number], device=self.accelerator.device)
         return int(self.accelerator.gather(own).max())
 
@@ -126,6 +137,8 @@ def join(device: torch.device) -> tuple[Processes, torch.device]:
     """
     if launched() == 1:
         return ALONE, device
+    import torch
+
     place, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     if device.type == "cuda" and place >= there:
         raise EnvironmentFailure(

@@ -7,7 +7,11 @@
 The same step, tensors, state and meta give the same bytes. A checkpoint is written beside its final name,
 flushed to disk, read back and renamed; older ones go only after that. A kill at any moment leaves the old
 set, or the old set and the new checkpoint.
+
+torch is imported by what saves and loads tensors: lists of runs read manifests alone, and must not wait for it.
 """
+
+from __future__ import annotations
 
 import hashlib
 import os
@@ -15,15 +19,13 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import safetensors
-import safetensors.torch
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from rtdmd_cli.engine.storage import files, strict_json
 from rtdmd_cli.errors import DataError, EnvironmentFailure
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FORMAT = "rtdmd-checkpoint"
 VERSION = 1
@@ -112,6 +114,9 @@ def _contents(
     text = files.json_text(dict(state))
     if strict_json.parse(text) != dict(state):
         raise ValueError("the state is not plain JSON: use dicts with text keys and lists, no tuples")
+    import torch
+    from safetensors.torch import save
+
     for group, named in sorted(tensors.items()):
         if not _GROUP_NAME.fullmatch(group):
             raise ValueError(f"a group's name is made of a-z, 0-9, _ and -, got {group!r}")
@@ -120,7 +125,7 @@ def _contents(
             name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
             for name, tensor in named.items()
         }
-        yield f"{group}.safetensors", safetensors.torch.save(copies)
+        yield f"{group}.safetensors", save(copies)
     yield STATE, text.encode()
 
 
@@ -215,6 +220,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
     Raises DataError naming the file and the reason: missing, wrong size, wrong sha256, damaged or foreign
     manifest, unknown version. Raises EnvironmentFailure if a file may not be read.
     """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
     manifest = _read_manifest(path)
     tensors: dict[str, dict[str, Tensor]] = {}
     state: dict[str, Any] = {}
@@ -224,8 +232,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
             if name == STATE:
                 state = strict_json.parse(data)
             else:
-                tensors[name.removesuffix(".safetensors")] = safetensors.torch.load(data)
-        except (ValueError, safetensors.SafetensorError) as error:
+                tensors[name.removesuffix(".safetensors")] = load(data)
+        except (ValueError, SafetensorError) as error:
             raise DataError(f"{path / name} cannot be parsed: {error}.", _OTHER_HINT) from error
     return Checkpoint(path, manifest.step, tensors, state, manifest.meta)
 

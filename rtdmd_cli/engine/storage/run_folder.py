@@ -3,7 +3,11 @@
 <out>/<name>/
   preset.resolved.yaml  environment.json  status.json  metrics.jsonl  log.txt
   checkpoints/  samples/  report.html
+
+torch and what imports it are imported where a run is made: lists of runs must not wait for them.
 """
+
+from __future__ import annotations
 
 import errno
 import fcntl
@@ -19,16 +23,15 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
-
-import torch
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from rtdmd_cli import __version__
 from rtdmd_cli.config.loader import Resolved, dump_resolved
-from rtdmd_cli.engine.compute.device import device_name
-from rtdmd_cli.engine.compute.mixed import products_of
 from rtdmd_cli.engine.storage import checkpoint, files, strict_json
 from rtdmd_cli.errors import DataError, EnvironmentFailure, NumericalError, UsageError
+
+if TYPE_CHECKING:
+    import torch
 
 State: TypeAlias = Literal["running", "finished", "interrupted", "failed"]
 
@@ -244,6 +247,8 @@ def create_run(
     command: the argument list as typed. Raises UsageError for a bad name or an existing folder that is not
     empty, EnvironmentFailure for disk and permission.
     """
+    from rtdmd_cli.engine.compute.mixed import products_of
+
     check_name(name)
     run = RunFolder(out / name)
     refuse_existing(run.path)
@@ -332,6 +337,10 @@ def resolve_run(reference: str, out: Path) -> RunReference | None:
 
 def describe_environment(command: Sequence[str], device: torch.device) -> dict[str, Any]:
     """Versions, machine and command, without home path, user name, host name and tokens."""
+    import torch
+
+    from rtdmd_cli.engine.compute.device import device_name
+
     versions = {}
     for package in PACKAGES:
         with suppress(metadata.PackageNotFoundError):

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from huggingface_hub import snapshot_download
 
 from rtdmd_cli.engine.rewards import local
 from rtdmd_cli.engine.rewards.base import Need, RewardEntry
@@ -56,6 +57,8 @@ def test_nothing_is_cached(cache: Path) -> None:
 def test_the_cached_snapshot_counts(cache: Path) -> None:
     put(cache, "config.json", "model.safetensors", "onnx/model.onnx")
     assert set(cached_files(REPOSITORY)) == {"config.json", "model.safetensors", "onnx/model.onnx"}
+    assert set(cached_files(REPOSITORY).values()) <= set(cache.rglob("*"))
+    assert snapshot_download(REPOSITORY, local_files_only=True) == str(cache)  # as the hub's client finds it
     assert at_hand(NEED) and missing(entry(NEED, NEED)) == []
 
 
