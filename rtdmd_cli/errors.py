@@ -28,6 +28,12 @@ class EnvironmentFailure(RtdmdError):
     exit_code = 3
 
 
+class BusyError(RtdmdError):
+    """Another process is working on the same folder."""
+
+    exit_code = 6
+
+
 class DataError(RtdmdError):
     """Bad or incompatible data: prompts, checkpoints, models."""
 

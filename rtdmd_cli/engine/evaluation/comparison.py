@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from rtdmd_cli.engine.evaluation.figures import interval_over_prompts, prompt_means, tasks_of
-from rtdmd_cli.engine.evaluation.folder import RESULTS, read_about
+from rtdmd_cli.engine.evaluation.folder import RESULTS, SCORES, read_about
 from rtdmd_cli.engine.evaluation.prompts import EvalPrompts, Key
 from rtdmd_cli.engine.evaluation.run import PUBLISHED_WEIGHTS, Ask, Evaluation, file_name
-from rtdmd_cli.engine.evaluation.score_phase import SCORES, Line, ScoreFile
+from rtdmd_cli.engine.evaluation.score_phase import Line, ScoreFile
 from rtdmd_cli.engine.storage import strict_json
 from rtdmd_cli.errors import DataError
 

@@ -9,8 +9,6 @@ Nothing is overwritten: without --resume a folder that holds anything is left al
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -20,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from rtdmd_cli.engine.sampling.pictures import free_folder
-from rtdmd_cli.engine.storage import strict_json
-from rtdmd_cli.engine.storage.files import make_folder, os_errors, remove_leftovers, write_json
-from rtdmd_cli.errors import DataError, EnvironmentFailure, UsageError
+from rtdmd_cli.engine.storage import files, strict_json
+from rtdmd_cli.engine.storage.files import make_folder, os_errors, write_json
+from rtdmd_cli.errors import DataError, UsageError
 
 ABOUT, RESULTS, TIMING = "evaluation.json", "results.json", "timing.jsonl"
+SCORES = "scores"
 REPORT, REPORT_TEXT = "report.html", "report.md"
 DEFAULT = Path("evals")
 FREE = (
@@ -95,27 +94,12 @@ def read_about(folder: Path) -> dict[str, Any] | None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder for this process, and remove what a killed one left half written there.
-
-    The system lifts the lock when the process ends. UsageError where another process holds it.
-    """
+    """Hold the folder, made if need be, for this process. BusyError as `files.locked`."""
     make_folder(folder)
-    with os_errors(folder, "open"):
-        descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UsageError(
-                f"Another process is working on {folder}.", "Wait for it, or choose another --out."
-            ) from error
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL):
-                raise EnvironmentFailure(f"Cannot lock {folder}: {error.strerror}.") from error
-        remove_leftovers(folder)
+    with files.locked(folder, "Wait for it, or choose another --out."):
+        for inner in (folder / SCORES, *folder.glob("[0-9]*/"), *folder.glob("[0-9]*/*/")):
+            files.remove_leftovers(inner, held=True)
         yield
-    finally:
-        os.close(descriptor)
 
 
 def _is_empty(folder: Path) -> bool:

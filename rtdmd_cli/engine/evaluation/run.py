@@ -12,7 +12,7 @@ import torch
 
 from rtdmd_cli.config.tune_reward import split_paths, split_weights
 from rtdmd_cli.engine.evaluation.benchmarks import Benchmark
-from rtdmd_cli.engine.evaluation.folder import TIMING
+from rtdmd_cli.engine.evaluation.folder import SCORES, TIMING
 from rtdmd_cli.engine.evaluation.generate_phase import Generation, Timing, free_memory, generate_phase
 from rtdmd_cli.engine.evaluation.metrics import JudgeEntry, check_prompts, find_judge
 from rtdmd_cli.engine.evaluation.picture_store import (
@@ -22,7 +22,7 @@ from rtdmd_cli.engine.evaluation.picture_store import (
     check_pictures,
 )
 from rtdmd_cli.engine.evaluation.prompts import EvalPrompts, Key
-from rtdmd_cli.engine.evaluation.score_phase import SCORES, Line, ScoreFile, score_phase
+from rtdmd_cli.engine.evaluation.score_phase import Line, ScoreFile, score_phase
 from rtdmd_cli.engine.rewards.local import missing
 from rtdmd_cli.engine.sampling.model_source import Source
 from rtdmd_cli.engine.storage.run_folder import RunFolder

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -43,10 +43,18 @@ from rtdmd_cli.engine.report.grid import GridRow, picture_grid, save_png
 from rtdmd_cli.engine.sampling.model_source import EMA, Source, open_model
 from rtdmd_cli.engine.storage import files, strict_json
 from rtdmd_cli.engine.storage.checkpoint import Checkpoint, load_checkpoint
-from rtdmd_cli.engine.storage.exported import FORMAT, MANIFEST, VERSION, file_sha256, is_exported
+from rtdmd_cli.engine.storage.exported import (
+    CARD,
+    FORMAT,
+    MANIFEST,
+    VERSION,
+    file_sha256,
+    is_exported,
+    is_untouched,
+)
 from rtdmd_cli.engine.storage.run_folder import RunFolder
 from rtdmd_cli.engine.tune_reward.watch import BEFORE
-from rtdmd_cli.errors import EnvironmentFailure, UsageError
+from rtdmd_cli.errors import UsageError
 from rtdmd_cli.shapes.prompts import benchmark
 
 FORMATS = ("diffusers", "comfyui", "merged")
@@ -96,12 +104,21 @@ class Own:
 def run_export(request: Request, say: Callable[[str], None]) -> dict[str, Any]:
     """Make the folder; what export.json says of it. say: prints a line for people.
 
-    UsageError for a target that may not be written, before anything is loaded; errors as `open_model`; NumericalError
-    where an export doesn't make the run's pictures. After any error the target is as before.
+    UsageError for a target that may not be written, and BusyError where another process makes it, before anything is
+    loaded; errors as `open_model`; NumericalError where an export doesn't make the run's pictures. After any error the
+    target is as before.
     """
     request = prepared(request, say)
-    assert request.source.checkpoint is not None
     check_target(request)
+    files.make_folder(request.out.parent)
+    files.remove_leftovers(request.out.parent, request.out.name)
+    with files.building(request.out, fixed=True) as building:
+        return _built(request, building, say)
+
+
+def _built(request: Request, building: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    """Fill the folder `building` and give it its name; what export.json says of it."""
+    assert request.source.checkpoint is not None
     prompts = picture_prompts(request.source)
     own = draw_own(request, prompts)
     checkpoint = load_checkpoint(request.source.checkpoint)
@@ -111,19 +128,16 @@ def run_export(request: Request, say: Callable[[str], None]) -> dict[str, Any]:
         folded = fold(stacks, request.rank)
         say(_folded_line(folded, max(len(parts) for parts in stacks.values())))
     bases = find_bases(request.source.preset)
-    out = request.out
-    files.make_folder(out.parent)
-    files.remove_leftovers(out.parent, out.name)
-    building = files.tmp_path(out)
-    try:
-        facts = build(request, building, bases, checkpoint, folded, own, prompts, say)
-        described = describe(request, building, facts)
-    except BaseException:
-        if building.exists():
-            with suppress(EnvironmentFailure):
-                files.remove_folder(building)
-        raise
-    (files.replace_folder if request.force else files.rename_folder)(building, out)
+    facts = build(request, building, bases, checkpoint, folded, own, prompts, say)
+    described = describe(request, building, facts)
+    if not request.force:
+        files.rename_folder(building, request.out)
+        return described
+    check_target(request)  # once more: building takes minutes
+    changed = not is_untouched(request.out)
+    aside = files.replace_folder(building, request.out, keep=changed)
+    if aside is not None:
+        say(f"{request.out} held files that no export wrote: it is kept as {aside}")
     return described
 
 
@@ -295,7 +309,8 @@ def prove(
 
 def describe(request: Request, folder: Path, facts: Facts) -> dict[str, Any]:
     """Write README.md and export.json; what the latter says."""
-    files.write_text(folder / "README.md", card_text(facts))
+    card = card_text(facts)
+    files.write_text(folder / CARD, card)
     preset = facts.preset.model_dump(mode="json")
     for key in ("path", "components", "generator_init"):
         preset["model"][key] = preset["model"][key] and local_name(preset["model"][key])
@@ -318,6 +333,7 @@ def describe(request: Request, folder: Path, facts: Facts) -> dict[str, Any]:
         "exact_rank": facts.exact_rank,
         "fold_error": facts.fold_error,
         "round_trip": {name: trip.record() for name, trip in facts.trips.items()},
+        "card_sha256": hashlib.sha256(card.encode()).hexdigest(),
         "files": {name: {"size": size, "sha256": sha} for name, (size, sha) in facts.files.items()},
     }
     files.write_json(folder / MANIFEST, described)

@@ -22,14 +22,16 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load, save
 
 from rtdmd_cli.engine.backbones.base import Backbone, Conditioning, concatenate
 from rtdmd_cli.engine.storage import strict_json
-from rtdmd_cli.engine.storage.files import TMP_PREFIX, cache_folder, write_bytes
+from rtdmd_cli.engine.storage.files import TMP_PREFIX, cache_folder, remove_leftovers, write_bytes
 from rtdmd_cli.errors import EnvironmentFailure, UsageError
 
 BLOCK = 64  # prompts
+MEMORY_BYTES = 2_000_000_000
+"""Encoded prompts up to this size are held in memory where the disk doesn't take them."""
 DEFAULT_GB = 20.0
 
 log = logging.getLogger(__name__)
@@ -65,6 +67,19 @@ class _Block:
     tensors: Any  # safe_open
 
 
+@dataclass(frozen=True)
+class _Held:
+    """A block in memory, read as `safe_open` reads one."""
+
+    tensors: Mapping[str, torch.Tensor]
+
+    def keys(self) -> list[str]:
+        return list(self.tensors)
+
+    def get_slice(self, name: str) -> torch.Tensor:
+        return self.tensors[name]
+
+
 class EmbeddingCache:
     """Prompts -> `Conditioning` by way of the disk: `ensure` first, then `fetch` whatever was ensured.
 
@@ -78,12 +93,14 @@ class EmbeddingCache:
         self._identity = (model_key, text_length)
         self._max_bytes = int(max_gb * 1e9)
         self._rows: dict[str, tuple[_Block, int]] = {}
+        self._in_memory = 0
+        remove_leftovers(self._folder)
 
     def ensure(self, prompts: Sequence[str], encode: Callable[[Sequence[str]], Conditioning]) -> int:
         """Have all `prompts` on disk, encoding what is missing; returns how many were encoded.
 
-        EnvironmentFailure where they need more than `max_gb`, or the disk doesn't take them. A damaged block
-        is removed and its prompts are encoded again, which the log says.
+        EnvironmentFailure where they need more than `max_gb`. What the disk doesn't take is held in memory, up to
+        MEMORY_BYTES, which the log says. A damaged block is removed and its prompts are encoded again, likewise.
         """
         wanted = {self._key(prompt): prompt for prompt in prompts}
         self._find({key for key in wanted if key not in self._rows})
@@ -161,10 +178,24 @@ class EmbeddingCache:
         self._make_room(len(data))
         name = hashlib.sha256("".join(keys).encode()).hexdigest()[:24]
         path = self._folder / f"{name}.safetensors"
-        write_bytes(path, data)
+        try:
+            write_bytes(path, data)
+        except EnvironmentFailure as error:
+            self._hold(path, keys, data, error)
+            return
         block = _open(path)
         assert block is not None, path
         self._note(block)
+
+    def _hold(self, path: Path, keys: tuple[str, ...], data: bytes, error: EnvironmentFailure) -> None:
+        """Keep a block that the disk didn't take in memory; raises `error` where that would be too much."""
+        if self._in_memory + len(data) > MEMORY_BYTES:
+            raise error
+        if not self._in_memory:
+            log.warning("encoded prompts are held in memory, not in the cache: %s", error.message)
+        self._in_memory += len(data)
+        tensors = load(data)
+        self._note(_Block(path, keys, _digest(tensors), _Held(tensors)))
 
     def _make_room(self, size: int) -> None:
         """Remove the blocks unused for longest, but none of this run's, until `size` bytes more fit."""

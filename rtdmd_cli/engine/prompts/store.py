@@ -120,17 +120,13 @@ def _install(data: DataSet, content: bytes, origin: str, check: Callable[[Stored
             "It is another version, or damaged; nothing was changed.",
         )
     final = folder(data)
-    temporary = files.tmp_path(final)
-    files.make_folder(temporary)
-    try:
+    files.remove_leftovers(final.parent, final.name)
+    with files.building(final) as temporary:
         files.write_bytes(temporary / data.file, content)
         check(Stored(data, temporary / data.file, found))
         record = {"url": data.url, "sha256": found, "size": len(content), "pinned": bool(data.accepted)}
         files.write_json(temporary / RECORD, record)
-    except BaseException:
-        files.remove_folder(temporary)
-        raise
-    files.replace_folder(temporary, final)
+        files.replace_folder(temporary, final)
     return Stored(data, final / data.file, found, fresh=True)
 
 

@@ -6,7 +6,8 @@
 
 The same step, tensors, state and meta give the same bytes. A checkpoint is written beside its final name,
 flushed to disk, read back and renamed; older ones go only after that. A kill at any moment leaves the old
-set, or the old set and the new checkpoint.
+set, or the old set and the new checkpoint. Newer ones are never removed: a run that goes on from an older checkpoint
+moves them to <folder>/set-aside-<time>.
 
 torch is imported by what saves and loads tensors: lists of runs read manifests alone, and must not wait for it.
 """
@@ -14,10 +15,11 @@ torch is imported by what saves and loads tensors: lists of runs read manifests 
 from __future__ import annotations
 
 import hashlib
-import os
 import re
+import secrets
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,11 +34,18 @@ VERSION = 1
 MANIFEST = "manifest.json"
 STATE = "state.json"
 
-_STEP_NAME = re.compile(r"step-(\d{6}|[1-9]\d{6,})(\.old)?")
+SET_ASIDE = "set-aside-"
+
+_STEP_NAME = re.compile(r"step-(\d{6}|[1-9]\d{6,})")
 _GROUP_NAME = re.compile(r"[a-z0-9_-]+")
 _FILE_NAME = re.compile(r"state\.json|[a-z0-9_-]+\.safetensors")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_NO_SUCH_FILE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 _OTHER_HINT = "Choose another checkpoint; --resume auto takes the newest good one."
+
+
+class RefusedCheckpoint(DataError):
+    """A checkpoint that is whole but not to be trusted with its name or by this version: nothing takes its place."""
 
 
 @dataclass(frozen=True)
@@ -79,30 +88,32 @@ def save_checkpoint(
 
     tensors: {group: {name: tensor of any shape, dtype, device}}, group of a-z, 0-9, _ and -. state: plain
     JSON (tuples and non-finite numbers are refused). meta: preset sha256, program version, base model.
-    Steps above this one are left alone (see remove_after). A checkpoint of the same step is replaced.
-    Raises ValueError for such arguments, EnvironmentFailure for disk and permission.
+    Steps above this one are left alone (see set_aside_after). A checkpoint of the same step is replaced.
+    Only one process may write to `folder`. Raises ValueError for such arguments, EnvironmentFailure for disk and
+    permission, and, before anything is written, where the tensors don't fit the disk.
     """
     if step < 0 or keep < 1:
         raise ValueError(f"step must be at least 0 and keep at least 1, got {step} and {keep}")
     files.make_folder(folder)
-    _clean(folder)
+    files.remove_leftovers(folder, held=True)
+    size = sum(t.numel() * t.element_size() for named in tensors.values() for t in named.values())
+    files.require_room(folder, size, f"The checkpoint {step_name(step)}")
     final = folder / step_name(step)
-    temporary = files.tmp_path(final)
-    files.make_folder(temporary)
-    written: dict[str, tuple[int, str]] = {}
-    for name, data in _contents(tensors, state):
-        files.write_bytes(temporary / name, data)
-        written[name] = (len(data), hashlib.sha256(data).hexdigest())
-        del data
-    files.write_text(temporary / MANIFEST, _manifest_text(Manifest(step, written, dict(meta))))
-    try:
-        verify_checkpoint(temporary)
-    except DataError as error:
-        raise EnvironmentFailure(
-            f"The disk gave back other bytes than were written: {error.message}",
-            "Check the disk; the older checkpoints are untouched.",
-        ) from error
-    files.replace_folder(temporary, final)
+    with files.building(final) as temporary:
+        written: dict[str, tuple[int, str]] = {}
+        for name, data in _contents(tensors, state):
+            files.write_bytes(temporary / name, data)
+            written[name] = (len(data), hashlib.sha256(data).hexdigest())
+            del data
+        files.write_text(temporary / MANIFEST, _manifest_text(Manifest(step, written, dict(meta))))
+        try:
+            verify_checkpoint(temporary)
+        except DataError as error:
+            raise EnvironmentFailure(
+                f"The disk gave back other bytes than were written: {error.message}",
+                "Check the disk; the older checkpoints are untouched.",
+            ) from error
+        files.replace_folder(temporary, final)
     _prune(folder, step, keep, spared)
     return final
 
@@ -145,60 +156,61 @@ def _body_sha256(body: Mapping[str, Any]) -> str:
     return hashlib.sha256(files.json_text(body).encode()).hexdigest()
 
 
-def _clean(folder: Path) -> None:
-    """Remove temporary leftovers, and folders moved aside whose replacement is in place."""
-    files.remove_leftovers(folder)
-    for path in _step_folders(folder):
-        if path.suffix == files.OLD_SUFFIX and path.with_suffix("").is_dir():
-            files.remove_folder(path)
-
-
 def _step_folders(folder: Path) -> list[Path]:
-    """The folders with a step's name, by step; one moved aside (.old) comes before its replacement."""
-    if not folder.is_dir():
-        return []
+    """The folders with a step's name, by step."""
     with files.os_errors(folder, "list"):
+        if not folder.is_dir():
+            return []
         found = [path for path in folder.iterdir() if _STEP_NAME.fullmatch(path.name)]
-    return sorted(found, key=lambda path: (_step_of(path), path.suffix == ""))
+    return sorted(found, key=step_of)
 
 
-def _step_of(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """The step that a folder's name says; it must be such a name."""
     match = _STEP_NAME.fullmatch(path.name)
     assert match is not None
     return int(match[1])
 
 
 def _prune(folder: Path, step: int, keep: int, spared: int | None) -> None:
-    older = [path for path in _step_folders(folder) if _step_of(path) < step and _step_of(path) != spared]
+    older = [path for path in _step_folders(folder) if step_of(path) < step and step_of(path) != spared]
     for path in older[: max(0, len(older) - (keep - 1))]:
         files.remove_folder(path)
 
 
-def remove_after(folder: Path, step: int) -> list[int]:
-    """Remove the checkpoints of steps above `step`; the steps removed, rising.
+def set_aside_after(folder: Path, step: int) -> Path | None:
+    """Move the checkpoints of steps above `step` to a new folder in `folder`, which is returned; None where there are none.
 
     For a resume from an older checkpoint: otherwise the newest one belongs to the course that was given up.
     """
-    later = [path for path in _step_folders(folder) if _step_of(path) > step]
+    later = [path for path in _step_folders(folder) if step_of(path) > step]
+    if not later:
+        return None
+    when = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    aside = folder / f"{SET_ASIDE}{when}-{secrets.token_hex(2)}"
+    files.make_folder(aside)
     for path in reversed(later):
-        files.remove_folder(path)
-    return sorted({_step_of(path) for path in later})
+        files.move(path, aside / path.name)
+    return aside
 
 
 def checkpoint_steps(folder: Path) -> list[int]:
     """The steps that have a folder, rising; nothing is verified. Empty if `folder` does not exist."""
-    return sorted({_step_of(path) for path in _step_folders(folder)})
+    return sorted({step_of(path) for path in _step_folders(folder)})
 
 
 def newest_valid(folder: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
     """The newest checkpoint that verifies, and the newer ones that were skipped, each with the reason.
 
-    (None, []) if there is no checkpoint at all. Raises EnvironmentFailure if one may not be read.
+    (None, []) if there is no checkpoint at all. Raises EnvironmentFailure if one can't be read, which is no damage, and
+    RefusedCheckpoint for one of another version, or whose folder has another step's name: no older one is taken then.
     """
     skipped: list[tuple[Path, str]] = []
     for path in reversed(_step_folders(folder)):
         try:
             verify_checkpoint(path)
+        except RefusedCheckpoint:
+            raise
         except DataError as error:
             skipped.append((path, error.message))
         else:
@@ -207,7 +219,7 @@ def newest_valid(folder: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
 
 
 def verify_checkpoint(path: Path) -> Manifest:
-    """Read every file of a checkpoint and compare it with the manifest. Raises as load_checkpoint does."""
+    """Read every file of a checkpoint and compare it with the manifest. Errors as `load_checkpoint`."""
     manifest = _read_manifest(path)
     for name in manifest.files:
         _read_verified(path, name, manifest)
@@ -218,7 +230,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """Load a checkpoint; what is returned is what was verified (each file is read once).
 
     Raises DataError naming the file and the reason: missing, wrong size, wrong sha256, damaged or foreign
-    manifest, unknown version. Raises EnvironmentFailure if a file may not be read.
+    manifest; RefusedCheckpoint: unknown version, another step's name. Raises EnvironmentFailure if a file can't be read.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load
@@ -240,15 +252,12 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 def _read(path: Path, missing: str) -> bytes:
     try:
-        return path.read_bytes()
-    except FileNotFoundError as error:
-        raise DataError(missing, _OTHER_HINT) from error
-    except PermissionError as error:
-        raise EnvironmentFailure(
-            f"Cannot read {path}: permission denied.", "Check its permissions."
-        ) from error
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}.", _OTHER_HINT) from error
+        with files.os_errors(path, "read"):
+            return path.read_bytes()
+    except EnvironmentFailure as error:
+        if isinstance(error.__cause__, _NO_SUCH_FILE):
+            raise DataError(missing, _OTHER_HINT) from error
+        raise
 
 
 def _read_verified(path: Path, name: str, manifest: Manifest) -> bytes:
@@ -263,7 +272,9 @@ def _read_verified(path: Path, name: str, manifest: Manifest) -> bytes:
 
 def _read_manifest(path: Path) -> Manifest:
     file = path / MANIFEST
-    if not os.path.isdir(path):
+    with files.os_errors(path, "read"):
+        there = path.is_dir()
+    if not there:
         raise DataError(f"There is no checkpoint folder {path}.", _OTHER_HINT)
     data = _read(file, f"{path} is foreign, no checkpoint of rtdmd: {MANIFEST} is missing.")
     try:
@@ -275,13 +286,19 @@ def _read_manifest(path: Path) -> Manifest:
             f"{path} is foreign, no checkpoint of rtdmd: {MANIFEST} is of another program.", _OTHER_HINT
         )
     if body.get("version") != VERSION:
-        raise DataError(
+        raise RefusedCheckpoint(
             f"{file} has format version {body.get('version')}; this program reads version {VERSION}.",
-            "Use the version of rtdmd that wrote it.",
+            "Use the version of rtdmd that wrote it, or move the folder away.",
         )
     if body.pop("sha256", None) != _body_sha256(body):
         raise DataError(f"{file} is damaged: its own sha256 does not fit.", _OTHER_HINT)
-    return _parse_manifest(body, file)
+    manifest = _parse_manifest(body, file)
+    if _STEP_NAME.fullmatch(path.name) and step_of(path) != manifest.step:
+        raise RefusedCheckpoint(
+            f"{path} is a checkpoint of step {manifest.step}: its folder has another step's name.",
+            f"Name it {step_name(manifest.step)}, or move it away.",
+        )
+    return manifest
 
 
 def _parse_manifest(body: Mapping[str, Any], file: Path) -> Manifest:

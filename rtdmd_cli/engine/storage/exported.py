@@ -20,7 +20,7 @@ from rtdmd_cli.engine.storage import strict_json
 from rtdmd_cli.engine.storage.files import os_errors
 from rtdmd_cli.errors import DataError
 
-MANIFEST = "export.json"
+MANIFEST, CARD = "export.json", "README.md"
 FORMAT, VERSION = "rtdmd-export", 1
 INDEX, COMFYUI = "model_index.json", "comfyui"
 AGAIN = "Export the run again."
@@ -51,6 +51,22 @@ def is_exported(folder: Path) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(body, dict) and body.get("format") == FORMAT
+
+
+def is_untouched(folder: Path) -> bool:
+    """Whether an export holds what was written to it and nothing else: the same files, of the same sizes, the same card."""
+    try:
+        body = strict_json.read(folder / MANIFEST)
+        listed = {str(name): int(entry["size"]) for name, entry in body["files"].items()}
+        card = str(body["card_sha256"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+    with os_errors(folder, "read"):
+        found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if not path.is_dir()}
+        if found.keys() != {*listed, MANIFEST, CARD} or any(path.is_symlink() for path in found.values()):
+            return False
+        sizes = all(found[name].stat().st_size == size for name, size in listed.items())
+        return sizes and file_sha256(found[CARD]) == card
 
 
 def read_exported(folder: Path) -> Exported:

@@ -1,34 +1,51 @@
 """Every write of the product: temporary name in the same folder, flush to disk, rename, flush of the folder.
 
 A reader, or a process started after a kill or a power cut, sees the old content or the new, never half of it.
-Temporary names start with TMP_PREFIX. OSError becomes EnvironmentFailure with the path in its message.
+Temporary names start with TMP_PREFIX; what a killed process left under one is removed at the next start (`remove_leftovers`).
+OSError becomes EnvironmentFailure with the path in its message.
 """
 
 import errno
+import fcntl
 import json
 import os
 import re
 import secrets
-import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from platformdirs import user_cache_dir
+from safetensors import SafetensorError
 
-from rtdmd_cli.errors import EnvironmentFailure
+from rtdmd_cli.engine.storage.disk import Disk
+from rtdmd_cli.errors import BusyError, EnvironmentFailure
 
 TMP_PREFIX = ".tmp-"
-OLD_SUFFIX = ".old"
+DEAD_AFTER = 24 * 3600.0
+"""Seconds after which a temporary file that nobody can lock counts as left by a killed process."""
+
+disk = Disk()
+"""What all writes go through; tests replace it."""
 
 _TMP_NAME = re.compile(re.escape(TMP_PREFIX) + "[0-9a-f]{8}-")
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # in the messages of safetensors' writer
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.EBADF)
+"""The disk knows no locks; EBADF: NFS, which locks no folders."""
 _HINTS = {
     errno.ENOSPC: "Free some disk space, or choose a folder on another disk.",
     errno.EDQUOT: "Your disk quota is used up: free some space, or choose a folder on another disk.",
     errno.EACCES: "Choose a folder you may write to.",
     errno.EPERM: "Choose a folder you may write to.",
     errno.EROFS: "The disk is mounted read-only: choose another folder.",
+    errno.EIO: "Check the disk.",
+    errno.ESTALE: "Check the network disk.",
+    errno.ETIMEDOUT: "Check the network disk.",
+    errno.EMFILE: "Raise the limit of open files: ulimit -n 4096",
+    errno.ENOMEM: "Close other programs.",
+    errno.ELOOP: "It is a link, and nothing is written through links: remove it.",
 }
 
 
@@ -39,18 +56,36 @@ def cache_folder(name: str) -> Path:
 
 @contextmanager
 def os_errors(path: Path, doing: str = "write") -> Iterator[None]:
-    """Turn an OSError of the block into EnvironmentFailure: "Cannot <doing> <path>: <reason>."."""
+    """Turn an OSError of the block into EnvironmentFailure: "Cannot <doing> <path>: <reason>.".
+
+    So too what safetensors' own writer raises where the disk refuses.
+    """
     try:
         yield
     except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        hint = _HINTS.get(error.errno or 0, "Check this path, or choose another folder.")
-        raise EnvironmentFailure(f"Cannot {doing} {path}: {reason}.", hint) from error
+        raise _failure(path, doing, error) from error
+    except SafetensorError as error:
+        found = _OS_ERROR.search(str(error))
+        if found is None:
+            raise
+        number = int(found[1])
+        raise _failure(path, doing, OSError(number, os.strerror(number))) from error
+
+
+def _failure(path: Path, doing: str, error: OSError) -> EnvironmentFailure:
+    reason = (error.strerror or str(error)).lower()
+    hint = _HINTS.get(error.errno or 0, "Check this path, or choose another folder.")
+    return EnvironmentFailure(f"Cannot {doing} {path}: {reason}.", hint)
 
 
 def tmp_path(path: Path) -> Path:
     """A fresh temporary name beside `path`, with its suffix, by which some writers choose the format."""
     return path.with_name(f"{TMP_PREFIX}{secrets.token_hex(4)}-{path.name}")
+
+
+def aside_path(path: Path) -> Path:
+    """A fresh name beside `path` for what has to make room and is kept: `<name>.replaced-1a2b3c4d`."""
+    return path.with_name(f"{path.name}.replaced-{secrets.token_hex(4)}")
 
 
 def make_folder(path: Path) -> None:
@@ -59,22 +94,8 @@ def make_folder(path: Path) -> None:
         return
     make_folder(path.parent)
     with os_errors(path, "make the folder"):
-        path.mkdir(exist_ok=True)
-        _fsync(path.parent)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def fsync_folder(path: Path) -> None:
-    """Flush a folder's entries (names, not contents of files) to disk."""
-    with os_errors(path):
-        _fsync(path)
+        disk.make_folder(path)
+        disk.flush_path(path.parent)
 
 
 def write_with(path: Path, writer: Callable[[Path], None]) -> None:
@@ -87,12 +108,12 @@ def write_with(path: Path, writer: Callable[[Path], None]) -> None:
     try:
         with os_errors(path):
             writer(temporary)
-            _fsync(temporary)
-            os.replace(temporary, path)
-            _fsync(path.parent)
+            disk.flush_path(temporary)
+            disk.replace(temporary, path)
+            disk.flush_path(path.parent)
     except BaseException:
         with suppress(OSError):
-            temporary.unlink()
+            disk.remove_file(temporary)
         raise
 
 
@@ -100,7 +121,11 @@ def write_bytes(path: Path, data: bytes) -> None:
     """Make `data` the content of `path`."""
 
     def write(temporary: Path) -> None:
-        temporary.write_bytes(data)
+        descriptor = disk.create(temporary)
+        try:
+            disk.write(descriptor, data)
+        finally:
+            os.close(descriptor)
 
     write_with(path, write)
 
@@ -139,14 +164,14 @@ def append_lines(path: Path, texts: Sequence[str]) -> None:
             raise ValueError(f"one line each, got {text!r}")
     make_folder(path.parent)
     with os_errors(path):
-        existed = path.exists()
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        existed = os.path.lexists(path)
+        descriptor = disk.open_to_append(path)
         try:
             _append(descriptor, "".join(f"{text}\n" for text in texts).encode())
         finally:
             os.close(descriptor)
         if not existed:
-            _fsync(path.parent)
+            disk.flush_path(path.parent)
 
 
 def _append(descriptor: int, data: bytes) -> None:
@@ -154,13 +179,113 @@ def _append(descriptor: int, data: bytes) -> None:
     if size and os.pread(descriptor, 1, size - 1) != b"\n":
         data = b"\n" + data
     try:
-        while data:
-            data = data[os.write(descriptor, data) :]
-        os.fsync(descriptor)
+        disk.write(descriptor, data)
+        disk.flush(descriptor)
     except OSError:
         with suppress(OSError):
-            os.ftruncate(descriptor, size)
+            disk.truncate(descriptor, size)
         raise
+
+
+@contextmanager
+def building(final: Path, fixed: bool = False) -> Iterator[Path]:
+    """A new temporary folder beside `final`, to be filled and then given that name by `rename_folder` or `replace_folder`.
+
+    It is locked while it is filled, so that others leave it alone, and removed where the block raises.
+    fixed: always the same name, so that two processes can't build the same folder: BusyError for the second.
+    """
+    make_folder(final.parent)
+    path = final.with_name(f"{TMP_PREFIX}00000000-{final.name}") if fixed else tmp_path(final)
+    descriptor = _claim(path, final)
+    try:
+        yield path
+    except BaseException:
+        with suppress(EnvironmentFailure):
+            if _is_it(descriptor, path):
+                remove_folder(path)
+        raise
+    finally:
+        os.close(descriptor)
+
+
+def _claim(path: Path, final: Path) -> int:
+    """Make an empty folder and lock it; its descriptor. What a killed process left there is removed first."""
+    while True:
+        make_folder(path)
+        descriptor = open_folder(path)
+        try:
+            lock(descriptor, f"Another process is making {final}.", "Wait for it, or choose another name.")
+            if _is_it(descriptor, path):
+                with os_errors(path, "read"):
+                    left = any(path.iterdir())
+                if not left:
+                    return descriptor
+                remove_folder(path)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _is_it(descriptor: int, path: Path) -> bool:
+    """Whether the folder that is open is still the one of that name."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path, follow_symlinks=False))
+    except FileNotFoundError:
+        return False
+
+
+def open_folder(path: Path) -> int:
+    """A folder's descriptor, to be locked and closed."""
+    with os_errors(path, "open"):
+        return os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def lock(descriptor: int, message: str, hint: str) -> None:
+    """Lock a folder that is open. The system lifts the lock when the process ends, however it ends; no file is made.
+
+    BusyError with `message` and `hint` where another process holds it. On a disk without locks nothing happens.
+    """
+    if _try_lock(descriptor) is False:
+        raise BusyError(message, hint)
+
+
+def _try_lock(descriptor: int, kind: int = fcntl.LOCK_EX) -> bool | None:
+    """Whether the folder is locked now: False where another process holds it, None where the disk knows no locks."""
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise EnvironmentFailure(f"Cannot lock a folder: {error.strerror}.") from error
+        return None
+    return True
+
+
+@contextmanager
+def locked(folder: Path, hint: str) -> Iterator[None]:
+    """Hold a folder for this process, as `lock`, and remove what a killed one left half written there."""
+    descriptor = open_folder(folder)
+    try:
+        lock(descriptor, f"Another process is working on {folder}.", hint)
+        remove_leftovers(folder, held=True)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a process, this one or another, holds the folder."""
+    return _probe(folder) is False
+
+
+def _probe(folder: Path) -> bool | None:
+    descriptor = open_folder(folder)
+    try:
+        return _try_lock(descriptor, fcntl.LOCK_SH)
+    finally:
+        os.close(descriptor)
 
 
 def rename_folder(temporary: Path, final: Path) -> None:
@@ -169,50 +294,97 @@ def rename_folder(temporary: Path, final: Path) -> None:
     EnvironmentFailure if `final` exists and is not an empty folder; nothing is moved then.
     """
     with os_errors(final):
-        _fsync(temporary)
-        os.rename(temporary, final)
-        _fsync(final.parent)
+        disk.flush_path(temporary)
+        disk.rename(temporary, final)
+        disk.flush_path(final.parent)
 
 
-def replace_folder(temporary: Path, final: Path) -> None:
-    """As rename_folder, but an existing `final` is moved aside to `<final>.old` and removed afterwards.
+def replace_folder(temporary: Path, final: Path, keep: bool = False) -> Path | None:
+    """As rename_folder, but an existing `final` makes room and is removed; keep: it stays, under the name that is returned.
 
-    At every moment a complete folder lies under one of the two names.
+    Both change places at once, so that a complete folder is always there. Where the system can't do that, the old one
+    lies under a name of its own (`aside_path`) for a moment.
     """
-    aside = final.with_name(final.name + OLD_SUFFIX)
-    if os.path.lexists(final):
-        if os.path.lexists(aside):
-            remove_folder(aside)
-        with os_errors(final):
-            os.rename(final, aside)
-    rename_folder(temporary, final)
-    if os.path.lexists(aside):
-        remove_folder(aside)
+    if not os.path.lexists(final):
+        rename_folder(temporary, final)
+        return None
+    aside = aside_path(final)
+    if keep:  # from here on nothing of the old one has a name that is cleaned away
+        move(temporary, aside)
+        temporary = aside
+    with os_errors(final):
+        disk.flush_path(temporary)
+        if not disk.exchange(temporary, final):
+            aside = aside_path(final)
+            disk.rename(final, aside)
+            disk.rename(temporary, final)
+            temporary = aside
+        disk.flush_path(final.parent)
+    if keep:
+        return temporary
+    remove_folder(temporary)
+    return None
+
+
+def move(source: Path, target: Path) -> None:
+    """Give a folder or file another name, which nothing has, and flush both names."""
+    with os_errors(target):
+        disk.rename(source, target)
+        disk.flush_path(target.parent)
+        if source.parent != target.parent:
+            disk.flush_path(source.parent)
 
 
 def remove_folder(path: Path) -> None:
     """Remove a folder, first giving it a temporary name: it is there whole or not at all."""
-    doomed = tmp_path(path)
+    doomed = path if _TMP_NAME.match(path.name) else tmp_path(path)
     with os_errors(path, "remove"):
-        os.rename(path, doomed)
-        _fsync(path.parent)
+        if doomed != path:
+            disk.rename(path, doomed)
+            disk.flush_path(path.parent)
         _remove(doomed)
 
 
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
+        disk.remove_tree(path)
     else:
-        path.unlink()
+        disk.remove_file(path)
 
 
-def remove_leftovers(folder: Path, name: str | None = None) -> None:
-    """Remove the temporary files and folders that an earlier, killed process left in `folder`.
+def remove_leftovers(folder: Path, name: str | None = None, held: bool = False) -> list[str]:
+    """Remove the temporary files and folders that an earlier, killed process left in `folder`; the names removed.
 
-    name: only those that were to become this file or folder.
+    name: only those that were to become this file or folder. held: the caller has locked `folder`, so that nobody
+    else writes there; else a folder goes if no process holds it, and a file after a day. What can't be removed stays.
     """
+    removed = []
     with os_errors(folder, "clean"):
-        for entry in folder.iterdir():
-            found = _TMP_NAME.match(entry.name)
-            if found and name in (None, entry.name[found.end() :]):
+        entries = list(folder.iterdir()) if folder.is_dir() else []
+    for entry in entries:
+        found = _TMP_NAME.match(entry.name)
+        if not found or name not in (None, entry.name[found.end() :]):
+            continue
+        with suppress(OSError, EnvironmentFailure):
+            if held or _is_dead(entry):
                 _remove(entry)
+                removed.append(entry.name)
+    return removed
+
+
+def _is_dead(path: Path) -> bool:
+    """Whether the process that wrote there has ended: nobody holds the folder; by its age what can't be held."""
+    free = _probe(path) if path.is_dir() and not path.is_symlink() else None
+    return time.time() - path.lstat().st_mtime > DEAD_AFTER if free is None else free
+
+
+def require_room(folder: Path, size: int, what: str) -> None:
+    """EnvironmentFailure if `size` bytes more don't fit the disk of `folder`, naming both figures. what: is to be written."""
+    with os_errors(folder, "read"):
+        status = os.statvfs(folder)
+    free = status.f_bavail * status.f_frsize
+    if status.f_blocks and size > free:  # some network disks know no sizes
+        raise EnvironmentFailure(
+            f"{what} needs {size / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free on the disk of {folder}.",
+            _HINTS[errno.ENOSPC],
+        )

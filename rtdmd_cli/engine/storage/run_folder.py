@@ -9,8 +9,6 @@ torch and what imports it are imported where a run is made: lists of runs must n
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import getpass
 import json
 import math
@@ -28,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from rtdmd_cli import __version__
 from rtdmd_cli.config.loader import Resolved, dump_resolved
 from rtdmd_cli.engine.storage import checkpoint, files, strict_json
-from rtdmd_cli.errors import DataError, EnvironmentFailure, NumericalError, UsageError
+from rtdmd_cli.errors import DataError, NumericalError, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -182,48 +180,15 @@ class RunFolder:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the run for this process, and remove what a killed one left half written.
-
-        The system lifts the lock when the process ends, however it ends; no file is made. Raises UsageError
-        if another process holds the run.
-        """
-        with files.os_errors(self.path, "open"):
-            descriptor = os.open(self.path, os.O_RDONLY)
-        try:
-            self._acquire(descriptor)
-            for folder in (self.path, self.samples):
-                if folder.is_dir():
-                    files.remove_leftovers(folder)
+        """Hold the run for this process, and remove what a killed one left half written. BusyError as `files.locked`."""
+        with files.locked(self.path, "Wait for it, or start another run with --name OTHER."):
+            for folder in (self.samples, self.checkpoints):
+                files.remove_leftovers(folder, held=True)
             yield
-        finally:
-            os.close(descriptor)
 
     def is_held(self) -> bool:
         """Whether a process, this one or another, is working on the run."""
-        with files.os_errors(self.path, "open"):
-            descriptor = os.open(self.path, os.O_RDONLY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL):
-                raise EnvironmentFailure(f"Cannot lock {self.path}: {error.strerror}.") from error
-        finally:
-            os.close(descriptor)
-        return False
-
-    def _acquire(self, descriptor: int) -> None:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UsageError(
-                f"Another process is working on {self.path}.",
-                "Wait for it, or start another run with --name OTHER.",
-            ) from error
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL):
-                raise EnvironmentFailure(f"Cannot lock {self.path}: {error.strerror}.") from error
+        return files.is_held(self.path)
 
 
 @dataclass(frozen=True)
@@ -253,15 +218,17 @@ def create_run(
     run = RunFolder(out / name)
     refuse_existing(run.path)
     files.make_folder(out)
-    building = RunFolder(files.tmp_path(run.path))
-    files.make_folder(building.checkpoints)
-    files.make_folder(building.samples)
-    files.write_text(building.preset, dump_resolved(resolved.preset))
-    products = {"matrix_products": products_of(resolved.preset.hardware, device)}
-    environment = {"stage": stage, **describe_environment(command, device), **products}
-    files.write_json(building.path / ENVIRONMENT, environment)
-    building.set_status("running", iteration=0)
-    files.rename_folder(building.path, run.path)
+    files.remove_leftovers(out, name)
+    with files.building(run.path) as folder:
+        made = RunFolder(folder)
+        files.make_folder(made.checkpoints)
+        files.make_folder(made.samples)
+        files.write_text(made.preset, dump_resolved(resolved.preset))
+        products = {"matrix_products": products_of(resolved.preset.hardware, device)}
+        environment = {"stage": stage, **describe_environment(command, device), **products}
+        files.write_json(made.path / ENVIRONMENT, environment)
+        made.set_status("running", iteration=0)
+        files.rename_folder(folder, run.path)
     return run
 
 

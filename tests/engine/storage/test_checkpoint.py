@@ -1,5 +1,6 @@
 """Checkpoints: the same bytes for the same content, damage is named, a kill at any moment does no harm."""
 
+import errno
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ from torch import Tensor
 
 import rtdmd_cli
 from rtdmd_cli.engine.storage import checkpoint, files
+from rtdmd_cli.engine.storage.disk import Disk
 from rtdmd_cli.errors import DataError, EnvironmentFailure
 
 META = {"preset_sha256": "ab" * 32, "rtdmd": "0.1.0", "base_model": "builtin:shapes"}
@@ -88,8 +90,11 @@ def test_the_oldest_go_and_later_steps_stay(tmp_path: Path) -> None:
     assert checkpoint.checkpoint_steps(tmp_path) == [300, 400]
     save(tmp_path, 350, keep=1)
     assert checkpoint.checkpoint_steps(tmp_path) == [350, 400]
-    assert checkpoint.remove_after(tmp_path, 350) == [400]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000350"]
+    aside = checkpoint.set_aside_after(tmp_path, 350)
+    assert aside is not None and [path.name for path in aside.iterdir()] == ["step-000400"]
+    checkpoint.verify_checkpoint(aside / "step-000400")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([aside.name, "step-000350"])
+    assert checkpoint.set_aside_after(tmp_path, 350) is None
 
 
 def test_steps_of_more_than_six_digits_sort_by_number(tmp_path: Path) -> None:
@@ -163,7 +168,6 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         ),
         r"manifest\.json is damaged: its own sha256",
     ),
-    "newer": (lambda p: rewrite(p / "manifest.json", version=2), "version 2; this program reads version 1"),
     "no files": (lambda p: rewrite(p / "manifest.json", files=None), "lacks a field"),
     "outside": (
         lambda p: rewrite(
@@ -185,6 +189,82 @@ def test_damage_is_named_and_auto_falls_back(kind: str, tmp_path: Path) -> None:
     assert caught.value.exit_code == 4
     skipped = [] if kind == "folder" else [(bad, caught.value.message)]
     assert checkpoint.newest_valid(tmp_path) == (good, skipped)
+
+
+def test_a_checkpoint_of_a_newer_version_is_refused_and_no_older_one_taken(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    rewrite(save(tmp_path, 2) / "manifest.json", version=2)
+    for read in (checkpoint.newest_valid, lambda folder: checkpoint.load_checkpoint(folder / "step-000002")):
+        with pytest.raises(DataError, match="version 2; this program reads version 1") as caught:
+            read(tmp_path)
+        assert "Use the version of rtdmd that wrote it" in caught.value.hint
+
+
+def test_a_folder_with_another_steps_name_is_refused(tmp_path: Path) -> None:
+    shutil.copytree(save(tmp_path, 1), tmp_path / "step-000099")
+    save(tmp_path, 2)
+    with pytest.raises(DataError, match=r"step-000099 is a checkpoint of step 1") as caught:
+        checkpoint.newest_valid(tmp_path)
+    assert "step-000001" in caught.value.hint
+    copy = shutil.copytree(tmp_path / "step-000001", tmp_path / "my copy")
+    assert checkpoint.load_checkpoint(copy).step == 1  # under any name that claims no step
+
+
+@pytest.mark.parametrize("name", ["EIO", "ESTALE", "EMFILE", "ENOMEM", "ETIMEDOUT"])
+def test_a_disk_that_does_not_answer_is_no_damage(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 1)
+    newest = save(tmp_path, 2)
+    read, number = Path.read_bytes, getattr(errno, name)
+
+    def fail(self: Path) -> bytes:
+        if self.parent == newest and self.name == "generator.safetensors":
+            raise OSError(number, os.strerror(number))
+        return read(self)
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    with pytest.raises(EnvironmentFailure, match=r"Cannot read .*step-000002/generator\.safetensors"):
+        checkpoint.newest_valid(tmp_path)
+
+
+def test_nothing_of_anybody_elses_is_removed_beside_the_checkpoints(tmp_path: Path) -> None:
+    mine = [tmp_path / name for name in ("step-000001.old", "step-000002.replaced-0a0b0c0d", "notes")]
+    for path in mine:
+        path.mkdir()
+        (path / "f").write_text("mine")
+    for step in (1, 2, 2, 3):
+        save(tmp_path, step, keep=1)
+    assert checkpoint.checkpoint_steps(tmp_path) == [3]
+    assert all((path / "f").read_text() == "mine" for path in mine)
+
+
+def test_a_disk_that_is_too_small_is_told_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = save(tmp_path, 1)
+    real = os.statvfs(tmp_path)
+    few = os.statvfs_result((real.f_bsize, 1, real.f_blocks, 0, 0, *tuple(real)[5:]))
+    monkeypatch.setattr(files.os, "statvfs", lambda path: few)
+    with pytest.raises(EnvironmentFailure, match=r"step-000002 needs 0\.\d MB, and 0\.0 MB are free"):
+        save(tmp_path, 2)
+    assert list(tmp_path.iterdir()) == [good]
+
+
+def test_a_failing_save_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    good = save(tmp_path, 1)
+
+    class Full(Disk):
+        def write(self, descriptor: int, data: bytes) -> None:
+            if len(data) > 400:
+                os.write(descriptor, data[:100])
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            super().write(descriptor, data)
+
+    monkeypatch.setattr(files, "disk", Full())
+    with pytest.raises(EnvironmentFailure, match="no space left"):
+        save(tmp_path, 2)
+    assert list(tmp_path.iterdir()) == [good]
 
 
 def test_no_valid_checkpoint(tmp_path: Path) -> None:
@@ -231,21 +311,18 @@ class Killed(BaseException):
     """Stands for the end of the process: nothing of ours catches it."""
 
 
-def die_at(call: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the `call`-th system call that changes names, and all after it, raise Killed."""
-    count = [0]
+class Dying(Disk):
+    """The `call`-th call, and all after it, raise Killed."""
 
-    def dying(real: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapper(*arguments: Any, **named: Any) -> Any:
-            count[0] += 1
-            if count[0] >= call:
+    def __init__(self, call: int) -> None:
+        self.call, self.count = call, 0
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in vars(Disk):
+            self.count += 1
+            if self.count >= self.call:
                 raise Killed
-            return real(*arguments, **named)
-
-        return wrapper
-
-    for name in ("replace", "rename", "mkdir", "unlink", "rmdir"):
-        monkeypatch.setattr(os, name, dying(getattr(os, name)))
+        return super().__getattribute__(name)
 
 
 @pytest.mark.parametrize("damaged", [False, True])
@@ -264,7 +341,7 @@ def test_death_at_every_single_step_of_a_save(
         if damaged:
             flip(path / "state.json")
         with pytest.MonkeyPatch.context() as patch:
-            die_at(call, patch)
+            patch.setattr(files, "disk", Dying(call))
             try:
                 save(folder, step, value=2.0)
                 finished = True
@@ -288,6 +365,31 @@ def test_death_at_every_single_step_of_a_save(
         assert len(left) == 3
         assert not [name for name in left if name.startswith(".tmp-")]
     assert call > 10
+
+
+def test_without_exchange_the_replaced_one_lies_whole_under_some_name(tmp_path: Path) -> None:
+    class NoExchange(Dying):
+        def exchange(self, one: Path, other: Path) -> bool:
+            return False
+
+    for call in range(1, 1000):
+        folder = tmp_path / str(call)
+        save(folder, 300, value=1.0)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(files, "disk", NoExchange(call))
+            try:
+                save(folder, 300, value=2.0)
+            except Killed:
+                whole = [path for path in folder.glob("*step-000300*") if (path / "state.json").is_file()]
+                values = {value_of(checkpoint.load_checkpoint(path)) for path in whole if manifest_of(path)}
+                assert values and values <= {1.0, 2.0}
+                continue
+        break
+    assert call > 30 and checkpoint.checkpoint_steps(folder) == [300]
+
+
+def manifest_of(path: Path) -> bool:
+    return (path / "manifest.json").is_file()
 
 
 def value_of(loaded: checkpoint.Checkpoint) -> float:

@@ -6,9 +6,12 @@ import resource
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from rtdmd_cli.engine.storage import files
-from rtdmd_cli.errors import EnvironmentFailure
+from rtdmd_cli.engine.storage.disk import Disk
+from rtdmd_cli.errors import BusyError, EnvironmentFailure
 
 
 def names(folder: Path) -> list[str]:
@@ -62,8 +65,8 @@ def test_data_reach_the_disk_before_the_name(tmp_path: Path, monkeypatch: pytest
         calls.append("rename")
         replace(source, target)
 
-    monkeypatch.setattr(files.os, "fsync", record_fsync)
-    monkeypatch.setattr(files.os, "replace", record_replace)
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(os, "replace", record_replace)
     files.write_bytes(tmp_path / "t", b"x")
     assert calls == ["file", "rename", "folder"]
 
@@ -136,30 +139,124 @@ def test_a_failed_append_leaves_no_half_line(tmp_path: Path, monkeypatch: pytest
         count, room[0] = write(descriptor, data[: room[0]]), 0
         return count
 
-    monkeypatch.setattr(files.os, "write", full)
+    monkeypatch.setattr(os, "write", full)
     with pytest.raises(EnvironmentFailure, match="no space left"):
         files.append_line(target, "second")
     assert target.read_bytes() == b"one\n"
 
 
+def folder_with(path: Path, text: str) -> Path:
+    path.mkdir()
+    (path / "f").write_text(text)
+    return path
+
+
 def test_rename_folder_refuses_a_folder_with_content(tmp_path: Path) -> None:
     for name in ("new", "final"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "f").write_text(name)
+        folder_with(tmp_path / name, name)
     with pytest.raises(EnvironmentFailure, match="not empty"):
         files.rename_folder(tmp_path / "new", tmp_path / "final")
     assert (tmp_path / "final" / "f").read_text() == "final"
-    files.replace_folder(tmp_path / "new", tmp_path / "final")
+
+
+class NoExchange(Disk):
+    def exchange(self, one: Path, other: Path) -> bool:
+        return False
+
+
+@pytest.mark.parametrize("disk", [Disk(), NoExchange()], ids=["exchange", "two renames"])
+@pytest.mark.parametrize("keep", [False, True])
+def test_replace_folder_removes_the_one_it_replaces_and_nothing_else(
+    disk: Disk, keep: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "disk", disk)
+    folder_with(tmp_path / "final", "old")
+    folder_with(tmp_path / "final.old", "mine")
+    new = folder_with(files.tmp_path(tmp_path / "final"), "new")
+    aside = files.replace_folder(new, tmp_path / "final", keep)
     assert (tmp_path / "final" / "f").read_text() == "new"
-    assert names(tmp_path) == ["final"]
+    assert (tmp_path / "final.old" / "f").read_text() == "mine"
+    assert len(names(tmp_path)) == 2 + keep
+    assert (aside is not None) == keep
+    if aside is not None:
+        assert aside.name.startswith("final.replaced-") and (aside / "f").read_text() == "old"
 
 
 def test_leftovers_are_removed_and_nothing_else(tmp_path: Path) -> None:
-    temporary = files.tmp_path(tmp_path / "step-000001")
-    temporary.mkdir()
-    (temporary / "f").write_text("x")
+    folder_with(files.tmp_path(tmp_path / "step-000001"), "x")
     files.tmp_path(tmp_path / "t.json").write_text("x")
     (tmp_path / ".tmp-mine").write_text("x")
     (tmp_path / "t.json").write_text("x")
-    files.remove_leftovers(tmp_path)
+    assert len(files.remove_leftovers(tmp_path, held=True)) == 2
     assert names(tmp_path) == [".tmp-mine", "t.json"]
+
+
+def test_leftovers_of_processes_that_live_stay(tmp_path: Path) -> None:
+    final = tmp_path / "final"
+    young, old = files.tmp_path(tmp_path / "a"), files.tmp_path(tmp_path / "b")
+    for path in (young, old):
+        path.write_text("x")
+    os.utime(old, (0, 0))
+    dead = folder_with(files.tmp_path(final), "left by a kill")
+    with files.building(final) as alive:
+        assert sorted(files.remove_leftovers(tmp_path)) == sorted([old.name, dead.name])
+        assert names(tmp_path) == sorted([alive.name, young.name])
+
+
+def test_two_processes_do_not_build_the_same_folder(tmp_path: Path) -> None:
+    final = tmp_path / "final"
+    with files.building(final, fixed=True) as first:
+        (first / "f").write_text("first")
+        with (
+            pytest.raises(BusyError, match="Another process is making .*final") as caught,
+            files.building(final, fixed=True),
+        ):
+            raise AssertionError("two builders")
+        assert caught.value.exit_code == 6
+        assert (first / "f").read_text() == "first"
+        files.rename_folder(first, final)
+    assert names(tmp_path) == ["final"]
+    folder_with(first, "left by a kill")
+    with files.building(final, fixed=True) as second:
+        assert names(second) == []
+        files.replace_folder(second, final)
+    assert names(tmp_path) == ["final"]
+
+
+def test_a_folder_that_could_not_be_built_is_gone(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), files.building(tmp_path / "final") as folder:
+        (folder / "f").write_text("half")
+        raise KeyboardInterrupt
+    assert names(tmp_path) == []
+
+
+def test_nothing_is_appended_through_a_link_or_to_what_is_no_file(tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.write_text("mine")
+    (tmp_path / "log").symlink_to(mine)
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "fifo")
+    for name in ("log", "dangling", "fifo"):
+        with pytest.raises(EnvironmentFailure, match=f"Cannot write .*/{name}: "):
+            files.append_line(tmp_path / name, "planted")
+    assert mine.read_text() == "mine"
+    assert not (tmp_path / "nowhere").exists()
+    files.write_text(tmp_path / "log", "new")  # takes the link's place
+    assert mine.read_text() == "mine"
+
+
+def test_a_librarys_own_writer_says_what_the_disk_said(tmp_path: Path) -> None:
+    def writer(path: Path) -> None:
+        save_file({"a": torch.zeros(1000)}, path / "no folder" / "f")
+
+    with pytest.raises(EnvironmentFailure, match=r"Cannot write .*/t: "):
+        files.write_with(tmp_path / "t", writer)
+    assert names(tmp_path) == []
+
+
+def test_a_held_folder_is_busy_for_others(tmp_path: Path) -> None:
+    with files.locked(tmp_path, "Wait."):
+        assert files.is_held(tmp_path)
+        with pytest.raises(BusyError, match="is working on"), files.locked(tmp_path, "Wait."):
+            raise AssertionError("two holders")
+    assert not files.is_held(tmp_path)

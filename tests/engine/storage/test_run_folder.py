@@ -12,7 +12,7 @@ from rtdmd_cli.config.loader import Resolved, load_preset
 from rtdmd_cli.engine.compute.mixed import products_of
 from rtdmd_cli.engine.storage import checkpoint, files, run_folder
 from rtdmd_cli.engine.storage.run_folder import Metrics, RunFolder, State
-from rtdmd_cli.errors import DataError, NumericalError, UsageError
+from rtdmd_cli.errors import BusyError, DataError, NumericalError, UsageError
 
 CPU = torch.device("cpu")
 
@@ -194,7 +194,7 @@ def test_a_run_belongs_to_one_process_and_leftovers_go(run: RunFolder) -> None:
     leftover.touch()
     with run.lock():
         assert not leftover.exists()
-        with pytest.raises(UsageError, match="Another process"), run.lock():
+        with pytest.raises(BusyError, match="Another process"), run.lock():
             pytest.fail("held twice")
     with run.lock():
         pass
@@ -211,7 +211,7 @@ def test_the_lock_of_a_killed_process_is_lifted(run: RunFolder) -> None:
     ) as process:
         assert process.stdout is not None
         process.stdout.readline()
-        with pytest.raises(UsageError, match="Another process"), run.lock():
+        with pytest.raises(BusyError, match="Another process"), run.lock():
             pytest.fail("held by another process")
         process.kill()
         process.wait()
