@@ -13,7 +13,9 @@ from typer.core import TyperCommand, TyperGroup
 
 from rtdmd_cli import __version__
 from rtdmd_cli.cli import failures
-from rtdmd_cli.cli.quiet import quiet_libraries
+from rtdmd_cli.cli.quiet import no_telemetry, quiet_libraries
+from rtdmd_cli.cli.streams import open_streams
+from rtdmd_cli.engine.compute.signals import Stopped, stop_on_signals
 
 PROGRAM = "rtdmd"
 COMPLETION = "_RTDMD_COMPLETE"  # set by the shell while it completes a line
@@ -26,6 +28,8 @@ Exit codes:
   3    the machine: device, memory, disk, network, permission
   4    bad or incompatible data
   5    a value that is not finite
+  6    another process works on the same folder
+  129  stopped, as the terminal was closed
   130  stopped by Ctrl-C
   141  the reader of the output left
   143  stopped by SIGTERM
@@ -177,12 +181,17 @@ def root(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program with these arguments, by default the process's; returns the exit code, prints every error."""
+    open_streams()
     _escape_what_has_no_code()
+    no_telemetry()
     quiet_libraries()
     try:
-        code = _execute(sys.argv[1:] if argv is None else argv)
-        print(end="", flush=True)  # a full disk or a reader that left shows here
-        return code
+        with stop_on_signals():
+            code = _execute(sys.argv[1:] if argv is None else argv)
+            print(end="", flush=True)  # a full disk or a reader that left shows here
+            return code
+    except Stopped as stopped:
+        return failures.report_stopped(stopped)
     except KeyboardInterrupt:
         return 130
     except Exception as error:

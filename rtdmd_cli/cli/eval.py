@@ -12,8 +12,8 @@ import typer
 from rtdmd_cli.cli import completing, console
 from rtdmd_cli.cli.eval_show import show_benchmarks, show_table
 from rtdmd_cli.cli.eval_steps import (
+    Interrupted,
     Options,
-    Stopped,
     find_made,
     make,
     say_made,
@@ -189,9 +189,10 @@ def _evaluate(
     began: float,
 ) -> dict[str, Any]:
     """Make or find the pictures, and score them; the summary, empty with --images-only. Exit: a signal came."""
-    from rtdmd_cli.engine.training.signals import stop_on_signals
+    from rtdmd_cli.engine.compute.signals import stop_on_signals
 
     with stop_on_signals() as stop, ExitStack() as held:
+        stop.quiet = options.quiet
         try:
             if score_only is not None:
                 made = find_made(row, judges, score_only, prompts_file, options, held)
@@ -201,7 +202,7 @@ def _evaluate(
                 say_made(made, as_json, options.quiet)
                 return {}
             return score_and_write(made, options, stop, held, began)
-        except Stopped as stopped:
+        except Interrupted as stopped:
             say_stopped(stopped, options.quiet)
             raise typer.Exit(stop.exit_code) from None
 

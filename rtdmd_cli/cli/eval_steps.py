@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
     import torch
 
+    from rtdmd_cli.engine.compute.signals import StopRequest
     from rtdmd_cli.engine.evaluation.benchmarks import Benchmark
     from rtdmd_cli.engine.evaluation.metrics import JudgeEntry
     from rtdmd_cli.engine.evaluation.prompts import EvalPrompts
     from rtdmd_cli.engine.evaluation.run import Evaluation
     from rtdmd_cli.engine.sampling.model_source import Source
-    from rtdmd_cli.engine.training.signals import StopRequest
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Made:
     device: torch.device
 
 
-class Stopped(Exception):
+class Interrupted(Exception):
     """A signal came; what is done is kept. folder: where, or None for nowhere."""
 
     def __init__(self, folder: Path | None) -> None:
@@ -126,7 +126,7 @@ def _painted(
     with counting(len(ask.keys), options.quiet) as advance:
         done = generate(ask, job, folder, stop, advance)
     if done is None:
-        raise Stopped(folder)
+        raise Interrupted(folder)
     pictures, timing = done
     evaluation = Evaluation(ask, job.conditions(), trained, pictures, folder, timing, {})
     return Made(evaluation, model.backbone.device)
@@ -228,7 +228,7 @@ def _judged(made: Made, options: Options, stop: StopRequest) -> Evaluation:
 
     scores = score(bare.ask, bare.pictures, bare.folder, made.device, stop, progress)
     if scores is None:
-        raise Stopped(bare.folder)
+        raise Interrupted(bare.folder)
     return replace(bare, scores=scores)
 
 
@@ -267,7 +267,7 @@ def say_made(made: Made, as_json: bool, quiet: bool) -> None:
     )
 
 
-def say_stopped(stopped: Stopped, quiet: bool) -> None:
+def say_stopped(stopped: Interrupted, quiet: bool) -> None:
     """What is left of a command that was stopped."""
     if stopped.folder is None:
         console.say("Stopped; nothing was kept. With --out it could go on.", quiet)

@@ -10,6 +10,7 @@ import typer
 from rtdmd_cli.cli import completing, console
 from rtdmd_cli.cli.failures import nearest
 from rtdmd_cli.cli.sample import RUNS, Device, Dtype, Json, Quiet
+from rtdmd_cli.engine.compute.signals import stop_on_signals
 from rtdmd_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -100,12 +101,14 @@ def export(
         dtype=resolve_dtype(dtype or hardware.dtype, where),
     )
     api = _hub(push_to_hub) if push_to_hub is not None else None
-    described = run_export(request, lambda text: console.say(text, quiet))
+    with stop_on_signals() as stop, stop.during("", f"{folder} is as before"):
+        described = run_export(request, lambda text: console.say(text, quiet))
     result: dict[str, Any] = {"folder": str(folder), "hub": None, **described}
     if api is not None and push_to_hub is not None:
         from rtdmd_cli.engine.export.hub import push
 
-        result["hub"] = push(api, folder, push_to_hub, public)
+        with stop_on_signals() as stop, stop.during("", f"{folder} is whole, the upload is not"):
+            result["hub"] = push(api, folder, push_to_hub, public)
         console.say(f"uploaded to {result['hub']}", quiet)
     _print(result, folder, as_json)
 

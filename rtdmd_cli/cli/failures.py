@@ -13,6 +13,7 @@ from typer._click.exceptions import NoArgsIsHelpError, NoSuchOption, UsageError 
 from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
+from rtdmd_cli.engine.compute.signals import Stopped
 from rtdmd_cli.errors import EnvironmentFailure, RtdmdError
 
 INTERNAL = 1
@@ -77,6 +78,13 @@ def report(error: Exception) -> int:
         if text:
             print(f"{label}: {one_line(text)}", file=sys.stderr)
     return failure.exit_code
+
+
+def report_stopped(stopped: Stopped) -> int:
+    """Say on stderr that a signal ended the command and what is kept; returns the exit code."""
+    how = "stopped at once" if stopped.at_once and stopped.kept else "stopped"
+    print(one_line(f"{how}{': ' * bool(stopped.kept)}{stopped.kept}"), file=sys.stderr)
+    return stopped.exit_code
 
 
 def one_line(text: str) -> str:

@@ -1,8 +1,11 @@
 """`--processes N`: the same command N times, by accelerate's launcher."""
 
+import os
 from collections.abc import Sequence
 
 OPTION = "--processes"
+PATIENCE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+"""Seconds that the launcher gives the processes to finish an iteration and save after a signal; 30 without it."""
 
 
 def launch(count: int, arguments: Sequence[str]) -> int:
@@ -11,6 +14,7 @@ def launch(count: int, arguments: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    os.environ.setdefault(PATIENCE, str(6 * 3600))
     settings = ["--multi_gpu", "--num_processes", str(count), "--num_machines", "1", "--gpu_ids", "all"]
     settings += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     command = ["-m", "rtdmd_cli", *without_option(arguments)]

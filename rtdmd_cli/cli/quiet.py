@@ -1,14 +1,32 @@
-"""Silences the remarks of third-party libraries that nobody can act on. Errors and all other warnings stay."""
+"""Silences third-party libraries: their reports to others, and remarks that nobody can act on.
+
+Errors and all other warnings stay.
+"""
 
 import logging
 import os
 
+TELEMETRY = {
+    "DISABLE_TELEMETRY": "1",
+    "DO_NOT_TRACK": "1",
+    "GRADIO_ANALYTICS_ENABLED": "False",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "ORT_DISABLE_TELEMETRY": "1",  # onnxruntime, which diffusers imports where it is installed
+    "WANDB_ERROR_REPORTING": "false",  # to its maker, also of runs that are sent nowhere
+}
+"""The switches of libraries that would report to somebody, and their values that turn that off."""
 NOISE = {
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",  # an optional kernel
     "transformers.utils.import_utils": "requires torchvision (not installed)",  # it takes its own substitute
     "transformers.tokenization_utils_base": "Token indices sequence length is longer",  # diffusers says it truncates
 }
 """Logger name -> text of the message to drop."""
+
+
+def no_telemetry() -> None:
+    """Call before the libraries are imported. What the user has set is kept."""
+    for name, off in TELEMETRY.items():
+        os.environ.setdefault(name, off)
 
 
 def is_wanted(record: logging.LogRecord) -> bool:

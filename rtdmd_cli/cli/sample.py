@@ -10,6 +10,7 @@ import typer
 
 from rtdmd_cli.cli import completing, console
 from rtdmd_cli.cli.counting import counting
+from rtdmd_cli.engine.compute.signals import stop_on_signals
 from rtdmd_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -114,8 +115,9 @@ def sample(
     folder = choose_folder(out, job, grid)
     if folder != out:
         console.say(f"{out}/ holds other pictures of these names: writing to {folder}/", quiet)
-    with counting(len(texts) * number, quiet) as advance:
-        written = write_pictures(folder, job, advance)
+    with counting(len(texts) * number, quiet) as advance, stop_on_signals() as stop:
+        stop.quiet = quiet
+        written = write_pictures(folder, job, advance, stop)
     if written.kept:
         console.say(f"{written.kept} of the pictures were there already and are kept", quiet)
     grid_path = write_grid(folder, job) if grid else None

@@ -11,6 +11,7 @@ from rtdmd_cli.engine.backbones.base import Backbone, Conditioning
 from rtdmd_cli.engine.backbones.families import load_backbone
 from rtdmd_cli.engine.compute.device import resolve_device, resolve_dtype
 from rtdmd_cli.engine.compute.processes import join, require_parts
+from rtdmd_cli.engine.compute.signals import StopRequest, stop_on_signals
 from rtdmd_cli.engine.distill.recipe import chosen_prompts, iterate
 from rtdmd_cli.engine.distill.report import write_run_report
 from rtdmd_cli.engine.prompts.reading import PromptSet, known_by
@@ -27,12 +28,15 @@ from rtdmd_cli.engine.training.assembly import (
     training_sigmas,
 )
 from rtdmd_cli.engine.training.session import (
+    DRAWING,
+    LOADING,
     Outcome,
     Schedule,
     Session,
     Stage,
     failing,
     finish,
+    kept_by,
     opened,
     restore,
     train,
@@ -63,6 +67,21 @@ def run_distill(
         UsageError, EnvironmentFailure, DataError: before anything is trained. NumericalError: a value is not
         finite; the last checkpoint is untouched.
     """
+    with stop_on_signals() as stop, stop.during(LOADING, kept_by(start)):
+        stop.quiet = quiet
+        return _run(resolved, prompts, start, out, name, command, say, stop)
+
+
+def _run(
+    resolved: Resolved,
+    prompts: PromptSet,
+    start: Start,
+    out: Path,
+    name: str,
+    command: Sequence[str],
+    say: Callable[[str], None],
+    stop: StopRequest,
+) -> Outcome:
     hardware = resolved.preset.hardware
     if hardware.threads is not None:
         torch.set_num_threads(hardware.threads)
@@ -71,29 +90,33 @@ def run_distill(
     dtype = resolve_dtype(hardware.dtype, device)
     backbone = load_backbone(resolved.preset.model, device, dtype, hardware)
     say(model_line(resolved.preset, backbone))
+    stop.check()
     with processes.first_here():
-        conditioning, empty = encode_prompts(backbone, prompts.texts, say, hardware)
+        conditioning, empty = encode_prompts(backbone, prompts.texts, say, hardware, stop.check)
     trainer = build_trainer(backbone, resolved.preset, len(prompts), conditioning, empty)
     trainer.processes = processes
     saved = start.checkpoint
     if saved:
         restore(trainer, saved, STAGE)
+    stop.check()
 
     def make() -> RunFolder:
         return create_run(out, name, resolved, command, device)
 
     total = resolved.preset.distill.iterations
-    with opened(start, out / name, make, resolved, total, processes) as (run, tracker, done):
-        shown = pictures.make_previews(
-            backbone, trainer.roles, resolved.preset, prompts.texts, conditioning, empty
-        )
+    with opened(start, out / name, make, resolved, total, processes, say) as (run, tracker, done):
+        with stop.during(DRAWING, kept_by(start)):
+            shown = pictures.make_previews(
+                backbone, trainer.roles, resolved.preset, prompts.texts, conditioning, empty
+            )
+            stop.check()
         seconds = float(saved.state["seconds"]) if saved else 0.0
         session = Session(
             run, resolved, trainer, stage(trainer, shown), tracker, done, seconds, {}, known_by(prompts)
         )
-        session.last = saved.path if start.run and saved else None
+        session.last, session.stop = saved.path if start.run and saved else None, stop
         with failing(session):
-            return finish(session, train(session, quiet))
+            return finish(session, train(session, stop.quiet))
 
 
 def stage(trainer: Trainer, previews: pictures.Previews) -> Stage:

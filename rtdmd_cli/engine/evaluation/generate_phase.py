@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from rtdmd_cli import __version__
+from rtdmd_cli.engine.compute.signals import StopRequest
 from rtdmd_cli.engine.evaluation.prompts import EvalPrompts, Key
 from rtdmd_cli.engine.sampling.model_source import Model
 from rtdmd_cli.engine.sampling.pictures import DTYPE_NAMES, batched, encode_to_cache, paint, text_chunks
 from rtdmd_cli.engine.sampling.sample import SamplingPlan
 from rtdmd_cli.engine.storage import strict_json
 from rtdmd_cli.engine.storage.files import append_line
-from rtdmd_cli.engine.training.signals import StopRequest
 
 
 class WritablePictures(Protocol):

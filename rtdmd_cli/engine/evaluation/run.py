@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from rtdmd_cli.config.tune_reward import split_paths, split_weights
+from rtdmd_cli.engine.compute.signals import StopRequest
 from rtdmd_cli.engine.evaluation.benchmarks import Benchmark
 from rtdmd_cli.engine.evaluation.folder import SCORES, TIMING
 from rtdmd_cli.engine.evaluation.generate_phase import Generation, Timing, free_memory, generate_phase
@@ -26,7 +27,6 @@ from rtdmd_cli.engine.evaluation.score_phase import Line, ScoreFile, score_phase
 from rtdmd_cli.engine.rewards.local import missing
 from rtdmd_cli.engine.sampling.model_source import Source
 from rtdmd_cli.engine.storage.run_folder import RunFolder
-from rtdmd_cli.engine.training.signals import StopRequest
 from rtdmd_cli.errors import DataError, EnvironmentFailure, UsageError
 from rtdmd_cli.shapes.render import PICTURE
 
@@ -169,7 +169,8 @@ def generate(
     """The first phase; None where a stop was asked for before its end. Errors as `generate_phase`."""
     pictures = open_pictures(ask, folder)
     timing = Timing.open(folder / TIMING if folder else None)
-    done = generate_phase(job, pictures, timing, stop, on_pictures)
+    with stop.during("finishing these pictures", _kept(folder)):
+        done = generate_phase(job, pictures, timing, stop, on_pictures)
     return (pictures, timing) if done else None
 
 
@@ -194,13 +195,20 @@ def score(
         path = folder / SCORES / f"{file_name(entry.name)}.jsonl" if folder else None
         scores = ScoreFile.open(path, entry.name, ask.paths.get(entry.name, PUBLISHED_WEIGHTS))
         source = ask.paths.get(entry.name)
-        with on_pictures(entry.name) as advance:
+        with on_pictures(entry.name) as advance, stop.during("finishing these pictures", _kept(folder)):
             done = score_phase(entry, source, scores, ask.prompts, ask.keys, pictures, device, stop, advance)
         free_memory(device)
         if not done:
             return None
         found[entry.name] = [scores.lines[key] for key in ask.keys]
     return found
+
+
+def _kept(folder: Path | None) -> str:
+    """What is left of an evaluation that is stopped at once, half a sentence."""
+    return (
+        f"{folder} is kept, and --resume goes on" if folder else "nothing is kept: with --out it could go on"
+    )
 
 
 def file_name(judge: str) -> str:

@@ -19,18 +19,17 @@ from typing import Any
 
 import torch
 
+from rtdmd_cli.engine.compute.signals import StopRequest
 from rtdmd_cli.engine.evaluation.metrics import JudgeEntry
 from rtdmd_cli.engine.evaluation.picture_store import Pictures
 from rtdmd_cli.engine.evaluation.prompts import EvalPrompts, Key
 from rtdmd_cli.engine.sampling.pictures import batched
 from rtdmd_cli.engine.storage import strict_json
 from rtdmd_cli.engine.storage.files import append_lines, write_bytes
-from rtdmd_cli.engine.training.signals import StopRequest
 from rtdmd_cli.errors import DataError, NumericalError
 
 Line = dict[str, Any]
 """A picture's score: prompt, image, score, and what the judge adds."""
-SCORES = "scores"
 
 
 @dataclass(frozen=True)

@@ -4,15 +4,16 @@
              index.jsonl             one record a picture
              grid.png                on request
 
-Nothing is overwritten. A folder that holds other pictures of the same names is left alone, and the next free
-one is taken: samples, samples-2, samples-3 ... Pictures of the very same record are kept, not made again, so
-that an interrupted job continues.
+Nothing is overwritten. A folder that holds other pictures of the same names, or an index that is somebody else's, is left
+alone, as is one that another process writes to, and the next free one is taken: samples, samples-2, samples-3 ...
+Pictures of the very same record are kept, not made again, so that an interrupted job continues.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,12 +29,13 @@ from torch import Tensor
 from rtdmd_cli import __version__
 from rtdmd_cli.config.schema import Preset
 from rtdmd_cli.engine.backbones.base import Backbone, Conditioning
+from rtdmd_cli.engine.compute.signals import StopRequest
 from rtdmd_cli.engine.prompts.embeddings import EmbeddingCache, open_cache
 from rtdmd_cli.engine.report.grid import GridRow, picture_grid, save_png, to_pil
 from rtdmd_cli.engine.sampling.model_source import Model
 from rtdmd_cli.engine.sampling.sample import SamplingPlan, decode_all, generate
 from rtdmd_cli.engine.storage import strict_json
-from rtdmd_cli.engine.storage.files import append_line, os_errors
+from rtdmd_cli.engine.storage.files import append_line, is_held, locked, make_folder, os_errors
 from rtdmd_cli.errors import EnvironmentFailure, UsageError
 
 T = TypeVar("T")
@@ -46,6 +48,8 @@ BATCH_PIXELS = 4 * 1024**2  # of a batch, where none is asked for
 DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 Record = dict[str, Any]
+_LINE_START = b'{"dtype": '
+"""How a line of the index begins: its keys are sorted."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +142,8 @@ def choose_folder(out: Path, job: Job, grid: bool) -> Path:
 
     def fits(folder: Path) -> bool:
         there = {path.name for path in folder.iterdir()}
+        if is_held(folder) or not _may_be_ours(folder / INDEX):
+            return False
         return all(read_chunks(folder / name) == text for name, text in chunks.items() if name in there)
 
     with os_errors(out, "read"):
@@ -154,12 +160,25 @@ def read_chunks(path: Path) -> dict[str, str] | None:
         return None
 
 
-def write_pictures(folder: Path, job: Job, on_pictures: Callable[[int], None]) -> Written:
+def write_pictures(
+    folder: Path, job: Job, on_pictures: Callable[[int], None], stop: StopRequest | None = None
+) -> Written:
     """Make what `folder` lacks of the job, each picture written as soon as its batch is done.
 
-    on_pictures: told the number of pictures after each batch. Errors as `paint`; EnvironmentFailure from the
-    disk.
+    on_pictures: told the number of pictures after each batch. stop: looked at before each batch; raises Stopped.
+    Errors as `paint`; EnvironmentFailure from the disk; BusyError where another process writes to the folder.
     """
+    stop = StopRequest() if stop is None else stop
+    make_folder(folder)
+    kept = f"the pictures in {folder} are kept, and the same command makes the rest"
+    with (
+        locked(folder, "Wait for it, or choose another --out."),
+        stop.during("finishing these pictures", kept),
+    ):
+        return _write_missing(folder, job, on_pictures, stop)
+
+
+def _write_missing(folder: Path, job: Job, on_pictures: Callable[[int], None], stop: StopRequest) -> Written:
     began = time.monotonic()
     planned = records(job)
     there = {name for name in planned if (folder / name).exists()}
@@ -172,6 +191,7 @@ def write_pictures(folder: Path, job: Job, on_pictures: Callable[[int], None]) -
         cond, uncond = encode(job.model.backbone, job.prompts, job.plan)
         shape = job.model.backbone.latent_shape(job.height, job.width)
         for part in batched(todo, job.batch):
+            stop.check()
             keys = [(planned[name]["prompt_index"], planned[name]["image_index"]) for name in part]
             images = paint(job.model, job.plan, cond, uncond, keys, shape=shape, seed=job.seed)
             for name, image in zip(part, images, strict=True):
@@ -271,6 +291,18 @@ def batched(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
 
 def _index_line(name: str, record: Record) -> str:
     return json.dumps({"file": name, **record}, ensure_ascii=False, sort_keys=True)
+
+
+def _may_be_ours(path: Path) -> bool:
+    """Whether there is no index, or one that `write_pictures` wrote: its lines are records, the last one perhaps half."""
+    if not os.path.lexists(path):
+        return True
+    if path.is_symlink() or not path.is_file():
+        return False
+    lines = strict_json.read_lines(path)
+    half = lines.pop()[0] if lines and not lines[-1][0].endswith(b"\n") else b""
+    whole = all(entry is not None and {"file", "prompt", "model_hash"} <= entry.keys() for _, entry in lines)
+    return whole and half.startswith(_LINE_START[: len(half)])
 
 
 def _indexed(path: Path) -> set[str]:

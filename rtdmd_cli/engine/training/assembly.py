@@ -36,14 +36,20 @@ def encode_prompts(
     prompts: Sequence[str],
     say: Callable[[str], None],
     hardware: HardwareConfig = HARDWARE,
+    check: Callable[[], None] = lambda: None,
 ) -> tuple[Callable[[Sequence[int]], Conditioning], Conditioning]:
-    """A look-up of encoded prompts by index, and the empty prompt.
+    """A look-up of encoded prompts by index, and the empty prompt. check: called before every few of them.
 
     Each prompt is encoded once and the text encoders are freed. Where the cache's bound does not take them all, the
     look-up is an `AheadEncoder`, and the encoders stay.
     """
     if hardware.text_encoder == "cpu":
         backbone.encoder_device = torch.device("cpu")
+
+    def encode(texts: Sequence[str]) -> Conditioning:
+        check()
+        return backbone.encode(texts)
+
     cache = open_cache(backbone, hardware.cache_gb)
     fresh = cache.ensure([""], backbone.encode)
     empty = cache.fetch([""])
@@ -57,7 +63,7 @@ def encode_prompts(
             f"encoded ahead on {backbone.encoder_device}"
         )
         return AheadEncoder(cache, prompts, backbone.encode, capacity, say), empty
-    fresh += cache.ensure(prompts, backbone.encode)
+    fresh += cache.ensure(prompts, encode)
     say(
         f"{len(prompts)} prompts, {fresh} newly encoded"
         if fresh

@@ -4,9 +4,10 @@ The recipes themselves are `distill.recipe.iterate` and `tune_reward.recipe.tune
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +17,27 @@ from rtdmd_cli import __version__
 from rtdmd_cli.config.loader import Resolved, dump_resolved
 from rtdmd_cli.engine.compute import optim
 from rtdmd_cli.engine.compute.processes import Processes
+from rtdmd_cli.engine.compute.signals import StopRequest
 from rtdmd_cli.engine.roles.base import RoleSet
 from rtdmd_cli.engine.storage import files
 from rtdmd_cli.engine.storage.checkpoint import (
     Checkpoint,
     newest_valid,
-    remove_after,
     save_checkpoint,
+    set_aside_after,
     step_name,
+    step_of,
 )
 from rtdmd_cli.engine.storage.run_folder import RunFolder, State
 from rtdmd_cli.engine.training.progress import training_progress
-from rtdmd_cli.engine.training.signals import StopRequest, stop_on_signals
 from rtdmd_cli.engine.training.start import Start
 from rtdmd_cli.engine.training.trackers import Tracker, open_tracker
 from rtdmd_cli.engine.training.trainer import ROLES, Trainer
 from rtdmd_cli.errors import DataError, PictureFailure, UsageError
 
 STATE_KEYS = {"stage", "generator_updates", "optimizers", "seconds", "records"}
+RECENT = 10  # iterations whose times tell how long one takes: some do more than others
+LOADING, DRAWING = "stopping when the model is loaded", "stopping when the first pictures are drawn"
 OTHER_HINT = "Resume from another checkpoint, or start another run with --name OTHER."
 
 
@@ -68,7 +72,7 @@ class Stage:
     made, beside the metrics. sample(path, iteration): writes a grid. finish(session, state): health panel and report.
     after(session): measured by the stage after an iteration; a metric line is written where there is any. It may set
     the records `stopped` and `best`, see `Session`.
-    frozen: adapters that belong into every checkpoint although they don't change.
+    frozen: adapters that belong into every checkpoint although they don't change. unit: what `advance` does one of.
     """
 
     name: str
@@ -79,6 +83,7 @@ class Stage:
     finish: Callable[["Session", State], None]
     after: Callable[["Session"], Mapping[str, float]] = lambda session: {}
     frozen: tuple[str, ...] = ()
+    unit: str = "iteration"
 
 
 @dataclass
@@ -101,6 +106,7 @@ class Session:
     records: dict[str, Any]
     prompts: str
     last: Path | None = None
+    stop: StopRequest = field(default_factory=StopRequest)
 
     @property
     def stopped(self) -> bool:
@@ -113,9 +119,24 @@ class Session:
         return self.records.get("best")
 
     @property
+    def kept(self) -> str:
+        """What is left if it is stopped here at once, half a sentence."""
+        return kept(self.last)
+
+    @property
     def saved(self) -> bool:
         """Whether the newest checkpoint is of this iteration."""
         return self.last is not None and self.last.name == step_name(self.iteration)
+
+
+def kept(checkpoint: Path | None) -> str:
+    """What is left of a run that is stopped at once, half a sentence. checkpoint: its newest one."""
+    return f"the last checkpoint ({checkpoint}) is kept" if checkpoint else "there is no checkpoint yet"
+
+
+def kept_by(start: Start) -> str:
+    """What is left of a run that is stopped before it trains, half a sentence."""
+    return kept(start.checkpoint.path) if start.checkpoint else "nothing is lost, as nothing was trained yet"
 
 
 def groups(frozen: tuple[str, ...]) -> set[str]:
@@ -152,17 +173,29 @@ def checked_average(roles: RoleSet, ema: Mapping[str, torch.Tensor]) -> dict[str
     return optim.ema_start(roles.named_parameters("generator"))
 
 
-def rewind(run: RunFolder, resolved: Resolved, checkpoint: Checkpoint | None, total: int) -> int:
+def rewind(
+    run: RunFolder,
+    resolved: Resolved,
+    checkpoint: Checkpoint | None,
+    total: int,
+    say: Callable[[str], None],
+) -> int:
     """Make the run folder look as it did at a checkpoint (None: at the start); the iterations done.
 
-    The run is locked. UsageError if another process has continued it since the checkpoint was chosen.
+    Newer checkpoints are moved aside, which is said. The run is locked.
+
+    UsageError if another process has continued it since the checkpoint was chosen.
     """
     newest, _ = newest_valid(run.checkpoints)
     if newest and (checkpoint is None or newest.resolve() != checkpoint.path.resolve()):
         raise UsageError(f"{run.path} has been continued by another process.", "Look at it, then try again.")
     done = checkpoint.step if checkpoint else 0
     run.metrics.truncate_after(done)
-    remove_after(run.checkpoints, done)
+    aside = set_aside_after(run.checkpoints, done)
+    if aside is not None:
+        told = f"newer checkpoints than the one of iteration {done} are kept in {aside}"
+        run.log(told)
+        say(told)
     files.write_text(run.preset, dump_resolved(resolved.preset))
     run.set_status("running", iteration=done)
     run.log(f"start at iteration {done} of {total}")
@@ -176,21 +209,43 @@ def optimizer_of(trainer: Trainer, role: str) -> torch.optim.Optimizer:
 
 def train(session: Session, quiet: bool) -> StopRequest:
     """Iterate to the end or to the first signal; every save, metric line and grid on the way."""
-    stage, total, processes = session.stage, session.stage.schedule.total, session.trainer.processes
+    stage, total, processes, stop = (
+        session.stage,
+        session.stage.schedule.total,
+        session.trainer.processes,
+        session.stop,
+    )
     silent = quiet or not processes.main
-    with stop_on_signals() as stop, training_progress(total, session.iteration, silent) as show:
+    recent: deque[float] = deque(maxlen=RECENT)
+    with training_progress(total, session.iteration, silent) as show:
         while session.iteration < total and not ended(session, stop):
             began = time.monotonic()
-            stage.advance(session.iteration)
+            with stop.during(ending(stage.unit, recent), session.kept):
+                stage.advance(session.iteration)
             session.iteration += 1
             took = time.monotonic() - began
             session.seconds += took
+            recent.append(took)
             show(session.iteration, session.trainer.metrics)
-            with processes.agreeing():
+            with (
+                processes.agreeing(),
+                stop.during("finishing measures, pictures and checkpoint", session.kept),
+            ):
                 if processes.main:
                     note(session, took, stage.after(session))
-        save_unsaved(session)
+        with stop.during("saving the checkpoint", session.kept):
+            save_unsaved(session)
     return stop
+
+
+def ending(unit: str, seconds: Collection[float]) -> str:
+    """What the first signal lets come to its end. seconds: that the last iterations took; the longest is named."""
+    return f"finishing this {unit}" + (f" (about {in_words(max(seconds))})" if seconds else "")
+
+
+def in_words(seconds: float) -> str:
+    """About that time: 40 s, 3 min."""
+    return f"{max(1, round(seconds))} s" if seconds < 100 else f"{round(seconds / 60)} min"
 
 
 def ended(session: Session, stop: StopRequest) -> bool:
@@ -268,19 +323,36 @@ def sample_grid(session: Session) -> None:
 
 
 def finish(session: Session, stop: StopRequest) -> Outcome:
-    """Final grid, the stage's own panel and report, and the status, by the main process."""
+    """Final grid, the stage's own panel and report, and the status, by the main process.
+
+    An interrupted run has its status before its last pictures are drawn; a finished one after its report is written.
+    """
     run = session.run
+    over = session.iteration >= session.stage.schedule.total or session.stopped
     if session.trainer.processes.main:
-        sample_grid(session)
-        over = session.iteration >= session.stage.schedule.total or session.stopped
         state: State = "finished" if over else "interrupted"
         session.stage.finish(session, state)
         known: dict[str, Any] = {} if session.best is None else {"best": step_name(session.best)}
         known |= {"measured": session.records["rewards_after"]} if "rewards_after" in session.records else {}
         run.set_status(state, iteration=session.iteration, seconds=round(session.seconds, 3), **known)
+        if not over:
+            set_end(session, state)
+        with stop.during("drawing the last pictures and writing the report", session.kept):
+            sample_grid(session)
+            session.stage.finish(session, state)
+        if over:
+            set_end(session, state)
         run.log(f"{state} at iteration {session.iteration}")
     last = run.checkpoints / step_name(session.iteration)
-    return Outcome(run.path, session.iteration, session.seconds, last, stop.exit_code, session.records)
+    code = 0 if over else stop.exit_code
+    return Outcome(run.path, session.iteration, session.seconds, last, code, session.records)
+
+
+def set_end(session: Session, state: State) -> None:
+    """The status of a run that ends with a checkpoint of this iteration."""
+    best = {} if session.best is None else {"best": step_name(session.best)}
+    seconds = round(session.seconds, 3)
+    session.run.set_status(state, iteration=session.iteration, seconds=seconds, **best)
 
 
 @contextmanager
@@ -291,10 +363,12 @@ def opened(
     resolved: Resolved,
     total: int,
     processes: Processes,
+    say: Callable[[str], None],
 ) -> Iterator[tuple[RunFolder, Tracker, int]]:
     """The run folder, locked and as it was at the start's checkpoint, its tracker, and the iterations done.
 
-    place: of a new run; make: makes it. Only the main process touches the disk; the others go on when it is ready.
+    place: of a new run; make: makes it; say: prints a line for people.
+    Only the main process touches the disk; the others go on when it is ready.
     """
     run, done = start.run or RunFolder(place), start.checkpoint.step if start.checkpoint else 0
     with ExitStack() as stack:
@@ -305,7 +379,7 @@ def opened(
                 stack.enter_context(run.lock())
             tracker = stack.enter_context(open_tracker(name, run.path))
             if processes.main:
-                done = rewind(run, resolved, start.checkpoint, total)
+                done = rewind(run, resolved, start.checkpoint, total, say)
         try:
             yield run, tracker, done
         except BaseException as error:  # raised again; `failing` has said it where the training had begun
@@ -316,24 +390,31 @@ def opened(
 
 @contextmanager
 def failing(session: Session) -> Iterator[None]:
-    """What is raised within becomes the status of the run."""
+    """What is raised within becomes the status of the run; a signal's, that of its last checkpoint."""
     try:
         yield
     except BaseException as error:
         if session.trainer.processes.main:
             if isinstance(error, PictureFailure):
                 save_unsaved(session)
-            note_end(session.run, error, session.iteration, session.stage.schedule.total)
+            done = saved_step(session) if isinstance(error, KeyboardInterrupt) else session.iteration
+            note_end(session.run, error, done, session.stage.schedule.total)
         raise
 
 
+def saved_step(session: Session) -> int:
+    """The step of the newest checkpoint, where a run goes on that was stopped at once; 0 without one."""
+    return step_of(session.last) if session.last else 0
+
+
 def note_end(run: RunFolder, error: BaseException, iteration: int, total: int) -> None:
-    """The status of a run that `error` ends: interrupted by a Ctrl-C, else failed.
+    """The status of a run that `error` ends: interrupted by a signal, else failed.
 
     One that has come to its end stays finished where only its pictures failed.
     """
     if isinstance(error, KeyboardInterrupt):
         run.set_status("interrupted", iteration=iteration)
+        run.log(f"stopped at once; a resume goes on at iteration {iteration}")
     elif isinstance(error, PictureFailure) and iteration >= total:
         run.set_status("finished", iteration=iteration, reason=str(error))
     else:

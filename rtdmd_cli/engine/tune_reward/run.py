@@ -15,6 +15,7 @@ from rtdmd_cli.engine.backbones.families import load_backbone
 from rtdmd_cli.engine.compute import optim
 from rtdmd_cli.engine.compute.device import resolve_device, resolve_dtype
 from rtdmd_cli.engine.compute.processes import join
+from rtdmd_cli.engine.compute.signals import StopRequest, stop_on_signals
 from rtdmd_cli.engine.prompts.reading import PromptSet, known_by
 from rtdmd_cli.engine.rewards.mixture import RewardMixture
 from rtdmd_cli.engine.roles.adapters import Roles
@@ -25,18 +26,20 @@ from rtdmd_cli.engine.storage.run_folder import RunFolder, create_run
 from rtdmd_cli.engine.training import previews as pictures
 from rtdmd_cli.engine.training.assembly import assemble, encode_prompts, model_line, training_sigmas
 from rtdmd_cli.engine.training.session import (
+    DRAWING,
+    LOADING,
     Outcome,
     Session,
     Stage,
     failing,
     finish,
+    kept_by,
     opened,
     require_base,
     restore,
     save_unsaved,
     train,
 )
-from rtdmd_cli.engine.training.signals import StopRequest
 from rtdmd_cli.engine.training.start import Start
 from rtdmd_cli.engine.training.trainer import ROLES, Trainer
 from rtdmd_cli.engine.tune_reward.checks import check_counts, check_tilt, open_rewards, require_shares
@@ -71,23 +74,41 @@ def run_tune(
         UsageError, EnvironmentFailure, DataError: before anything is trained. NumericalError: a value is not
         finite; the last checkpoint is untouched. RewardFailure: too many pictures got no reward; saved before.
     """
-    loaded = _load(resolved.preset, prompts, eval_prompts, begin, say)
+    with stop_on_signals() as stop, stop.during(LOADING, kept_by(start)):
+        stop.quiet = quiet
+        loaded = _load(resolved.preset, prompts, eval_prompts, begin, say, stop)
+        return _run(loaded, resolved, start, out, name, command, say, stop)
+
+
+def _run(
+    loaded: "_Loaded",
+    resolved: Resolved,
+    start: Start,
+    out: Path,
+    name: str,
+    command: Sequence[str],
+    say: Callable[[str], None],
+    stop: StopRequest,
+) -> Outcome:
     core, saved = loaded.tuner.core, start.checkpoint
     if saved:
         restore(core, saved, STAGE, core.roles.frozen)
+    stop.check()
 
     def make() -> RunFolder:
         return create_run(out, name, resolved, command, core.backbone.device, STAGE)
 
     epochs = resolved.preset.tune_reward.epochs
-    with opened(start, out / name, make, resolved, epochs, core.processes) as (run, tracker, done):
-        stage, measurement = _begin(loaded, resolved.preset, run, say)
+    with opened(start, out / name, make, resolved, epochs, core.processes, say) as (run, tracker, done):
+        with stop.during(DRAWING, kept_by(start)):
+            stage, measurement = _begin(loaded, resolved.preset, run, say)
+            stop.check()
         seconds = float(saved.state["seconds"]) if saved else 0.0
-        records, known = records_of(start, loaded.tuner.config), known_by(prompts, eval_prompts)
+        records, known = records_of(start, loaded.tuner.config), known_by(loaded.prompts, loaded.eval_prompts)
         session = Session(run, resolved, core, stage, tracker, done, seconds, records, known)
-        session.last = saved.path if start.run and saved else None
+        session.last, session.stop = saved.path if start.run and saved else None, stop
         with failing(session):
-            return finish(session, train_watched(session, measurement, loaded.mixture, say, quiet))
+            return finish(session, train_watched(session, measurement, loaded.mixture, say, stop.quiet))
 
 
 @dataclass(frozen=True)
@@ -98,12 +119,18 @@ class _Loaded:
     mixture: RewardMixture
     conditioning: Callable[[Sequence[int]], Conditioning]
     prompts: PromptSet
+    eval_prompts: PromptSet
     measured: PromptSet
     wide: PromptSet
 
 
 def _load(
-    preset: Preset, prompts: PromptSet, eval_prompts: PromptSet, begin: Checkpoint, say: Callable[[str], None]
+    preset: Preset,
+    prompts: PromptSet,
+    eval_prompts: PromptSet,
+    begin: Checkpoint,
+    say: Callable[[str], None],
+    stop: StopRequest,
 ) -> _Loaded:
     """Rewards, base and encoded prompts; the generator is that of stage 1."""
     config = preset.tune_reward
@@ -112,18 +139,20 @@ def _load(
     processes, device = join(resolve_device(preset.hardware.device))
     require_shares(processes, config)
     mixture = open_rewards(config, prompts, eval_prompts, device, say, preset.model.resolution)
+    stop.check()
     dtype = resolve_dtype(preset.hardware.dtype, device)
     backbone = load_backbone(preset.model, device, dtype, preset.hardware)
     say(model_line(preset, backbone))
+    stop.check()
     measured = evenly_chosen(eval_prompts, config.eval_images)
     wide = evenly_chosen(eval_prompts, config.watch.prompt_count if config.watch.features else 0)
     with processes.first_here():
         every = [*prompts.texts, *measured.texts, *wide.texts]
-        conditioning, empty = encode_prompts(backbone, every, say, preset.hardware)
+        conditioning, empty = encode_prompts(backbone, every, say, preset.hardware, stop.check)
     tuner = build_tuner(backbone, preset, mixture, len(prompts), conditioning, empty)
     tuner.core.processes = processes
     load_stage_1(tuner.core, begin)
-    return _Loaded(tuner, mixture, conditioning, prompts, measured, wide)
+    return _Loaded(tuner, mixture, conditioning, prompts, eval_prompts, measured, wide)
 
 
 def _begin(
@@ -186,8 +215,10 @@ def train_watched(
             if session.trainer.processes.main and BEFORE not in session.records:
                 say("measuring the generator of stage 1")
                 where = "the first measurement"
-                found = measure(session.trainer, measurement, mixture, where, session.run.log)
-                begin_watch(session.records, found)
+                with session.stop.during("stopping when the generator is measured", session.kept):
+                    found = measure(session.trainer, measurement, mixture, where, session.run.log)
+                    begin_watch(session.records, found)
+                    session.stop.check()
         return train(session, quiet)
     except RewardFailure:
         save_unsaved(session)

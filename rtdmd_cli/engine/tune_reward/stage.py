@@ -46,6 +46,7 @@ def tune_stage(
         finish=watcher.finish,
         after=watcher.after,
         frozen=core.roles.frozen,
+        unit="epoch",
     )
 
 
