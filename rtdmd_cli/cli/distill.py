@@ -10,6 +10,7 @@ import typer
 from rtdmd_cli.cli import completing, console
 from rtdmd_cli.cli.starting import (
     DISTILL,
+    AllowChange,
     Device,
     DryRun,
     Dtype,
@@ -43,6 +44,7 @@ def distill(
     name: Annotated[str | None, typer.Option(help="Name of the run. Default: the preset's name.")] = None,
     out: Out = Path("runs"),
     resume: Resume = "never",
+    allow_change: AllowChange = None,
     device: Device = None,
     dtype: Dtype = None,
     processes: Processes = None,
@@ -64,7 +66,7 @@ def distill(
     prompts = find_prompts(resolved.preset.distill.prompts, dry_run, quiet)
     run_name = resolved.preset.name if name is None else name
     known = known_by(prompts) if prompts else None
-    start = find_start(resume, out, name, run_name, resolved, known, quiet, DISTILL)
+    start = find_start(resume, out, name, run_name, resolved, known, quiet, DISTILL, allow_change or ())
     if dry_run or prompts is None:
         console.show(plan(resolved, len(prompts) if prompts else None, out / run_name, start), json_output)
         return

@@ -32,6 +32,11 @@ MACHINE = {
     errno.EPERM: "Change the permissions, or choose another folder.",
     errno.EROFS: "Choose a folder that can be written.",
     errno.EIO: "Check the disk.",
+    errno.ESTALE: "Check the network disk.",
+    errno.ETIMEDOUT: "Check the network disk.",
+    errno.EMFILE: "Raise the limit of open files: ulimit -n 4096",
+    errno.ENFILE: "Close other programs.",
+    errno.ENOMEM: "Close other programs.",
 }
 """errno of a failure that is the machine's -> hint."""
 

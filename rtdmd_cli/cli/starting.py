@@ -1,9 +1,10 @@
 """What `distill` and `tune-reward` share: their options, and where a training starts, anew or continued."""
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
@@ -35,6 +36,14 @@ Resume = Annotated[
         help="auto: continue the run, if there is one. PATH: a run or checkpoint.",
     ),
 ]
+AllowChange = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow-change",
+        metavar="KEY",
+        help="Continue although KEY (hardware.dtype, hardware.base ...) is not the run's; noted there. Repeatable.",
+    ),
+]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps.")]
 Dtype = Annotated[str | None, typer.Option(help="auto, fp32 or bf16.")]
 Processes = Annotated[
@@ -46,6 +55,10 @@ Processes = Annotated[
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would run, stop.")]
 Json = Annotated[bool, typer.Option("--json", help="End with one JSON object on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Nothing on stderr but errors.")]
+
+
+Change: TypeAlias = tuple[str, Any, Any]
+"""A key of the preset, its value before and now."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +96,11 @@ TUNE_REWARD = Stage(
     ),
     ("hardware.",),
 )
+
+
+AUTO = "auto"
+PRECISION = ("hardware.dtype", "hardware.base", "hardware.float32_matmul", "hardware.mixed_precision")
+"""Keys that change the numbers of a run; `--allow-change` takes them."""
 
 
 def is_follower() -> bool:
@@ -134,11 +152,12 @@ def find_start(
     prompts: str | None,
     quiet: bool,
     stage: Stage,
+    allow: Sequence[str] = (),
 ) -> "Start":
     """What --resume asks for; nothing is made or loaded but the checkpoint.
 
     name: as given; run_name: with the default in its place. prompts: `reading.known_by` of the prompts, None
-    where a dry run has none.
+    where a dry run has none. allow: keys of PRECISION that may differ from the run's, which is said.
 
     Raises:
         UsageError: the run exists and is not to be resumed, or PATH names no run; a name that no run can have.
@@ -147,7 +166,8 @@ def find_start(
     from rtdmd_cli.engine.storage import checkpoint, run_folder
     from rtdmd_cli.engine.training.start import Start
 
-    if name is not None or resume in ("auto", "never"):
+    require_precision(allow)
+    if name is not None or resume in (AUTO, "never"):
         run_folder.check_name(run_name)
     if resume == "never":
         run_folder.refuse_existing(out / run_name)
@@ -158,13 +178,15 @@ def find_start(
     run, chosen = reference.run, reference.checkpoint
     path = chosen or (newest(run, quiet) if run else None)
     loaded = checkpoint.load_checkpoint(path) if path else None
-    require_same_training(run, loaded, resolved, prompts, stage)
+    changes = require_same_training(run, loaded, resolved, prompts, stage, allow)
+    for key, before, now in changes:
+        console.say(f"allowed: {key} was {before}, now {now}", quiet)
     if name and (run is None or run.path.resolve() != (out / name).resolve()):
         if loaded is None:
             raise DataError(f"{resume} has no checkpoint yet.", "Start a run of its own: leave --resume out.")
         run_folder.refuse_existing(out / name)
         console.say(f"a new run from {loaded.path}, at iteration {loaded.step}", quiet)
-        return Start(None, loaded)
+        return Start(None, loaded, frozenset(allow), changes)
     if run is None or (
         chosen and checkpoint.checkpoint_steps(run.checkpoints)[-1:] != [loaded.step if loaded else -1]
     ):
@@ -175,7 +197,17 @@ def find_start(
         console.say(f"continuing {run.path} at iteration {loaded.step}", quiet)
     else:
         console.say(f"{run.path} has no checkpoint yet: it starts from the beginning", quiet)
-    return Start(run, loaded)
+    return Start(run, loaded, frozenset(allow), changes)
+
+
+def require_precision(keys: Sequence[str]) -> None:
+    """UsageError for a key that `--allow-change` does not take."""
+    for key in keys:
+        if key not in PRECISION:
+            raise UsageError(
+                f"--allow-change does not take `{key}`.",
+                f"It takes {', '.join(PRECISION)}; for another recipe start another run with --name OTHER.",
+            )
 
 
 def reference_of(resume: str, run: Path, out: Path) -> "RunReference | None":
@@ -202,8 +234,9 @@ def require_same_training(
     resolved: Resolved,
     prompts: str | None,
     stage: Stage,
-) -> None:
-    """Raise DataError if run or checkpoint is of another stage, other prompts or another recipe."""
+    allow: Sequence[str] = (),
+) -> "tuple[Change, ...]":
+    """Raise DataError if run or checkpoint is of another stage, other prompts or another recipe; allowed changes."""
     if loaded and loaded.state.get("stage") != stage.name:
         raise DataError(
             f"{loaded.path} was not made by rtdmd {stage.name}.",
@@ -219,8 +252,7 @@ def require_same_training(
             f"{loaded.path} was trained on other prompts than these.",
             "Restore the prompt file, or start a run of its own: --name OTHER, without --resume.",
         )
-    if run:
-        require_same_recipe(run.preset, resolved, stage)
+    return require_same_recipe(run.preset, resolved, stage, allow) if run else ()
 
 
 def newest(run: "RunFolder", quiet: bool) -> Path | None:
@@ -237,8 +269,13 @@ def newest(run: "RunFolder", quiet: bool) -> Path | None:
     return path
 
 
-def require_same_recipe(own: Path, resolved: Resolved, stage: Stage) -> None:
-    """Raise DataError, naming the keys, if a run's preset differs in what changes the computation."""
+def require_same_recipe(
+    own: Path, resolved: Resolved, stage: Stage, allow: Sequence[str] = ()
+) -> "tuple[Change, ...]":
+    """Raise DataError, naming the keys, if a run's preset differs in what changes the computation.
+
+    allow: keys of PRECISION that may; those that do are returned, with their values before and now.
+    """
     from rtdmd_cli.config.loader import preset_values
 
     try:
@@ -249,10 +286,25 @@ def require_same_recipe(own: Path, resolved: Resolved, stage: Stage) -> None:
     changed = [
         key
         for key in now
-        if before[key] != now[key] and key not in stage.free and not key.startswith(stage.free_sections)
+        if before[key] != now[key]
+        and key not in stage.free
+        and (key in PRECISION or not key.startswith(stage.free_sections))
+        and not (
+            key == "hardware.dtype" and AUTO in (before[key], now[key])
+        )  # `session.accepted` knows which it is
     ]
+    differing = [key for key in changed if key in PRECISION and key not in allow]
+    if changed and changed == differing:
+        pairs = ", ".join(f"{key} was {before[key]}, now {now[key]}" for key in differing)
+        raise DataError(
+            f"{own.parent} would go on with other numbers: {pairs}.",
+            f"Give it as before, or accept it: {' '.join(f'--allow-change {key}' for key in differing)}",
+        )
+    allowed = tuple((key, before[key], now[key]) for key in changed if key in allow)
+    changed = [key for key in changed if key not in allow]
     if changed:
         pairs = ", ".join(f"{key} was {before[key]}, now {now[key]}" for key in changed[:3])
         raise DataError(
             f"{own.parent} was made with other settings: {pairs}.", "Start another run with --name OTHER."
         )
+    return allowed

@@ -12,6 +12,7 @@ from rtdmd_cli.cli import completing, console
 from rtdmd_cli.cli.distill import DEFAULT_PRESET
 from rtdmd_cli.cli.starting import (
     TUNE_REWARD,
+    AllowChange,
     Device,
     DryRun,
     Dtype,
@@ -77,6 +78,7 @@ def tune_reward(
     name: RunName = None,
     out: Out = Path("runs"),
     resume: Resume = "never",
+    allow_change: AllowChange = None,
     device: Device = None,
     dtype: Dtype = None,
     processes: Processes = None,
@@ -107,7 +109,7 @@ def tune_reward(
         check_rewards(resolved, eval_prompts, "tune_reward.eval_prompts")
     run_name = run.path.resolve().name + SUFFIX if name is None else name
     known = known_by(prompts, eval_prompts) if prompts and eval_prompts else None
-    start = find_start(resume, out, name, run_name, resolved, known, quiet, TUNE_REWARD)
+    start = find_start(resume, out, name, run_name, resolved, known, quiet, TUNE_REWARD, allow_change or ())
     if dry_run or prompts is None or eval_prompts is None:
         count = len(prompts) if prompts else None
         console.show(plan(resolved, checkpoint, count, out / run_name, start), json_output)

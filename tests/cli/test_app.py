@@ -6,7 +6,9 @@ import logging
 import os
 import re
 import resource
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,6 +21,7 @@ from typer.testing import CliRunner
 
 from rtdmd_cli import __version__, errors
 from rtdmd_cli.cli import app, console, failures, quiet
+from rtdmd_cli.engine.compute.signals import Stopped
 
 HEAVY = {"accelerate", "bitsandbytes", "diffusers", "numpy", "peft", "torch", "transformers"}
 MODULE = [sys.executable, "-m", "rtdmd_cli"]
@@ -103,6 +106,8 @@ def test_help_states_every_exit_code(capsys: pytest.CaptureFixture[str]) -> None
         "3",
         "4",
         "5",
+        "6",
+        "129",
         "130",
         "141",
         "143",
@@ -282,6 +287,54 @@ def test_a_full_disk_under_stdout() -> None:
         )
     assert result.returncode == 3
     assert result.stderr == "error: No space left on device.\nhint: Free some space on that disk.\n"
+
+
+@pytest.mark.parametrize("redirection", ["2>/dev/full", "2>&-", "2>&- >&-"])
+def test_errors_that_nobody_can_read_change_no_exit_code(redirection: str) -> None:
+    line = f"{shlex.join([*MODULE, 'presets', 'show', 'none'])} {redirection}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr) == (2, b"", b"")
+
+
+def test_a_closed_stream_is_no_place_for_a_file(tmp_path: Path) -> None:
+    """The next file that is opened would get the number of stderr, and be written to by whatever prints."""
+    program = "import os, sys; from rtdmd_cli.cli.streams import open_streams; open_streams(); "
+    program += "fd = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT); print('to stderr', file=sys.stderr); sys.exit(fd)"
+    line = f"{shlex.join([sys.executable, '-c', program, str(tmp_path / 'f')])} 2>&- <&-"
+    assert subprocess.run(["bash", "-c", line], env=BUFFERED).returncode > 2
+    assert (tmp_path / "f").read_bytes() == b""
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "at_once", "said"),
+    [
+        (signal.SIGINT, 130, True, "stopped at once: a is kept\n"),
+        (signal.SIGTERM, 143, False, "stopped: a is kept\n"),
+        (signal.SIGHUP, 129, True, "stopped\n"),
+    ],
+)
+def test_a_signal_ends_with_its_code_and_a_word(
+    number: int,
+    code: int,
+    at_once: bool,
+    said: str,
+    failing: Callable[[BaseException], int],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    kept = "a is kept" if ":" in said else ""
+    assert failing(Stopped(number, kept, at_once)) == code
+    assert capsys.readouterr() == ("", said)
+
+
+def test_nothing_that_is_imported_reports_to_anybody(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in quiet.TELEMETRY:
+        monkeypatch.delenv(name, raising=False)
+    assert app.main(["--version"]) == 0
+    assert {name: os.environ[name] for name in quiet.TELEMETRY} == dict(quiet.TELEMETRY)
+    assert os.environ["ORT_DISABLE_TELEMETRY"] == os.environ["HF_HUB_DISABLE_TELEMETRY"] == "1"
+    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "0")  # what the user has chosen stays
+    assert app.main(["--version"]) == 0
+    assert os.environ["HF_HUB_DISABLE_TELEMETRY"] == "0"
 
 
 def test_only_the_known_noise_of_libraries_is_dropped(caplog: pytest.LogCaptureFixture) -> None:

@@ -11,6 +11,7 @@ import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,12 @@ from rtdmd_cli.cli.starting import DISTILL, find_start
 from rtdmd_cli.config.loader import Resolved, load_preset
 from rtdmd_cli.engine.storage.checkpoint import load_checkpoint, save_checkpoint
 from rtdmd_cli.engine.storage.run_folder import RunFolder
+from rtdmd_cli.engine.training.session import accepted
+from rtdmd_cli.engine.training.start import Start
 from rtdmd_cli.errors import DataError, UsageError
 from tests.commands import ENDLESS, Done, World, contents, launch, newest, signalled, steps, timeless, wait
 from tests.tiny_models import PROMPTS, TEXT_LENGTH, sd3_folder
-from tests.tiny_runs import generator_weights, make_run
+from tests.tiny_runs import add_checkpoint, generator_weights, make_run
 
 LONG = 40  # iterations of the run that is broken off again and again
 SHORT = 10  # of the others
@@ -329,6 +332,42 @@ def test_checkpoints_of_others(run: RunFolder) -> None:
     save_checkpoint(run.checkpoints, 30, tensors, {"stage": "tune-reward"}, 9, {})
     with pytest.raises(DataError, match="not made by rtdmd distill"):
         found(run, "auto")
+
+
+def test_other_numbers_are_refused_unless_allowed(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    for key, value, before in (("base", "nf4", "plain"), ("mixed_precision", "bf16", "none")):
+        now = load_preset(str(run.preset), [f"hardware.{key}={value}"], {})
+
+        def begin(*allow: str, preset: Resolved = now) -> Start:
+            return find_start("auto", run.path.parent, None, "mine", preset, "", False, DISTILL, allow)
+
+        told = f"other numbers: hardware.{key} was {before}, now {value}"
+        with pytest.raises(DataError, match=told) as caught:
+            begin()
+        assert f"--allow-change hardware.{key}" in caught.value.hint
+        with pytest.raises(UsageError, match="does not take `distill.lr`"):
+            begin("distill.lr")
+        capsys.readouterr()
+        allowed = begin(f"hardware.{key}")
+        assert allowed.changes == ((f"hardware.{key}", before, value),)
+        assert f"allowed: hardware.{key} was {before}, now {value}" in capsys.readouterr().err
+    run.note_changes(allowed.changes, 20)
+    told_there = json.loads((run.path / "environment.json").read_text())["changes"]
+    assert told_there == [
+        {"iteration": 20, "key": "hardware.mixed_precision", "before": "none", "now": "bf16"}
+    ]
+    assert "from iteration 20 on hardware.mixed_precision is bf16" in (run.path / "log.txt").read_text()
+
+
+def test_another_dtype_that_auto_brings_is_refused_unless_allowed(run: RunFolder) -> None:
+    path = add_checkpoint(run, 30, generator_weights(1))
+    made = replace(load_checkpoint(path), meta={"dtype": "bfloat16"})
+    assert accepted(Start(run, made), torch.bfloat16).changes == ()
+    with pytest.raises(DataError, match="in bfloat16, now it is in float32") as caught:
+        accepted(Start(run, made), torch.float32)
+    assert "--allow-change hardware.dtype" in caught.value.hint
+    allowed = accepted(Start(run, made, frozenset(["hardware.dtype"])), torch.float32)
+    assert allowed.changes == (("hardware.dtype", "bfloat16", "float32"),)
 
 
 def test_a_damaged_preset_in_the_run(run: RunFolder) -> None:

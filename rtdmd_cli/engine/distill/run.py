@@ -34,6 +34,7 @@ from rtdmd_cli.engine.training.session import (
     Schedule,
     Session,
     Stage,
+    accepted,
     failing,
     finish,
     kept_by,
@@ -98,6 +99,7 @@ def _run(
     saved = start.checkpoint
     if saved:
         restore(trainer, saved, STAGE)
+    start = accepted(start, backbone.dtype)
     stop.check()
 
     def make() -> RunFolder:

@@ -11,7 +11,7 @@ from pathlib import Path
 from rtdmd_cli.engine.report.charts import Series, line_chart
 from rtdmd_cli.engine.report.html import CURVES, NO_CURVE, metrics_series
 from rtdmd_cli.engine.report.page import Cell, Picture, Table, figure_html, page, table_html
-from rtdmd_cli.engine.storage.files import write_text
+from rtdmd_cli.engine.storage.files import remove_leftovers, write_text
 
 EARLIER_GRIDS = 8  # steps that both runs have, at most, below the newest grids
 
@@ -48,6 +48,7 @@ class Comparison:
 
 def write_comparison(path: Path, comparison: Comparison) -> None:
     """Write the page atomically. Raises EnvironmentFailure when the disk refuses."""
+    remove_leftovers(path.parent, path.name)
     write_text(path, render_comparison(comparison))
 
 

@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rtdmd_cli.engine.storage import strict_json
-from rtdmd_cli.engine.storage.files import cache_folder, os_errors, write_json, write_with
+from rtdmd_cli.engine.storage.files import cache_folder, os_errors, remove_leftovers, write_json, write_with
 from rtdmd_cli.engine.storage.hub import hub_file
 from rtdmd_cli.engine.storage.tensors import AGAIN
 from rtdmd_cli.errors import DataError, EnvironmentFailure
@@ -122,6 +122,8 @@ def _load(file: Path, entry: str) -> dict[str, Tensor]:
 
 def _save(target: Path, tensors: dict[str, Tensor], sha256: str) -> None:
     own = _unshared(tensors)
+
+    remove_leftovers(target.parent)
 
     def write(temporary: Path) -> None:
         save_file(own, temporary, metadata={"format": "pt", _SOURCE: sha256})

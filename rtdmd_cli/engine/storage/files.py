@@ -25,7 +25,7 @@ from rtdmd_cli.errors import BusyError, EnvironmentFailure
 
 TMP_PREFIX = ".tmp-"
 DEAD_AFTER = 24 * 3600.0
-"""Seconds after which a temporary file that nobody can lock counts as left by a killed process."""
+"""Seconds after which a temporary file counts as left by a killed process, on a disk that knows no locks."""
 
 disk = Disk()
 """What all writes go through; tests replace it."""
@@ -99,15 +99,28 @@ def make_folder(path: Path) -> None:
 
 
 def write_with(path: Path, writer: Callable[[Path], None]) -> None:
-    """Let `writer` fill a temporary path, then make that the content of `path`. Missing parents are made.
+    """Let `writer` fill a temporary path, an empty file, then make that the content of `path`. Missing parents are made.
 
     If anything fails, `path` is as before and the temporary file is gone.
     """
+    _write(path, lambda temporary, descriptor: writer(temporary))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Make `data` the content of `path`."""
+    _write(path, lambda temporary, descriptor: disk.write(descriptor, data))
+
+
+def _write(path: Path, fill: Callable[[Path, int], None]) -> None:
+    """`fill` gets the temporary path and its descriptor, which is locked: others see that its process lives."""
     make_folder(path.parent)
     temporary = tmp_path(path)
+    with os_errors(path):
+        descriptor = disk.create(temporary)
     try:
         with os_errors(path):
-            writer(temporary)
+            _try_lock(descriptor)
+            fill(temporary, descriptor)
             disk.flush_path(temporary)
             disk.replace(temporary, path)
             disk.flush_path(path.parent)
@@ -115,19 +128,8 @@ def write_with(path: Path, writer: Callable[[Path], None]) -> None:
         with suppress(OSError):
             disk.remove_file(temporary)
         raise
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Make `data` the content of `path`."""
-
-    def write(temporary: Path) -> None:
-        descriptor = disk.create(temporary)
-        try:
-            disk.write(descriptor, data)
-        finally:
-            os.close(descriptor)
-
-    write_with(path, write)
+    finally:
+        os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -277,11 +279,12 @@ def locked(folder: Path, hint: str) -> Iterator[None]:
 
 def is_held(folder: Path) -> bool:
     """Whether a process, this one or another, holds the folder."""
-    return _probe(folder) is False
+    with os_errors(folder, "open"):
+        return _probe(folder.resolve()) is False
 
 
-def _probe(folder: Path) -> bool | None:
-    descriptor = open_folder(folder)
+def _probe(path: Path) -> bool | None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
         return _try_lock(descriptor, fcntl.LOCK_SH)
     finally:
@@ -356,7 +359,7 @@ def remove_leftovers(folder: Path, name: str | None = None, held: bool = False) 
     """Remove the temporary files and folders that an earlier, killed process left in `folder`; the names removed.
 
     name: only those that were to become this file or folder. held: the caller has locked `folder`, so that nobody
-    else writes there; else a folder goes if no process holds it, and a file after a day. What can't be removed stays.
+    else writes there; else only what no process has locked goes. What can't be removed stays.
     """
     removed = []
     with os_errors(folder, "clean"):
@@ -373,8 +376,8 @@ def remove_leftovers(folder: Path, name: str | None = None, held: bool = False) 
 
 
 def _is_dead(path: Path) -> bool:
-    """Whether the process that wrote there has ended: nobody holds the folder; by its age what can't be held."""
-    free = _probe(path) if path.is_dir() and not path.is_symlink() else None
+    """Whether the process that wrote there has ended: nobody holds it; by its age on a disk without locks."""
+    free = _probe(path)
     return time.time() - path.lstat().st_mtime > DEAD_AFTER if free is None else free
 
 

@@ -158,6 +158,21 @@ class RunFolder:
             )
         return status
 
+    def note_changes(self, changes: Sequence[tuple[str, Any, Any]], iteration: int) -> None:
+        """Keep in environment.json and log.txt that keys of the preset have other values from `iteration` on.
+
+        changes: key, value before, value now.
+        """
+        if not changes:
+            return
+        told = strict_json.read(self.path / ENVIRONMENT)
+        notes = [
+            {"iteration": iteration, "key": key, "before": before, "now": now} for key, before, now in changes
+        ]
+        files.write_json(self.path / ENVIRONMENT, told | {"changes": [*told.get("changes", []), *notes]})
+        for key, before, now in changes:
+            self.log(f"from iteration {iteration} on {key} is {now}; it was {before}")
+
     @property
     def best_checkpoint(self) -> Path | None:
         """The checkpoint that the status of a run of tune-reward names as the best, if it is there."""

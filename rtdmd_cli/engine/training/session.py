@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from rtdmd_cli.errors import DataError, PictureFailure, UsageError
 STATE_KEYS = {"stage", "generator_updates", "optimizers", "seconds", "records"}
 RECENT = 10  # iterations whose times tell how long one takes: some do more than others
 LOADING, DRAWING = "stopping when the model is loaded", "stopping when the first pictures are drawn"
+DTYPE = "hardware.dtype"
 OTHER_HINT = "Resume from another checkpoint, or start another run with --name OTHER."
 
 
@@ -158,6 +159,23 @@ def restore(trainer: Trainer, checkpoint: Checkpoint, stage: str, frozen: tuple[
         group = checkpoint.tensors[f"optimizer_{role}"]
         optim.load_optimizer(optimizer_of(trainer, role), names, group, checkpoint.state["optimizers"][role])
     trainer.generator_updates = checkpoint.state["generator_updates"]
+
+
+def accepted(start: Start, dtype: torch.dtype) -> Start:
+    """`start`, with a change of the base's dtype noted, which `auto` may bring on another machine.
+
+    DataError where that is not allowed.
+    """
+    now = str(dtype).removeprefix("torch.")
+    before = start.checkpoint.meta.get("dtype", now) if start.checkpoint else now
+    if start.checkpoint is None or before == now or DTYPE in {key for key, _, _ in start.changes}:
+        return start
+    if DTYPE not in start.allowed:
+        raise DataError(
+            f"{start.checkpoint.path} was trained on the base model in {before}, now it is in {now}.",
+            f"Give --dtype as before, or accept it: --allow-change {DTYPE}",
+        )
+    return replace(start, changes=(*start.changes, (DTYPE, before, now)))
 
 
 def require_base(trainer: Trainer, checkpoint: Checkpoint) -> None:
@@ -307,6 +325,7 @@ def save(session: Session) -> None:
         "rtdmd": __version__,
         "base_model": session.resolved.preset.model.path,
         "base_hash": trainer.backbone.model_id.hash,
+        "dtype": str(trainer.backbone.dtype).removeprefix("torch."),
         "prompts_sha256": session.prompts,
     }
     run, keep = session.run, stage.schedule.keep
@@ -380,6 +399,7 @@ def opened(
             tracker = stack.enter_context(open_tracker(name, run.path))
             if processes.main:
                 done = rewind(run, resolved, start.checkpoint, total, say)
+                run.note_changes(start.changes, done)
         try:
             yield run, tracker, done
         except BaseException as error:  # raised again; `failing` has said it where the training had begun

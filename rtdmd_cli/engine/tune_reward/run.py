@@ -31,6 +31,7 @@ from rtdmd_cli.engine.training.session import (
     Outcome,
     Session,
     Stage,
+    accepted,
     failing,
     finish,
     kept_by,
@@ -93,6 +94,7 @@ def _run(
     core, saved = loaded.tuner.core, start.checkpoint
     if saved:
         restore(core, saved, STAGE, core.roles.frozen)
+    start = accepted(start, core.backbone.dtype)
     stop.check()
 
     def make() -> RunFolder:

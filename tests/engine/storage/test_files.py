@@ -191,16 +191,33 @@ def test_leftovers_are_removed_and_nothing_else(tmp_path: Path) -> None:
     assert names(tmp_path) == [".tmp-mine", "t.json"]
 
 
-def test_leftovers_of_processes_that_live_stay(tmp_path: Path) -> None:
-    final = tmp_path / "final"
+def test_leftovers_of_processes_that_live_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    final, dead = tmp_path / "final", [files.tmp_path(tmp_path / "a"), files.tmp_path(tmp_path / "final")]
+    dead[0].write_text("left by a kill")
+    folder_with(dead[1], "left by a kill")
+    removed: list[str] = []
+
+    def writer(temporary: Path) -> None:
+        removed.extend(files.remove_leftovers(tmp_path))
+        assert names(tmp_path) == sorted([alive.name, temporary.name])
+
+    with files.building(final) as alive:
+        files.write_with(tmp_path / "b", writer)
+    assert sorted(removed) == sorted(path.name for path in dead)
+
+
+def test_on_a_disk_without_locks_leftovers_go_by_their_age(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(descriptor: int, kind: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(files.fcntl, "flock", no_locks)
     young, old = files.tmp_path(tmp_path / "a"), files.tmp_path(tmp_path / "b")
     for path in (young, old):
         path.write_text("x")
     os.utime(old, (0, 0))
-    dead = folder_with(files.tmp_path(final), "left by a kill")
-    with files.building(final) as alive:
-        assert sorted(files.remove_leftovers(tmp_path)) == sorted([old.name, dead.name])
-        assert names(tmp_path) == sorted([alive.name, young.name])
+    assert files.remove_leftovers(tmp_path) == [old.name]
 
 
 def test_two_processes_do_not_build_the_same_folder(tmp_path: Path) -> None:

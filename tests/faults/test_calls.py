@@ -1,0 +1,161 @@
+"""Each command whose disk fails, or whose process gets a signal, at one of its calls; and the power that goes at any moment.
+
+Every call and moment is tried with RTDMD_FAULTS=all; else a sample of them by RTDMD_FAULTS_SEED.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import shutil
+import signal
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+
+from rtdmd_cli.engine.compute import signals
+from tests.faults.cases import CASES, EVERY, SEED, Case, fresh, left, prepare, run, whole
+from tests.faults.disks import (
+    ActingDisk,
+    FailingDisk,
+    RecordingDisk,
+    after_crash,
+    lay_out,
+    moments,
+)
+
+T = TypeVar("T")
+NUMBERS = (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS, errno.EMFILE)
+CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
+
+
+def sample(everything: Sequence[T], count: int, *key: object) -> list[T]:
+    """So many of them, by seed and key, or all."""
+    if EVERY or len(everything) <= count:
+        return list(everything)
+    return random.Random(f"{SEED} {key}").sample(everything, count)
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("faults") / "start"
+    prepare(folder)
+    return folder
+
+
+class Reference:
+    """An undisturbed run of a case: its disk's record, and what it left."""
+
+    def __init__(self, start: Path, place: Path, case: Case) -> None:
+        folder = fresh(start, place)
+        self.disk = RecordingDisk(folder)
+        assert run(folder, case, self.disk) == 0
+        self.left = left(folder)
+        counting = ActingDisk((), lambda: None)
+        shutil.rmtree(folder)
+        assert run(fresh(start, place), case, counting) == 0
+        self.calls = counting.count
+        shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def references(start: Path) -> Iterator[dict[str, Reference]]:
+    yield {}
+
+
+@pytest.fixture(params=CASES)
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def reference(name: str, start: Path, references: dict[str, Reference], tmp_path: Path) -> Reference:
+    if name not in references:
+        references[name] = Reference(start, tmp_path / "reference", CASES[name])
+    return references[name]
+
+
+def goes_on(folder: Path, name: str, reference: Reference) -> None:
+    """The same command again ends well, with the undisturbed run's results and nothing left behind."""
+    whole(folder)
+    assert run(folder, CASES[name], again=True) == 0
+    assert left(folder) == reference.left
+
+
+def test_a_call_that_fails_is_named_and_nothing_is_lost(
+    name: str, reference: Reference, start: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for call in sample(range(1, reference.calls + 1), 3, name, "fails"):
+        number = NUMBERS[call % len(NUMBERS)]
+        folder, disk = fresh(start, tmp_path / f"call-{call}"), FailingDisk(call, number, stays=call % 2 == 0)
+        capfd.readouterr()
+        code = run(folder, CASES[name], disk)
+        err = capfd.readouterr().err
+        assert disk.failed and code in (0, 3), (call, code, err)
+        if code == 3:
+            assert err.startswith("error: Cannot ") and os.strerror(number).lower() in err, err
+            assert "\nhint: " in err and "internal" not in err
+        goes_on(folder, name, reference)
+
+
+@pytest.mark.parametrize("number", CODES, ids=lambda number: number.name)
+def test_a_signal_at_any_call_saves_what_there_is(
+    number: signal.Signals,
+    name: str,
+    reference: Reference,
+    start: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    for call in sample(range(1, reference.calls + 1), 1, name, number):
+        folder = fresh(start, tmp_path / f"call-{call}")
+        disk = ActingDisk((call,), lambda: os.kill(os.getpid(), number))
+        capfd.readouterr()
+        code = run(folder, CASES[name], disk)
+        err = capfd.readouterr().err
+        assert code in (0, CODES[number]), (call, err)
+        assert (
+            code == 0 or "stopped" in err.lower() or "finishing" in err or "--quiet" in CASES[name].arguments
+        )
+        assert "Traceback" not in err
+        goes_on(folder, name, reference)
+
+
+def test_the_second_signal_stops_at_once_and_the_last_checkpoint_is_kept(
+    start: Path, references: dict[str, Reference], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(signals, "APART", 0.0)
+    for name in ("distill", "tune-reward"):
+        if name not in references:
+            references[name] = Reference(start, tmp_path / "reference", CASES[name])
+        total = references[name].calls
+        for call in sample(range(1, total), 2, name, "twice"):
+            folder = fresh(start, tmp_path / f"{name}-{call}")
+            disk = ActingDisk((call, call + 1), lambda: os.kill(os.getpid(), signal.SIGTERM))
+            assert run(folder, CASES[name], disk) in (0, 143)
+            goes_on(folder, name, references[name])
+
+
+def test_the_power_goes_at_any_moment(name: str, reference: Reference, tmp_path: Path) -> None:
+    """What was not flushed is there, lost, or lost here and there, whatever came after it: old or new, always whole."""
+    draw = random.Random(f"{SEED} {name}")
+    for moment in sample(list(moments(reference.disk)), 25, name, "power"):
+        for forgotten in (0.0, 0.5, 1.0):
+            folder = tmp_path / f"{moment}-{forgotten}"
+            lay_out(after_crash(reference.disk, moment, forgotten, draw), folder)
+            whole(folder)
+            if not EVERY:
+                shutil.rmtree(folder)
+
+
+def test_after_the_power_went_the_same_command_goes_on(
+    name: str, reference: Reference, tmp_path: Path
+) -> None:
+    draw = random.Random(f"{SEED} {name} on")
+    for moment in sample(list(moments(reference.disk)), 1, name, "on"):
+        folder = tmp_path / str(moment)
+        lay_out(after_crash(reference.disk, moment, 0.5, draw), folder)
+        goes_on(folder, name, reference)
