@@ -16,7 +16,7 @@ from rtdmd_cli.engine.storage.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[1]
 ENDLESS = 1_000_000
-LIMIT = 300  # s, of one process
+LIMIT = 3600  # s, of one process: only a hang meets it, however busy the machine is
 TIMES = ("seconds", "iterations_per_second")
 
 
@@ -43,15 +43,20 @@ class World:
         return self.run(name).checkpoints / f"step-{step:06d}"
 
 
-def launch(folder: Path, *module: str) -> subprocess.Popen[str]:
-    """`python -m MODULE ARGUMENTS ...` in `folder`: one thread, no network, caches of its own."""
+def environment(folder: Path) -> dict[str, str]:
+    """Of a process in `folder`: one thread, no network, caches of its own."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("RTDMD_", "ACCELERATE_"))}
     own = {"RTDMD_CACHE": str(folder / "cache"), "HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1"}
     own |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    return clean | own
+
+
+def launch(folder: Path, *module: str) -> subprocess.Popen[str]:
+    """`python -m MODULE ARGUMENTS ...` in `folder`, with its `environment`."""
     return subprocess.Popen(
         [sys.executable, "-m", *module],
         cwd=folder,
-        env=clean | own,
+        env=environment(folder),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

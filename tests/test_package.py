@@ -33,7 +33,7 @@ def command(cwd: Path, module: str, *arguments: str, site: Path | None = None) -
     environ = os.environ | ({"PYTHONPATH": str(site)} if site else {})
     result = subprocess.run(
         [sys.executable, "-m", module, *arguments],
-        cwd=cwd, env=environ, capture_output=True, text=True, timeout=100,
+        cwd=cwd, env=environ, capture_output=True, text=True, timeout=3600,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout

@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 from rtdmd_cli import __version__, errors
 from rtdmd_cli.cli import app, console, failures, quiet
 from rtdmd_cli.engine.compute.signals import Stopped
+from tests.commands import LIMIT
 
 HEAVY = {"accelerate", "bitsandbytes", "diffusers", "numpy", "peft", "torch", "transformers"}
 MODULE = [sys.executable, "-m", "rtdmd_cli"]
@@ -29,7 +30,7 @@ BUFFERED = os.environ | {"PYTHONUNBUFFERED": ""}  # stdout that still holds text
 
 
 def run(*command: str, **environ: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environ, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environ, timeout=LIMIT)
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from rtdmd_cli.cli.app import main
 from rtdmd_cli.config.loader import load_preset
 from rtdmd_cli.engine.export.generator import adapter_stacks
+from rtdmd_cli.engine.storage import files
 from rtdmd_cli.engine.storage.checkpoint import load_checkpoint
 from rtdmd_cli.engine.storage.lora_files import read_header
 from rtdmd_cli.engine.storage.run_folder import RunFolder
@@ -244,6 +245,45 @@ def test_a_target_is_replaced_only_when_asked_and_only_if_it_is_an_export(world:
     base = world.folder / "home" / USER / "models/small"
     assert world.run("export", "tuned", "--out", str(base), "--force").code == 2
     assert (mine / "thesis.txt").read_text() == "years of work" and (base / "model_index.json").is_file()
+
+
+def test_force_keeps_what_no_export_wrote(world: World) -> None:
+    arguments = ("export", "tuned", "--out", "exports/kept", "--format", "comfyui", "--no-check", "--force")
+    folder, beside = world.folder / "exports/kept", world.folder / "exports/kept.old"
+    beside.mkdir(parents=True)
+    (beside / "thesis.txt").write_text("years of work")
+
+    def aside() -> list[Path]:
+        return sorted(folder.parent.glob("kept.replaced-*"))
+
+    assert world.run(*arguments).code == 0 and world.run(*arguments).code == 0
+    assert aside() == []
+    changes = (
+        lambda: (folder / "notes.txt").write_text("mine"),
+        lambda: (folder / "README.md").write_text((folder / "README.md").read_text() + "mine"),
+        lambda: (folder / "samples.png").unlink(),
+    )
+    for number, change in enumerate(changes):
+        change()
+        before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        result = world.run(*arguments)
+        kept = aside()
+        assert result.code == 0 and len(kept) == number + 1 and "is kept as" in result.err
+        found = [{p.relative_to(each): p.read_bytes() for p in each.rglob("*") if p.is_file()} for each in kept]
+        assert {path.relative_to(folder): data for path, data in before.items()} in found
+    assert (beside / "thesis.txt").read_text() == "years of work"
+
+
+def test_two_exports_into_one_folder(world: World) -> None:
+    arguments = ("export", "tuned", "--out", "exports/twice", "--format", "comfyui", "--no-check")
+    with files.building(world.folder / "exports/twice", fixed=True) as half:
+        (half / "f").write_text("half")
+        busy = world.run(*arguments)
+        assert busy.code == 6 and "Another process is making" in busy.err
+        assert (half / "f").read_text() == "half"
+        files.remove_folder(half)
+    assert world.run(*arguments).code == 0
+    assert [path.name for path in (world.folder / "exports").glob("*twice*")] == ["twice"]
 
 
 def test_what_a_kill_left_is_removed_and_a_failure_leaves_nothing(world: World) -> None:

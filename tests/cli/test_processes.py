@@ -19,7 +19,6 @@ from rtdmd_cli.engine.storage.run_folder import RunFolder
 from tests.cli.test_distill import write_preset
 from tests.commands import ROOT, World, as_overrides, launch, signalled, wait
 
-LIMIT = 900  # s, of one command
 TWO = ("--processes", "2")
 TUNING = {
     "prompts": "tiny.txt",
@@ -52,15 +51,15 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     """ "one": 4 iterations in one process; "two": 2 in two, then 2 more in two; both stages' second; a broken run."""
     folder = tmp_path_factory.mktemp("processes")
     write_preset(folder)
-    done = {"one": wait(distill(folder, "one", 4, "--json"), LIMIT)}
-    done["two"] = wait(distill(folder, "two", 2, *TWO, "--json"), LIMIT)
-    done["two resumed"] = wait(distill(folder, "two", 4, *TWO, "--json", "--resume", "auto"), LIMIT)
-    done["tuned one"] = wait(tune(folder, "tuned-one", "--json"), LIMIT)
-    done["tuned two"] = wait(tune(folder, "tuned-two", *TWO, "--json"), LIMIT)
-    done["tilted one"] = wait(tune(folder, "tilted-one", *TILTED, "--json"), LIMIT)
-    done["tilted two"] = wait(tune(folder, "tilted-two", *TILTED, *TWO, "--json"), LIMIT)
+    done = {"one": wait(distill(folder, "one", 4, "--json"))}
+    done["two"] = wait(distill(folder, "two", 2, *TWO, "--json"))
+    done["two resumed"] = wait(distill(folder, "two", 4, *TWO, "--json", "--resume", "auto"))
+    done["tuned one"] = wait(tune(folder, "tuned-one", "--json"))
+    done["tuned two"] = wait(tune(folder, "tuned-two", *TWO, "--json"))
+    done["tilted one"] = wait(tune(folder, "tilted-one", *TILTED, "--json"))
+    done["tilted two"] = wait(tune(folder, "tilted-two", *TILTED, *TWO, "--json"))
     broken, run = distill(folder, "broken", 1_000_000, *TWO), RunFolder(folder / "runs/broken")
-    done["broken"] = signalled(broken, run, signal.SIGTERM, lambda r: bool(r.metrics.read()), LIMIT)
+    done["broken"] = signalled(broken, run, signal.SIGTERM, lambda r: bool(r.metrics.read()))
     return World(folder, done)
 
 
@@ -126,7 +125,7 @@ def test_what_happens_in_one_process_is_known_to_all(tmp_path: Path) -> None:
     options = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"]
     quiet = ["--mixed_precision", "no", "--dynamo_backend", "no"]
     script = str(ROOT / "tests/engine/compute/two_processes.py")
-    done = wait(launch(tmp_path, "accelerate.commands.launch", *options, *quiet, script), LIMIT)
+    done = wait(launch(tmp_path, "accelerate.commands.launch", *options, *quiet, script))
     lines = sorted(line for line in done.out.splitlines() if line.startswith("process "))
     assert lines == ["process 0: all right, other stopped with 5", "process 1: all right, stopped with 5"], (
         done.err

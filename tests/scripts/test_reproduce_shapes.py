@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import threading
-import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -129,18 +128,24 @@ def kinds(one: Runner) -> list[str]:
     return [arguments[0] for arguments in one.ran]
 
 
-def stop_when(there: Callable[[], bool]) -> threading.Thread:
-    """Sends this process a SIGTERM as soon as something is there."""
+@contextmanager
+def stop_when(there: Callable[[], bool]) -> Iterator[None]:
+    """Within the block, this process gets a SIGTERM as soon as something is there, however long that takes."""
+    over = threading.Event()
 
     def watch() -> None:
-        until = time.monotonic() + 60
-        while not there() and time.monotonic() < until:
-            time.sleep(0.02)
+        while not there():
+            if over.wait(0.02):
+                return
         os.kill(os.getpid(), signal.SIGTERM)
 
     thread = threading.Thread(target=watch)
     thread.start()
-    return thread
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 @contextmanager
@@ -169,10 +174,8 @@ def test_real_commands_stopped_in_the_middle_go_on(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("RTDMD_CACHE", str(cache))
-        with no_default_action():
-            thread = stop_when(lambda: (folder / "metrics.jsonl").exists())
+        with no_default_action(), stop_when(lambda: (folder / "metrics.jsonl").exists()):
             stopped = call(*options)
-            thread.join()
         assert stopped.exit_code == 143 and RunFolder(folder).status()["state"] == "interrupted"
         reached = RunFolder(folder).status()["iteration"]
         assert 0 < reached < 24 and not list((tmp_path / "out").glob("cells/*.json"))

@@ -95,7 +95,7 @@ def summary(run: RunFolder) -> RunSummary:
         state=state,
         stage=stage,
         preset=preset,
-        iterations=max(_whole(status.get("iteration")), _whole(last.get("iteration"))),
+        iterations=_iterations(state, status, last),
         target=_target(preset, stage),
         seconds=_number(status.get("seconds")) or _number(last.get("seconds")) or 0.0,
         figures=last_figures(rows),
@@ -103,6 +103,12 @@ def summary(run: RunFolder) -> RunSummary:
         problem=" ".join(problems),
         rows=rows,
     )
+
+
+def _iterations(state: str, status: Mapping[str, Any], last: Mapping[str, Any]) -> int:
+    """How far a run is: by its status where it ended by itself, so that it agrees with the last checkpoint."""
+    told, measured = _whole(status.get("iteration")), _whole(last.get("iteration"))
+    return told if state in ("finished", "interrupted") else max(told, measured)
 
 
 def last_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:

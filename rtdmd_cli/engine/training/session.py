@@ -235,6 +235,9 @@ def train(session: Session, quiet: bool) -> StopRequest:
     )
     silent = quiet or not processes.main
     recent: deque[float] = deque(maxlen=RECENT)
+    with processes.agreeing(), stop.during("finishing the pictures", session.kept):
+        if processes.main and session.last and grid_due(session) and not grid_path(session).exists():
+            sample_grid(session)  # a kill came between checkpoint and pictures
     with training_progress(total, session.iteration, silent) as show:
         while session.iteration < total and not ended(session, stop):
             began = time.monotonic()
@@ -284,16 +287,15 @@ def save_unsaved(session: Session) -> None:
 def note(session: Session, took: float, measured: Mapping[str, float]) -> None:
     """After an iteration: metrics, checkpoint and grid, each at its own distance."""
     schedule, done = session.stage.schedule, session.iteration
-    grid_due = bool(schedule.sample_every) and done % schedule.sample_every == 0
     if done % schedule.log_every == 0 or done == schedule.total or measured:
         row: dict[str, Any] = {"iteration": done, **session.trainer.metrics, **measured}
-        if grid_due:
+        if grid_due(session):
             row |= session.stage.figures()
         session.tracker.log(row)
         session.run.metrics.append(row | {"seconds": session.seconds, "iterations_per_second": 1 / took})
     if done % schedule.save_every == 0 or session.best == done:
         save(session)
-    if grid_due and done != schedule.total:
+    if grid_due(session) and done != schedule.total:
         sample_grid(session)
 
 
@@ -335,10 +337,20 @@ def save(session: Session) -> None:
     run.set_status("running", iteration=session.iteration)
 
 
+def grid_due(session: Session) -> bool:
+    """Whether a grid is made of this iteration on the way."""
+    every = session.stage.schedule.sample_every
+    return bool(every) and session.iteration % every == 0
+
+
+def grid_path(session: Session) -> Path:
+    """The grid of this iteration."""
+    return session.run.samples / f"step-{session.iteration:06d}.png"
+
+
 def sample_grid(session: Session) -> None:
     """Write the grid of this iteration."""
-    path = session.run.samples / f"step-{session.iteration:06d}.png"
-    session.stage.sample(path, session.iteration)
+    session.stage.sample(grid_path(session), session.iteration)
 
 
 def finish(session: Session, stop: StopRequest) -> Outcome:
@@ -350,17 +362,12 @@ def finish(session: Session, stop: StopRequest) -> Outcome:
     over = session.iteration >= session.stage.schedule.total or session.stopped
     if session.trainer.processes.main:
         state: State = "finished" if over else "interrupted"
-        session.stage.finish(session, state)
-        known: dict[str, Any] = {} if session.best is None else {"best": step_name(session.best)}
-        known |= {"measured": session.records["rewards_after"]} if "rewards_after" in session.records else {}
-        run.set_status(state, iteration=session.iteration, seconds=round(session.seconds, 3), **known)
         if not over:
             set_end(session, state)
         with stop.during("drawing the last pictures and writing the report", session.kept):
             sample_grid(session)
             session.stage.finish(session, state)
-        if over:
-            set_end(session, state)
+        set_end(session, state)
         run.log(f"{state} at iteration {session.iteration}")
     last = run.checkpoints / step_name(session.iteration)
     code = 0 if over else stop.exit_code
@@ -368,10 +375,10 @@ def finish(session: Session, stop: StopRequest) -> Outcome:
 
 
 def set_end(session: Session, state: State) -> None:
-    """The status of a run that ends with a checkpoint of this iteration."""
-    best = {} if session.best is None else {"best": step_name(session.best)}
-    seconds = round(session.seconds, 3)
-    session.run.set_status(state, iteration=session.iteration, seconds=seconds, **best)
+    """The status of a run that ends with a checkpoint of this iteration, with what is known of it by then."""
+    known: dict[str, Any] = {} if session.best is None else {"best": step_name(session.best)}
+    known |= {"measured": session.records["rewards_after"]} if "rewards_after" in session.records else {}
+    session.run.set_status(state, iteration=session.iteration, seconds=round(session.seconds, 3), **known)
 
 
 @contextmanager

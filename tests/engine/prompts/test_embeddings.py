@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import time
@@ -14,7 +15,10 @@ import pytest
 import torch
 
 from rtdmd_cli.engine.backbones.base import Conditioning
+from rtdmd_cli.engine.prompts import embeddings
 from rtdmd_cli.engine.prompts.embeddings import BLOCK, EmbeddingCache, open_cache
+from rtdmd_cli.engine.storage import files
+from rtdmd_cli.engine.storage.disk import Disk
 from rtdmd_cli.errors import EnvironmentFailure, UsageError
 
 ROW = 4 * (3 * 5 + 2)  # bytes of one prompt: float32, L = 3, D = 5, P = 2
@@ -50,6 +54,35 @@ def blocks(folder: Path) -> list[Path]:
 def same(one: Conditioning, other: Conditioning) -> bool:
     names = one.tensors.keys()
     return names == other.tensors.keys() and all(torch.equal(one.tensors[n], other.tensors[n]) for n in names)
+
+
+class FullDisk(Disk):
+    def create(self, path: Path) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_cache_that_cannot_be_written_is_no_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    wanted, encode = prompts(BLOCK + 3), Encoder()
+    monkeypatch.setattr(files, "disk", FullDisk())
+    held = cache(tmp_path / "full")
+    with caplog.at_level(logging.WARNING):
+        assert held.ensure(wanted, encode) == BLOCK + 3
+    assert "held in memory" in caplog.text and caplog.text.count("no space left") == 1
+    assert same(held.fetch(wanted), encode(wanted)) and not blocks(tmp_path)
+    assert held.ensure(wanted, encode) == 0
+    monkeypatch.setattr(embeddings, "MEMORY_BYTES", 1000)
+    with pytest.raises(EnvironmentFailure, match="no space left"):
+        cache(tmp_path / "full").ensure(wanted, encode)
+
+
+def test_blocks_that_a_killed_process_left_half_written_are_removed(tmp_path: Path) -> None:
+    cache(tmp_path).ensure(prompts(2), Encoder())
+    half = files.tmp_path(blocks(tmp_path)[0])
+    half.write_bytes(b"half")
+    cache(tmp_path)
+    assert not half.exists() and len(blocks(tmp_path)) == 1
 
 
 def test_a_family_without_pooled_embeddings(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from rtdmd_cli import __version__
 from rtdmd_cli.config.loader import load_preset
+from rtdmd_cli.engine.compute.signals import Stopped, StopRequest
 from rtdmd_cli.engine.sampling import pictures
 from rtdmd_cli.engine.sampling.model_source import Model, Source, open_model, resolve
 from rtdmd_cli.engine.sampling.pictures import (
@@ -27,7 +29,8 @@ from rtdmd_cli.engine.sampling.pictures import (
     write_grid,
     write_pictures,
 )
-from rtdmd_cli.errors import EnvironmentFailure, NumericalError, UsageError
+from rtdmd_cli.engine.storage.files import locked
+from rtdmd_cli.errors import BusyError, EnvironmentFailure, NumericalError, UsageError
 from tests.tiny_runs import make_run, write_preset
 
 PROMPTS = ["a red circle", "two blue rings", "ein grüner Stern 星"]
@@ -159,13 +162,52 @@ def test_other_pictures_of_the_same_names_are_left_alone(
     assert {path: path.read_bytes() for path in out.iterdir()} == before
 
 
+def test_an_index_of_somebody_else_is_left_alone(job: Job, tmp_path: Path) -> None:
+    for number, text in enumerate(('{"mine": 1}\n', "no JSON\n", "half a line", '{"file": "a.png"}\n')):
+        out = tmp_path / f"{number}"
+        out.mkdir()
+        (out / "index.jsonl").write_text(text)
+        assert choose_folder(out, job, grid=False) == tmp_path / f"{number}-2", text
+        assert (out / "index.jsonl").read_text() == text
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    (linked / "index.jsonl").symlink_to(tmp_path / "0/index.jsonl")
+    assert choose_folder(linked, job, grid=False) == tmp_path / "linked-2"
+    write(tmp_path / "ours", job)
+    index = tmp_path / "ours" / "index.jsonl"
+    index.write_text(index.read_text()[:-40])  # a kill in the last line
+    assert choose_folder(tmp_path / "ours", job, grid=False) == tmp_path / "ours"
+
+
+def test_a_folder_that_another_process_writes_to_is_left_alone(job: Job, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    with locked(out, "Wait."):
+        assert choose_folder(out, job, grid=False) == tmp_path / "out-2"
+        with pytest.raises(BusyError):
+            write(out, job)
+    assert choose_folder(out, job, grid=False) == out
+
+
+def test_a_stop_is_served_between_two_batches(job: Job, tmp_path: Path) -> None:
+    stop = StopRequest()
+
+    def after(count: int) -> None:
+        stop.received = signal.SIGTERM if count else None
+
+    with pytest.raises(Stopped, match="are kept, and the same command makes the rest") as caught:
+        write_pictures(tmp_path, replace(job, batch=2), after, stop)
+    assert caught.value.exit_code == 143 and not caught.value.at_once
+    assert len(list(tmp_path.glob("*.png"))) == 2
+    assert write(tmp_path, job).kept == 2
+
+
 def test_a_file_that_appears_meanwhile_is_not_replaced(
     job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, taken = pictures.paint, tmp_path / "out" / next(iter(records(job)))
 
     def paint(*args: object, **kwargs: object) -> Tensor:
-        taken.parent.mkdir()
         taken.write_text("mine")
         return real(*args, **kwargs)  # type: ignore[arg-type]
 
