@@ -108,7 +108,8 @@ def summary(run: RunFolder) -> RunSummary:
 def _iterations(state: str, status: Mapping[str, Any], last: Mapping[str, Any]) -> int:
     """How far a run is: by its status where it ended by itself, so that it agrees with the last checkpoint."""
     told, measured = _whole(status.get("iteration")), _whole(last.get("iteration"))
-    return told if state in ("finished", "interrupted") else max(told, measured)
+    by_itself = state in ("finished", "interrupted") and "iteration" in status
+    return told if by_itself else max(told, measured)
 
 
 def last_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
