@@ -269,7 +269,9 @@ def test_force_keeps_what_no_export_wrote(world: World) -> None:
         result = world.run(*arguments)
         kept = aside()
         assert result.code == 0 and len(kept) == number + 1 and "is kept as" in result.err
-        found = [{p.relative_to(each): p.read_bytes() for p in each.rglob("*") if p.is_file()} for each in kept]
+        found = [
+            {p.relative_to(each): p.read_bytes() for p in each.rglob("*") if p.is_file()} for each in kept
+        ]
         assert {path.relative_to(folder): data for path, data in before.items()} in found
     assert (beside / "thesis.txt").read_text() == "years of work"
 
