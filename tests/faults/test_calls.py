@@ -11,6 +11,7 @@ import random
 import shutil
 import signal
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -88,7 +89,7 @@ def goes_on(folder: Path, name: str, reference: Reference) -> None:
 def test_a_call_that_fails_is_named_and_nothing_is_lost(
     name: str, reference: Reference, start: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    for call in sample(range(1, reference.calls + 1), 3, name, "fails"):
+    for call in sample(range(1, reference.calls + 1), 2, name, "fails"):
         number = NUMBERS[call % len(NUMBERS)]
         folder, disk = fresh(start, tmp_path / f"call-{call}"), FailingDisk(call, number, stays=call % 2 == 0)
         capfd.readouterr()
@@ -101,25 +102,18 @@ def test_a_call_that_fails_is_named_and_nothing_is_lost(
         goes_on(folder, name, reference)
 
 
-@pytest.mark.parametrize("number", CODES, ids=lambda number: number.name)
 def test_a_signal_at_any_call_saves_what_there_is(
-    number: signal.Signals,
-    name: str,
-    reference: Reference,
-    start: Path,
-    tmp_path: Path,
-    capfd: pytest.CaptureFixture[str],
+    name: str, reference: Reference, start: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    for call in sample(range(1, reference.calls + 1), 1, name, number):
-        folder = fresh(start, tmp_path / f"call-{call}")
-        disk = ActingDisk((call,), lambda: os.kill(os.getpid(), number))
+    every = [(number, call) for number in CODES for call in range(1, reference.calls + 1)]
+    for number, call in sample(every, 1, name, "signal"):
+        folder = fresh(start, tmp_path / f"{number}-{call}")
+        disk = ActingDisk((call,), partial(os.kill, os.getpid(), number))
         capfd.readouterr()
         code = run(folder, CASES[name], disk)
         err = capfd.readouterr().err
         assert code in (0, CODES[number]), (call, err)
-        assert (
-            code == 0 or "stopped" in err.lower() or "finishing" in err or "--quiet" in CASES[name].arguments
-        )
+        assert code == 0 or "stopped" in err or "--quiet" in CASES[name].arguments
         assert "Traceback" not in err
         goes_on(folder, name, reference)
 
@@ -132,7 +126,7 @@ def test_the_second_signal_stops_at_once_and_the_last_checkpoint_is_kept(
         if name not in references:
             references[name] = Reference(start, tmp_path / "reference", CASES[name])
         total = references[name].calls
-        for call in sample(range(1, total), 2, name, "twice"):
+        for call in sample(range(1, total), 1, name, "twice"):
             folder = fresh(start, tmp_path / f"{name}-{call}")
             disk = ActingDisk((call, call + 1), lambda: os.kill(os.getpid(), signal.SIGTERM))
             assert run(folder, CASES[name], disk) in (0, 143)
