@@ -165,6 +165,36 @@ def test_a_folder_says_the_same_as_memory_and_lost_pictures_come_back() -> None:
     assert contents(Path("found")) == before
 
 
+def test_what_was_changed_by_hand_is_not_counted() -> None:
+    """Other pictures under the names, scores and times of one's own: named, or computed anew."""
+    make_run(Path("runs"), "mine")
+    assert run(*ASKED, "--out", "found").exit_code == 0
+    before, saved = contents(Path("found")), untimed(Path("found/results.json"))
+    one, other = sorted(Path("found").glob("*/samples/*.png"))[:3:2]
+    mine = one.read_bytes()
+    one.write_bytes(other.read_bytes())  # another prompt's
+    error = run(*ASKED, "--out", "found", "--resume").exception
+    assert isinstance(error, DataError) and f"{one} is not the one that was made" in error.message
+    error = run("shapes", "--score-only", "found", "--limit", "2", "--out", "again").exception
+    assert isinstance(error, DataError) and "is not the one that was made" in error.message
+    one.write_bytes(mine)
+    scores, times = Path("found/scores/shapes.jsonl"), Path("found/timing.jsonl")
+    lines = scores.read_bytes()
+    scores.write_bytes(lines.replace(b'"score": 0.0', b'"score": 1.0').replace(b'"image": 1', b'"image": 0'))
+    assert scores.read_bytes() != lines
+    times.write_bytes(
+        times.read_bytes().replace(b'"seconds": ', b'"seconds": 9e9') + b'{"pictures": 1, "seconds": 3.0}\n'
+    )
+    assert run(*ASKED, "--out", "found", "--resume").exit_code == 0
+    assert untimed(Path("found/results.json")) == saved
+    assert json.loads(Path("found/results.json").read_text())["seconds_per_picture"] is None
+    shutil.rmtree(one.parents[1] / "exact")  # what is judged is missing: it is made again
+    assert run(*ASKED, "--out", "found", "--resume").exit_code == 0
+    now = contents(Path("found"))
+    score_lines = now.pop("scores/shapes.jsonl"), before.pop("scores/shapes.jsonl")
+    assert now == before and sorted(score_lines[0].splitlines()) == sorted(score_lines[1].splitlines())
+
+
 def test_resume_wants_the_same_evaluation() -> None:
     make_run(Path("runs"), "mine")
     assert run(*ASKED, "--out", "found").exit_code == 0
@@ -218,7 +248,8 @@ def six_pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert run("shapes", "--limit", "6", "--steps", "1", "--images-only", "--out", "made").exit_code == 0
     for path in (root / "made").glob("*/exact"):
         shutil.rmtree(path)
-    (root / "made/evaluation.json").unlink()
+    for name in ("evaluation.json", "pictures.jsonl"):
+        (root / "made" / name).unlink()
     return root / "made"
 
 

@@ -20,11 +20,14 @@ from torch import Tensor
 from rtdmd_cli import __version__
 from rtdmd_cli.engine.compute.signals import StopRequest
 from rtdmd_cli.engine.evaluation.prompts import EvalPrompts, Key
+from rtdmd_cli.engine.evaluation.sums import fits, with_check
 from rtdmd_cli.engine.sampling.model_source import Model
 from rtdmd_cli.engine.sampling.pictures import DTYPE_NAMES, batched, encode_to_cache, paint, text_chunks
 from rtdmd_cli.engine.sampling.sample import SamplingPlan
 from rtdmd_cli.engine.storage import strict_json
 from rtdmd_cli.engine.storage.files import append_line
+
+TIMES = "times"
 
 
 class WritablePictures(Protocol):
@@ -76,10 +79,11 @@ class Timing:
 
     @classmethod
     def open(cls, path: Path | None) -> Timing:
-        """What earlier processes noted; a damaged line is passed over."""
+        """What earlier processes noted; a line that is damaged or was changed is passed over."""
         lines = []
         if path is not None:
             entries = [entry for _, entry in strict_json.read_lines(path) if entry is not None]
+            entries = [entry for entry in entries if fits(entry, TIMES)]
             lines = [(each["pictures"], each["seconds"]) for each in entries if _is_timing(each)]
         return cls(path, lines)
 
@@ -87,7 +91,8 @@ class Timing:
         """Note a batch."""
         self.lines.append((pictures, seconds))
         if self.path is not None:
-            append_line(self.path, json.dumps({"pictures": pictures, "seconds": round(seconds, 6)}))
+            entry = with_check({"pictures": pictures, "seconds": round(seconds, 6)}, TIMES)
+            append_line(self.path, json.dumps(entry))
 
     @property
     def seconds_per_picture(self) -> float | None:

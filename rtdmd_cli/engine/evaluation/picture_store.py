@@ -1,11 +1,12 @@
 """Where the pictures of an evaluation lie: in GenEval's folder layout, or in memory.
 
-    <folder>/00000/metadata.jsonl        prompt 0, one JSON object
+    <folder>/pictures.jsonl              the sum of every picture (`sums`)
+             00000/metadata.jsonl        prompt 0, one JSON object
              00000/samples/0000.png      its picture 0, how it was made as text chunks
              00000/exact/0000.safetensors    the same in float32, where a benchmark is judged before rounding
 
-Prompt folders are named by the prompt's index in the benchmark. Everything is written atomically; the PNG comes last, so
-that a picture that is there is whole. The original GenEval scripts read such a folder.
+Prompt folders are named by the prompt's index in the benchmark. Everything is written atomically; the PNG and then its sum
+come last, so that a picture whose sum is known is whole. The original GenEval scripts read such a folder.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,13 +27,15 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from rtdmd_cli.engine.evaluation.prompts import EvalPrompts, Key, spread
+from rtdmd_cli.engine.evaluation.sums import PictureSums, contents_sum
 from rtdmd_cli.engine.prompts.reading import PromptSet, known_by
-from rtdmd_cli.engine.report.grid import save_png, to_pil
+from rtdmd_cli.engine.report.grid import as_rgb, save_png, to_pil
 from rtdmd_cli.engine.storage import strict_json
 from rtdmd_cli.engine.storage.files import os_errors, write_bytes, write_text
 from rtdmd_cli.errors import DataError
 
 METADATA, SAMPLES, EXACT = "metadata.jsonl", "samples", "exact"
+MAX_SIDE = 4096  # px: a judge holds several pictures at once, 200 MB each
 _PNG = re.compile(r"\d+\.png")
 _LAYOUT = "GenEval's layout is 00000/metadata.jsonl and 00000/samples/0000.png."
 
@@ -70,13 +74,19 @@ class FolderPictures:
     root: Path
     prompts: EvalPrompts
     exact: bool
+    sums: PictureSums
 
     def path(self, key: Key) -> Path:
         """The picture's PNG."""
         return self.root / f"{key[0]:05d}" / SAMPLES / f"{key[1]:04d}.png"
 
     def has(self, key: Key) -> bool:
-        return self.path(key).is_file()
+        """Whether it is there and was written to its end; one whose sum is not known is made again."""
+        return key in self.sums.known and all(path.is_file() for path in self.files(key).values())
+
+    def files(self, key: Key) -> dict[str, Path]:
+        """Its files by their kind; the last one is judged."""
+        return _files(self.path(key), self.exact)
 
     def read(self, key: Key) -> Tensor:
         path = self.path(key)
@@ -91,6 +101,7 @@ class FolderPictures:
         if self.exact:
             write_bytes(exact_path(path), save({"image": image.contiguous()}))
         save_png(to_pil(image), path, chunks)
+        self.sums.add(key, {kind: contents_sum(each) for kind, each in self.files(key).items()})
 
 
 @dataclass(frozen=True)
@@ -99,13 +110,22 @@ class FoundPictures:
 
     paths: Mapping[Key, Path]
     exact: bool
+    sums: PictureSums
 
     def has(self, key: Key) -> bool:
         return key in self.paths
 
+    def files(self, key: Key) -> dict[str, Path]:
+        """Its files by their kind; the last one is judged."""
+        return _files(self.paths[key], self.exact)
+
     def read(self, key: Key) -> Tensor:
         path = self.paths[key]
         return _read_exact(exact_path(path)) if self.exact else read_png(path)
+
+
+def _files(png: Path, exact: bool) -> dict[str, Path]:
+    return {"png": png, "exact": exact_path(png)} if exact else {"png": png}
 
 
 def exact_path(png: Path) -> Path:
@@ -114,10 +134,10 @@ def exact_path(png: Path) -> Path:
 
 
 def read_png(path: Path) -> Tensor:
-    """A picture [3,H,W], float32 in 0..1, of an 8-bit PNG. DataError where it is missing or damaged."""
+    """A picture [3,H,W], float32 in 0..1, of a PNG. DataError where it is missing or damaged."""
     try:
         with Image.open(path, formats=["PNG"]) as image:
-            pixels = torch.from_numpy(np.array(image.convert("RGB")))
+            pixels = torch.from_numpy(np.array(as_rgb(image)))
     except FileNotFoundError as error:
         raise DataError(f"The picture {path} is missing.", "Make it again with --resume.") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -133,12 +153,16 @@ def damaged(path: Path) -> DataError:
     )
 
 
-def check_pictures(pictures: FolderPictures | FoundPictures, keys: Sequence[Key]) -> tuple[int, int]:
-    """Width and height of all pictures, from their headers. DataError names one that is missing, damaged or of
-    another size than the first."""
-    size = None
+def check_pictures(
+    pictures: FolderPictures | FoundPictures, keys: Sequence[Key]
+) -> tuple[int, int, dict[Key, str]]:
+    """Width and height of all pictures, from their headers, and the sum of what is judged of each.
+
+    DataError names one that is missing, damaged, not the one that was made, too large, or of another size than the first.
+    """
+    size, sums = None, {}
     for key in keys:
-        path = pictures.path(key) if isinstance(pictures, FolderPictures) else pictures.paths[key]
+        path, known = pictures.files(key)["png"], pictures.sums.known.get(key, {})
         try:
             with Image.open(path, formats=["PNG"]) as image:
                 found = image.size
@@ -146,14 +170,26 @@ def check_pictures(pictures: FolderPictures | FoundPictures, keys: Sequence[Key]
             raise DataError(f"The picture {path} is missing.", "Make it again with --resume.") from error
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise damaged(path) from error
+        if max(found) > MAX_SIDE:
+            raise DataError(
+                f"The picture {path} has {found[0]} x {found[1]} px, more than {MAX_SIDE} a side.",
+                "Reduce the pictures first.",
+            )
         if size is not None and found != size:
             raise DataError(
                 f"The picture {path} has {found[0]} x {found[1]} px, the ones before it {size[0]} x {size[1]}.",
                 "Score pictures of one size.",
             )
         size = found
+        for kind, file in pictures.files(key).items():
+            sums[key] = contents_sum(file)
+            if known.get(kind, sums[key]) != sums[key]:
+                raise DataError(
+                    f"The picture {file} is not the one that was made: its sha256 has changed.",
+                    "Remove it and go on with --resume: it is made again.",
+                )
     assert size is not None, "an evaluation has pictures"
-    return size
+    return *size, sums
 
 
 def scan_folder(root: Path, images: int | None, limit: int | None) -> tuple[EvalPrompts, FoundPictures, int]:
@@ -169,6 +205,9 @@ def scan_folder(root: Path, images: int | None, limit: int | None) -> tuple[Eval
         )
     if not folders:
         raise DataError(f"{root} holds no pictures in GenEval's layout.", _LAYOUT)
+    for one, other in pairwise(folders):
+        if int(one.name) == int(other.name):
+            raise DataError(f"{one} and {other.name} have the same number.", f"Rename one of them. {_LAYOUT}")
     lines = {int(each.name): _metadata(each) for each in folders}
     whole = PromptSet([line.pop("prompt") for line in lines.values()], list(lines.values()))
     number = {row: position for position, row in enumerate(lines)}
@@ -190,7 +229,10 @@ def scan_folder(root: Path, images: int | None, limit: int | None) -> tuple[Eval
         len(whole),
         known_by(whole),
     )
-    return prompts, FoundPictures(paths, all(exact_path(path).is_file() for path in paths.values())), taken
+    exact = all(exact_path(path).is_file() for path in paths.values())
+    own = all(f"{key[1]:04d}.png" == path.name for key, path in paths.items())  # as an evaluation names them
+    sums = PictureSums.read_only(root) if own else PictureSums(None, {})
+    return prompts, FoundPictures(paths, exact, sums), taken
 
 
 def _metadata(folder: Path) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from rtdmd_cli.engine.evaluation.picture_store import (
 )
 from rtdmd_cli.engine.evaluation.prompts import EvalPrompts, Key
 from rtdmd_cli.engine.evaluation.score_phase import Line, ScoreFile, score_phase
+from rtdmd_cli.engine.evaluation.sums import PictureSums
 from rtdmd_cli.engine.rewards.local import missing
 from rtdmd_cli.engine.sampling.model_source import Source
 from rtdmd_cli.engine.storage.run_folder import RunFolder
@@ -31,6 +32,8 @@ from rtdmd_cli.errors import DataError, EnvironmentFailure, UsageError
 from rtdmd_cli.shapes.render import PICTURE
 
 PUBLISHED_WEIGHTS = "published"
+BATCH_PIXELS = 16 * 1024**2
+"""Of the pictures that a judge sees at once: 16 of 1024 px."""
 Advance = Callable[[int], None]
 
 
@@ -160,7 +163,11 @@ def require_size(ask: Ask, width: int, height: int, label: str) -> None:
 
 def open_pictures(ask: Ask, folder: Path | None) -> MemoryPictures | FolderPictures:
     """Where the pictures of an evaluation go; without a folder they are gone with the process."""
-    return MemoryPictures() if folder is None else FolderPictures(folder, ask.prompts, ask.benchmark.built_in)
+    return (
+        MemoryPictures()
+        if folder is None
+        else FolderPictures(folder, ask.prompts, ask.benchmark.built_in, PictureSums.open(folder))
+    )
 
 
 def generate(
@@ -185,18 +192,23 @@ def score(
     """The second phase: the lines of every judge, in the order of the pictures; None where a stop was asked for.
 
     on_pictures: given a judge's name, opens its progress. DataError for a picture that is missing, damaged or of another
-    size than the others, before any judge is loaded.
+    size than the others, before any judge is loaded. What was scored of other pictures is scored anew.
     """
+    sums, most = dict[Key, str](), None
     if not isinstance(pictures, MemoryPictures):
-        width, height = check_pictures(pictures, ask.keys)
+        width, height, sums = check_pictures(pictures, ask.keys)
+        most = max(1, BATCH_PIXELS // (width * height))
         require_size(ask, width, height, "the folder")
     found = {}
-    for entry in ask.judges:
+    for judge in ask.judges:
+        entry = judge if most is None else replace(judge, batch=min(judge.batch, most))
         path = folder / SCORES / f"{file_name(entry.name)}.jsonl" if folder else None
         scores = ScoreFile.open(path, entry.name, ask.paths.get(entry.name, PUBLISHED_WEIGHTS))
         source = ask.paths.get(entry.name)
         with on_pictures(entry.name) as advance, stop.during("finishing these pictures", _kept(folder)):
-            done = score_phase(entry, source, scores, ask.prompts, ask.keys, pictures, device, stop, advance)
+            done = score_phase(
+                entry, source, scores, ask.prompts, ask.keys, pictures, sums, device, stop, advance
+            )
         free_memory(device)
         if not done:
             return None

@@ -14,7 +14,7 @@ from rtdmd_cli.engine.evaluation.folder import TIMING, read_about
 from rtdmd_cli.engine.evaluation.generate_phase import Timing
 from rtdmd_cli.engine.evaluation.picture_store import FoundPictures, scan_folder
 from rtdmd_cli.engine.evaluation.prompts import EvalPrompts, choose_prompts, shortened
-from rtdmd_cli.engine.storage.files import os_errors
+from rtdmd_cli.engine.evaluation.sums import contents_sum
 from rtdmd_cli.errors import DataError, EnvironmentFailure
 
 UNKNOWN = ("model_hash", "kind", "steps", "evaluations", "guidance", "eta", "seed", "width", "height")
@@ -94,7 +94,6 @@ def _check(benchmark: Benchmark, prompts: EvalPrompts, file: str | None) -> tupl
 
 
 def _fingerprint(pictures: FoundPictures) -> str:
-    """A hash over the pictures' names and sizes in bytes."""
-    with os_errors(Path("the pictures"), "read"):
-        sizes = [(key, path.name, path.stat().st_size) for key, path in pictures.paths.items()]
-    return hashlib.sha256(repr(sizes).encode()).hexdigest()
+    """A hash over the pictures' names and contents."""
+    found = [(key, path.name, contents_sum(path)) for key, path in pictures.paths.items()]
+    return hashlib.sha256(repr(found).encode()).hexdigest()

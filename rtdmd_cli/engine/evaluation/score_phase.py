@@ -2,17 +2,17 @@
 
     <folder>/scores/geneval.jsonl
       {"judge": "geneval", "weights": "published"}
-      {"prompt": 0, "image": 0, "score": 1.0, "reasons": []}
+      {"prompt": 0, "image": 0, "score": 1.0, "reasons": [], "sha256": ..., "check": ...}
 
-Lines are appended in order and flushed batch by batch. What is there is never computed again; a damaged last line, as a
-kill leaves it, is dropped and computed anew.
+Lines are appended in order and flushed batch by batch. What is there is never computed again, but for lines that are damaged,
+as a kill leaves the last one, or were changed, and scores of other pictures than those that are there now (`sums`).
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from rtdmd_cli.engine.compute.signals import StopRequest
 from rtdmd_cli.engine.evaluation.metrics import JudgeEntry
 from rtdmd_cli.engine.evaluation.picture_store import Pictures
 from rtdmd_cli.engine.evaluation.prompts import EvalPrompts, Key
+from rtdmd_cli.engine.evaluation.sums import CHECK, fits, with_check
 from rtdmd_cli.engine.sampling.pictures import batched
 from rtdmd_cli.engine.storage import strict_json
 from rtdmd_cli.engine.storage.files import append_lines, write_bytes
@@ -38,6 +39,7 @@ class ScoreFile:
 
     path: Path | None
     lines: dict[Key, Line] = field(default_factory=dict)
+    judge: str = ""
 
     @classmethod
     def open(cls, path: Path | None, judge: str, weights: str) -> ScoreFile:
@@ -52,7 +54,7 @@ class ScoreFile:
         whole = b"".join([_bytes(header), *(line for line, _ in kept.values())])
         if whole != raw:
             write_bytes(path, whole)
-        return cls(path, {key: entry for key, (_, entry) in kept.items()})
+        return cls(path, {key: entry for key, (_, entry) in kept.items()}, judge)
 
     @classmethod
     def read_only(cls, path: Path, judge: str, weights: str) -> ScoreFile:
@@ -61,11 +63,16 @@ class ScoreFile:
         return cls(None, {key: entry for key, (_, entry) in kept.items()})
 
     def add(self, lines: Sequence[Line]) -> None:
-        """Append lines that aren't there yet."""
+        """Append lines; one of the same picture counts no longer."""
         for line in lines:
             self.lines[(line["prompt"], line["image"])] = line
         if self.path is not None:
-            append_lines(self.path, [json.dumps(line, ensure_ascii=False) for line in lines])
+            checked = [with_check(line, self.judge) for line in lines]
+            append_lines(self.path, [json.dumps(line, ensure_ascii=False) for line in checked])
+
+    def has(self, key: Key, sums: Mapping[Key, str]) -> bool:
+        """Whether there is a score of the picture as it is now. sums: of the pictures that have files."""
+        return key in self.lines and self.lines[key].get("sha256") == sums.get(key)
 
 
 def score_phase(
@@ -75,17 +82,19 @@ def score_phase(
     prompts: EvalPrompts,
     keys: Sequence[Key],
     pictures: Pictures,
+    sums: Mapping[Key, str],
     device: torch.device,
     stop: StopRequest,
     on_pictures: Callable[[int], None],
 ) -> bool:
     """Score what isn't scored yet; False where a stop was asked for before the end.
 
-    source: where the judge's weights are, None for the usual place. The judge is loaded only if there is something to
-    do, and is gone at the end. NumericalError for a score that is not finite; other errors as the judge's.
+    sums: of the pictures that have files. source: where the judge's weights are, None for the usual place.
+    The judge is loaded only if there is something to do, and is gone at the end. NumericalError for a score that is not
+    finite; other errors as the judge's.
     """
     parts = list(batched(keys, entry.batch))
-    missing = [part for part in parts if not all(key in scores.lines for key in part)]
+    missing = [part for part in parts if not all(scores.has(key, sums) for key in part)]
     on_pictures(sum(len(part) for part in parts) - sum(len(part) for part in missing))
     if not missing:
         return True
@@ -98,7 +107,9 @@ def score_phase(
         found = judge.judge(images, texts, metadata)
         lines = [{"prompt": p, "image": i, **more} for (p, i), more in zip(part, found, strict=True)]
         _require_finite(entry.name, lines)
-        scores.add([line for key, line in zip(part, lines, strict=True) if key not in scores.lines])
+        for key, line in zip(part, lines, strict=True):
+            line |= {"sha256": sums[key]} if key in sums else {}
+        scores.add([line for key, line in zip(part, lines, strict=True) if not scores.has(key, sums)])
         on_pictures(len(part))
     return True
 
@@ -123,8 +134,8 @@ def _load(path: Path, header: Line) -> tuple[bytes, dict[Key, tuple[bytes, Line]
         )
     kept: dict[Key, tuple[bytes, Line]] = {}
     for line, entry in entries:
-        if entry is not None and (key := _key(entry)) is not None:
-            kept.setdefault(key, (line, entry))
+        if entry is not None and fits(entry, header["judge"]) and (key := _key(entry)) is not None:
+            kept[key] = line, {name: value for name, value in entry.items() if name != CHECK}
     return b"".join(line for line, _ in entries), kept
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from rtdmd_cli.engine.report.grid import as_rgb
+
 SIDE = 256  # px of a copy; smaller pictures are embedded as they are and magnified by the browser
 QUALITY = 85  # of JPEG
 
@@ -60,7 +62,7 @@ def _copy(path: Path) -> tuple[str, tuple[int, int]] | None:
     """The picture as a data URI, reduced where it is large, and its size; None where it can't be read."""
     try:
         with Image.open(path, formats=["PNG"]) as source:
-            image = source.convert("RGB")
+            image = as_rgb(source)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return None
     large, buffer = max(image.size) > SIDE, io.BytesIO()

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
@@ -56,6 +57,17 @@ def to_pil(image: Tensor) -> Image.Image:
         raise ValueError("a picture holds values that are not finite")
     pixels = (values.clamp(0, 1) * 255).round().to(torch.uint8)
     return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """Any picture as 8-bit RGB: 16-bit grey is scaled, not cut off; what is transparent lies on white."""
+    if image.mode.startswith("I"):  # grey of 16 bits, as Pillow opens it
+        grey = np.asarray(image, dtype=np.float64) / 65535
+        image = Image.fromarray((grey.clip(0, 1) * 255).round().astype(np.uint8))
+    if "A" in image.mode or "transparency" in image.info:
+        clear = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", clear.size, "white"), clear)
+    return image.convert("RGB")
 
 
 def picture_grid(

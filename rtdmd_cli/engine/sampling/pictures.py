@@ -31,7 +31,7 @@ from rtdmd_cli.config.schema import Preset
 from rtdmd_cli.engine.backbones.base import Backbone, Conditioning
 from rtdmd_cli.engine.compute.signals import StopRequest
 from rtdmd_cli.engine.prompts.embeddings import EmbeddingCache, open_cache
-from rtdmd_cli.engine.report.grid import GridRow, picture_grid, save_png, to_pil
+from rtdmd_cli.engine.report.grid import GridRow, as_rgb, picture_grid, save_png, to_pil
 from rtdmd_cli.engine.sampling.model_source import Model
 from rtdmd_cli.engine.sampling.sample import SamplingPlan, decode_all, generate
 from rtdmd_cli.engine.storage import strict_json
@@ -275,7 +275,7 @@ def write_grid(folder: Path, job: Job) -> Path:
 def read_picture(path: Path) -> Tensor:
     """A picture [3, H, W], float32 in 0..1, of an 8-bit PNG."""
     with os_errors(path, "read"), Image.open(path, formats=["PNG"]) as image:
-        pixels = torch.from_numpy(np.array(image.convert("RGB")))
+        pixels = torch.from_numpy(np.array(as_rgb(image)))
     return pixels.permute(2, 0, 1).float() / 255
 
 
