@@ -1,7 +1,10 @@
 """`--processes N`: the same command N times, by accelerate's launcher."""
 
 import os
+import threading
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 
 OPTION = "--processes"
 PATIENCE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
@@ -23,8 +26,19 @@ def launch(count: int, arguments: Sequence[str]) -> int:
     except ChildFailedError as error:
         return max(1, error.get_first_failure()[1].exitcode)
     except SignalException as error:
+        for child in children():  # a second signal came while the launcher waited for them: it is theirs too
+            with suppress(ProcessLookupError):
+                os.kill(child, error.sigval)
         return 128 + int(error.sigval)
     return 0
+
+
+def children() -> list[int]:
+    """The processes that this thread has started and that live; none where the system does not tell."""
+    thread = threading.get_native_id()
+    with suppress(OSError):
+        return [int(word) for word in Path(f"/proc/self/task/{thread}/children").read_text().split()]
+    return []
 
 
 def without_option(arguments: Sequence[str]) -> list[str]:

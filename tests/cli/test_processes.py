@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rtdmd_cli.cli.launching import without_option
+from rtdmd_cli.cli.launching import children, without_option
 from rtdmd_cli.engine.storage.checkpoint import load_checkpoint
 from rtdmd_cli.engine.storage.run_folder import RunFolder
 from tests.cli.test_distill import write_preset
@@ -118,6 +118,13 @@ def test_a_signal_stops_both_after_saving(world: World) -> None:
 def test_the_launcher_passes_the_command_on_without_its_own_option() -> None:
     given = ["distill", "--processes", "2", "--set", "a=b", "--processes=3", "--json"]
     assert without_option(given) == ["distill", "--set", "a=b", "--json"]
+
+
+def test_the_launcher_finds_the_processes_that_a_second_signal_is_for() -> None:
+    with subprocess.Popen(["sleep", "3600"]) as process:
+        assert process.pid in children()
+        process.kill()
+    assert process.pid not in children()
 
 
 def test_what_happens_in_one_process_is_known_to_all(tmp_path: Path) -> None:

@@ -135,7 +135,10 @@ class Saved:
 def saved(run: RunFolder) -> Saved:
     """Reads the newest checkpoint through, and older ones only while they turn out damaged."""
     steps = checkpoint.checkpoint_steps(run.checkpoints)
-    newest, skipped = checkpoint.newest_valid(run.checkpoints)
+    try:
+        newest, skipped = checkpoint.newest_valid(run.checkpoints)
+    except checkpoint.RefusedCheckpoint as error:  # it names the folder
+        return Saved(steps, None, {run.checkpoints.name: error.message})
     return Saved(steps, newest.name if newest else None, {path.name: reason for path, reason in skipped})
 
 
