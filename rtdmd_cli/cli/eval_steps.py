@@ -196,6 +196,7 @@ def _other_evaluation(
 ) -> Path:
     """Evaluate the other model beside this one's results, as its preset says, at the same prompts and seed."""
     from rtdmd_cli.engine.evaluation.folder import default_folder
+    from rtdmd_cli.engine.storage.scrubbing import scrub_text
 
     began, ask = time.monotonic(), mine.ask
     assert mine.folder is not None
@@ -206,7 +207,7 @@ def _other_evaluation(
         guidance=None,
         images=ask.images,
         seed=mine.conditions["seed"],
-        out=mine.folder / default_folder("compared", other).name,
+        out=mine.folder / default_folder("compared", scrub_text(other)).name,
         keep=True,
         resume=True,
         compare=None,
@@ -285,7 +286,7 @@ def _folder(
 ) -> Path | None:
     """The folder to write to, begun and locked; None where nothing is kept."""
     from rtdmd_cli.engine.evaluation import folder as eval_folder
-    from rtdmd_cli.engine.storage.run_folder import scrub
+    from rtdmd_cli.engine.storage.scrubbing import scrub
 
     if not options.keep:
         return None

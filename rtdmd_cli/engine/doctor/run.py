@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from rtdmd_cli.engine.doctor import device, software, storage
 from rtdmd_cli.engine.doctor.check import Check, examined
-from rtdmd_cli.engine.storage.run_folder import scrub
+from rtdmd_cli.engine.storage.scrubbing import scrub
 
 CHECKS = {
     "python": software.python,

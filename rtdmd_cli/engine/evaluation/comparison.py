@@ -14,7 +14,7 @@ from typing import Any
 from rtdmd_cli.engine.evaluation.figures import interval_over_prompts, prompt_means, tasks_of
 from rtdmd_cli.engine.evaluation.folder import RESULTS, SCORES, read_about
 from rtdmd_cli.engine.evaluation.prompts import EvalPrompts, Key
-from rtdmd_cli.engine.evaluation.run import PUBLISHED_WEIGHTS, Ask, Evaluation, file_name
+from rtdmd_cli.engine.evaluation.run import Ask, Evaluation, file_name
 from rtdmd_cli.engine.evaluation.score_phase import Line, ScoreFile
 from rtdmd_cli.engine.storage import strict_json
 from rtdmd_cli.errors import DataError
@@ -97,7 +97,7 @@ def other_from_folder(folder: Path, ask: Ask, seed: object) -> tuple[dict[str, l
                 f"{folder} has no scores of {entry.name}.",
                 f"Score it: rtdmd eval {ask.benchmark.file or ask.benchmark.name} --score-only {folder}",
             )
-        weights = ask.paths.get(entry.name, PUBLISHED_WEIGHTS)
+        weights = ask.weights(entry.name)
         lines[entry.name] = _common(ScoreFile.read_only(path, entry.name, weights).lines, ask.keys, folder)
     return lines, dict(conditions) | _results(folder)
 

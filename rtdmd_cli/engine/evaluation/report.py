@@ -18,6 +18,7 @@ from rtdmd_cli.engine.report.gallery import GALLERY_CSS, Exhibit, gallery_html
 from rtdmd_cli.engine.report.page import Table, facts_html, page, pairs_html, table_html
 from rtdmd_cli.engine.storage.files import write_text
 from rtdmd_cli.engine.storage.run_folder import describe_environment
+from rtdmd_cli.engine.storage.scrubbing import scrub_page
 
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+!|<>~])")
 
@@ -34,7 +35,7 @@ def write_reports(evaluation: Evaluation, summary: Summary, folder: Path, device
     ]
     shown = shown_pictures(evaluation)
     write_text(folder / REPORT, report_page(summary, shown, command, versions))
-    write_text(folder / REPORT_TEXT, report_text(summary, shown, command, folder))
+    write_text(folder / REPORT_TEXT, scrub_page(report_text(summary, shown, command, folder)))
 
 
 def shown_pictures(evaluation: Evaluation) -> list[Shown]:

@@ -28,6 +28,7 @@ from rtdmd_cli.engine.evaluation.sums import PictureSums
 from rtdmd_cli.engine.rewards.local import missing
 from rtdmd_cli.engine.sampling.model_source import Source
 from rtdmd_cli.engine.storage.run_folder import RunFolder
+from rtdmd_cli.engine.storage.scrubbing import scrub_text
 from rtdmd_cli.errors import DataError, EnvironmentFailure, UsageError
 from rtdmd_cli.shapes.render import PICTURE
 
@@ -51,6 +52,10 @@ class Ask:
     judges: tuple[JudgeEntry, ...]
     paths: Mapping[str, str]
 
+    def weights(self, judge: str) -> str:
+        """Where a judge's are from, as it is written down."""
+        return scrub_text(self.paths.get(judge, PUBLISHED_WEIGHTS))
+
     @property
     def keys(self) -> list[Key]:
         return self.prompts.keys(self.images)
@@ -73,7 +78,7 @@ class Ask:
         return (
             *self.prompts.departures,
             *((f"{self.images} instead of {usual} pictures a prompt",) if fewer else ()),
-            *(f"{name} with weights of {path}" for name, path in self.paths.items()),
+            *(f"{name} with weights of {self.weights(name)}" for name in self.paths),
         )
 
 
@@ -203,7 +208,7 @@ def score(
     for judge in ask.judges:
         entry = judge if most is None else replace(judge, batch=min(judge.batch, most))
         path = folder / SCORES / f"{file_name(entry.name)}.jsonl" if folder else None
-        scores = ScoreFile.open(path, entry.name, ask.paths.get(entry.name, PUBLISHED_WEIGHTS))
+        scores = ScoreFile.open(path, entry.name, ask.weights(entry.name))
         source = ask.paths.get(entry.name)
         with on_pictures(entry.name) as advance, stop.during("finishing these pictures", _kept(folder)):
             done = score_phase(

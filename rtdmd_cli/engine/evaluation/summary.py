@@ -12,7 +12,7 @@ from torch import Tensor
 from rtdmd_cli.engine.evaluation import shapes
 from rtdmd_cli.engine.evaluation.benchmarks import PUBLISHED, SOURCE
 from rtdmd_cli.engine.evaluation.figures import Figure, Measured
-from rtdmd_cli.engine.evaluation.run import PUBLISHED_WEIGHTS, Ask, Evaluation
+from rtdmd_cli.engine.evaluation.run import Ask, Evaluation
 from rtdmd_cli.engine.judges.features import ClipScorer
 
 Summary = dict[str, Any]
@@ -46,7 +46,7 @@ def summarise(evaluation: Evaluation, clip: ClipScorer | None) -> Summary:
     return summary | {
         "protocol": ask.benchmark.protocol,
         "departures": list(ask.departures),
-        "judges": {entry.name: ask.paths.get(entry.name, PUBLISHED_WEIGHTS) for entry in ask.judges},
+        "judges": {entry.name: ask.weights(entry.name) for entry in ask.judges},
         "trained_on": list(evaluation.trained_on),
         "figures": _figures(measured, evaluation.trained_on, stamp),
         "breakdowns": [

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rtdmd_cli.engine.export.code import Place
 from rtdmd_cli.engine.export.families import BUILTIN
-from rtdmd_cli.engine.storage.run_folder import scrub
+from rtdmd_cli.engine.storage.scrubbing import scrub
 
 COMFYUI = "comfyui"  # folder of an export
 

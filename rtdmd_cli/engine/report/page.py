@@ -12,6 +12,7 @@ from html import escape
 from pathlib import Path
 
 from rtdmd_cli.engine.report.charts import CHART_CSS
+from rtdmd_cli.engine.storage.scrubbing import scrub_page
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 PAGE_WIDTH = 960  # CSS pixels of the column; a wider picture is reduced by the browser
@@ -38,7 +39,7 @@ class Table:
 
 
 def page(title: str, body: str, css: str = "") -> str:
-    """A complete HTML document around `body`, which must be escaped already; `title` is escaped here.
+    """A complete HTML document around `body`, which must be escaped already; `title` is escaped here. No home path, no token.
 
     css: what the body's own parts need beside the page's style.
     """
@@ -51,7 +52,7 @@ def page(title: str, body: str, css: str = "") -> str:
         f"<body>\n<main>\n<h1>{escape(title)}</h1>\n{body}\n</main>\n</body>\n</html>\n"
     )
     # A file name that is not UTF-8 reaches Python as lone surrogates, which no file can hold.
-    return text.encode("utf-8", "replace").decode("utf-8")
+    return scrub_page(text.encode("utf-8", "replace").decode("utf-8"))
 
 
 def table_html(table: Table) -> str:

@@ -9,7 +9,6 @@ torch and what imports it are imported where a run is made: lists of runs must n
 
 from __future__ import annotations
 
-import getpass
 import json
 import math
 import os
@@ -26,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from rtdmd_cli import __version__
 from rtdmd_cli.config.loader import Resolved, dump_resolved
 from rtdmd_cli.engine.storage import checkpoint, files, strict_json
+from rtdmd_cli.engine.storage.scrubbing import scrub, scrub_text, scrub_values
 from rtdmd_cli.errors import DataError, NumericalError, UsageError
 
 if TYPE_CHECKING:
@@ -48,10 +48,6 @@ PACKAGES = (
 )
 
 _RUN_NAME = re.compile(r"\w[\w.-]{0,79}")
-_TOKEN = re.compile(r"\b(hf_|sk-|ghp_)[A-Za-z0-9_-]{8,}")
-_SECRET = re.compile(r"(?i)((?:token|api[_-]?key|secret|password)=)\S+")
-_SECRET_OPTION = re.compile(r"(?i)-[\w.-]*(?:token|api[_-]?key|secret|password)")
-_TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
 
 
 @dataclass(frozen=True)
@@ -143,11 +139,11 @@ class RunFolder:
     def log(self, text: str) -> None:
         """Append to log.txt, each line with the time (UTC)."""
         for line in text.splitlines():
-            files.append_line(self.path / "log.txt", f"{_now()} {_encodable(line)}")
+            files.append_line(self.path / "log.txt", f"{_now()} {scrub_text(line)}")
 
     def set_status(self, state: State, **info: Any) -> None:
         """Replace status.json by the state, the time (UTC) and `info`."""
-        files.write_json(self.path / STATUS, {**info, "state": state, "time": _now()})
+        files.write_json(self.path / STATUS, {**scrub_values(info), "state": state, "time": _now()})
 
     def status(self) -> dict[str, Any]:
         """The content of status.json. Raises DataError if it is missing or damaged."""
@@ -339,40 +335,6 @@ def describe_environment(command: Sequence[str], device: torch.device) -> dict[s
         "packages": versions,
         "command": scrub(arguments),
     }
-
-
-def scrub(arguments: Sequence[str]) -> list[str]:
-    """The arguments with tokens, home path, user and host name replaced by marks in angle brackets or `~`."""
-    home = str(Path.home())
-    secrets = [os.environ[name] for name in _TOKEN_VARIABLES if os.environ.get(name)]
-    names = {name: mark for name, mark in ((_user(), "<user>"), (platform.node(), "<host>")) if name}
-    cleaned = []
-    for argument, before in zip(arguments, ["", *arguments], strict=False):
-        text = _encodable(argument)
-        for secret in secrets:
-            text = text.replace(secret, "<token>")
-        text = _TOKEN.sub("<token>", text)
-        text = _SECRET.sub(r"\1<token>", text)
-        if _SECRET_OPTION.fullmatch(before):
-            text = "<token>"
-        if len(home) > 1:
-            text = re.sub(re.escape(home) + r"(?=/|$)", "~", text)
-        for name, mark in names.items():
-            text = re.sub(rf"(?<![\w-]){re.escape(name)}(?![\w-])", mark, text)
-        cleaned.append(text)
-    return cleaned
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError, ImportError):  # no name for this user id
-        return ""
-
-
-def _encodable(text: str) -> str:
-    """Text that UTF-8 can hold: bytes that were no UTF-8 on the command line are escaped."""
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _now() -> str:

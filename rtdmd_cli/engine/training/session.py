@@ -29,6 +29,7 @@ from rtdmd_cli.engine.storage.checkpoint import (
     step_of,
 )
 from rtdmd_cli.engine.storage.run_folder import RunFolder, State
+from rtdmd_cli.engine.storage.scrubbing import scrub_text
 from rtdmd_cli.engine.training.progress import training_progress
 from rtdmd_cli.engine.training.start import Start
 from rtdmd_cli.engine.training.trackers import Tracker, open_tracker
@@ -325,7 +326,7 @@ def save(session: Session) -> None:
     meta = {
         "preset_sha256": session.resolved.sha256,
         "rtdmd": __version__,
-        "base_model": session.resolved.preset.model.path,
+        "base_model": scrub_text(session.resolved.preset.model.path),
         "base_hash": trainer.backbone.model_id.hash,
         "dtype": str(trainer.backbone.dtype).removeprefix("torch."),
         "prompts_sha256": session.prompts,
