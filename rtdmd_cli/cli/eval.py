@@ -67,6 +67,15 @@ Limit = Annotated[
 Seed = Annotated[
     int | None, typer.Option(min=0, max=MAX_SEED, help="Seed of the noise. Default: the preset's.")
 ]
+Size = Annotated[
+    int | None,
+    typer.Option(
+        min=16,
+        max=4096,
+        metavar="PIXELS",
+        help="Side of the pictures. Default: the preset's evaluate.resolution, or what it was trained at.",
+    ),
+]
 Rewards = Annotated[
     list[str] | None,
     typer.Option(
@@ -120,6 +129,7 @@ def eval_command(
     images_per_prompt: ImagesPerPrompt = None,
     limit: Limit = None,
     seed: Seed = None,
+    size: Size = None,
     rewards: Rewards = None,
     reward_path: RewardPath = None,
     reward_seconds: RewardSeconds = None,
@@ -144,7 +154,7 @@ def eval_command(
     from rtdmd_cli.engine.evaluation.benchmarks import find_benchmark
 
     began, row = time.monotonic(), find_benchmark(benchmark)
-    _refuse_contradictions(score_only, images_only, compare, from_, steps, guidance, seed)
+    _refuse_contradictions(score_only, images_only, compare, from_, steps, guidance, seed, size)
     keep = bool(out or resume or images_only or score_only or compare) or not row.built_in
     options = Options(
         from_,
@@ -162,6 +172,7 @@ def eval_command(
         dtype,
         quiet,
         compare,
+        size,
     )
     console.quiet_libraries(quiet)
     from rtdmd_cli.engine.compute.importing import quick_imports
@@ -215,6 +226,7 @@ def _refuse_contradictions(
     steps: int | None,
     guidance: float | None,
     seed: int | None,
+    size: int | None,
 ) -> None:
     if images_only and compare is not None:
         raise UsageError(
@@ -223,7 +235,7 @@ def _refuse_contradictions(
     if score_only is None:
         return
     given = {"--images-only": images_only or None, "--from": from_, "--steps": steps, "--guidance": guidance}
-    for name, value in {**given, "--seed": seed}.items():
+    for name, value in {**given, "--seed": seed, "--size": size}.items():
         if value is not None:
             raise UsageError(
                 f"{name} makes pictures, --score-only makes none.", f"Leave one of them out: {name}."

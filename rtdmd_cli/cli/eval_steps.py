@@ -46,6 +46,7 @@ class Options:
     dtype: str | None
     quiet: bool
     compare: str | None = None
+    size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -110,12 +111,13 @@ def _painted(
     from rtdmd_cli.engine.sampling.pictures import default_batch
 
     source, model = load_model(options.from_, options.guidance, options.device, options.dtype, options.quiet)
-    settings, side = source.preset.evaluate, source.preset.model.resolution
+    settings = source.preset.evaluate
+    side = options.size or settings.resolution or source.preset.model.resolution
     images = options.images or benchmark.images or settings.images_per_prompt
     paths = _paths(judges, options, source)
     ask = Ask(benchmark, prompts, images, options.limit, judges, paths)
     require_size(ask, side, side, model.label)
-    plan = model.plan(options.steps, options.guidance)
+    plan = model.plan(options.steps, options.guidance, (side, side))
     seed = settings.seed if options.seed is None else options.seed
     batch = options.batch or default_batch(source.preset, side, side)
     job = Generation(model, plan, prompts, ask.keys, seed, side, side, batch)
@@ -211,6 +213,7 @@ def _other_evaluation(
         keep=True,
         resume=True,
         compare=None,
+        size=mine.conditions["width"] or options.size,
     )
     console.say(f"now {other}, to compare with", options.quiet)
     made = _make(ask.benchmark, ask.judges, ask.prompts, theirs, stop, held)

@@ -226,6 +226,14 @@ class DistillConfig(TrainingSection):
 class EvaluateConfig(Section):
     """How benchmarks sample."""
 
+    resolution: int | None = Field(
+        default=None,
+        ge=16,
+        le=2048,
+        multiple_of=8,
+        description="side of a benchmark's square pictures, pixels; null for model.resolution",
+    )
+
     seed: int = Field(default=0, ge=0, le=MAX_SEED, description="seed of the evaluation noise, no unit")
     images_per_prompt: int = Field(
         default=1, ge=1, le=10_000, description="pictures for each benchmark prompt"

@@ -117,25 +117,30 @@ def clip(params: Sequence[tuple[str, Parameter]], max_norm: float, norm: Tensor)
     torch.nn.utils.clip_grads_with_norm_([parameter for _, parameter in params], max_norm, norm)
 
 
-def ema_start(params: Sequence[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """A float32 copy of the weights, on their device."""
-    return {name: tensor.detach().to(torch.float32, copy=True) for name, tensor in params}
+def ema_start(params: Sequence[tuple[str, Tensor]], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """A copy of the weights, on their device; dtype: its number format, None for their own."""
+    return {name: tensor.detach().to(dtype or tensor.dtype, copy=True) for name, tensor in params}
 
 
 def ema_update(ema: Mapping[str, Tensor], params: Sequence[tuple[str, Tensor]], decay: float) -> None:
-    """ema = decay ema + (1 - decay) weight, in place and in float32, once per optimiser step.
+    """ema = decay ema + (1 - decay) weight, in place, once per optimiser step; a bf16 average is rounded once.
 
-    Raises ValueError if the names differ or the average is not float32.
+    Raises ValueError if the names differ, or the average is neither float32 nor of the weights' own format.
     """
     weights = dict(params)
     if ema.keys() != weights.keys():
         raise ValueError(f"average and weights differ in {sorted(ema.keys() ^ weights.keys())}")
     for name, average in ema.items():
+        weight = weights[name]
+        if average.dtype not in (torch.float32, weight.dtype):
+            raise ValueError(f"the average of {name} must be float32 or {weight.dtype}, got {average.dtype}")
         if average.dtype != torch.float32:
-            raise ValueError(f"the average of {name} must be float32, got {average.dtype}")
-    averages = list(ema.values())
-    torch._foreach_mul_(averages, decay)
-    torch._foreach_add_(averages, [weights[name].detach().float() for name in ema], alpha=1.0 - decay)
+            average.copy_(average.float().mul_(decay).add_(weight.detach().float(), alpha=1.0 - decay))
+    exact = [name for name, average in ema.items() if average.dtype == torch.float32]
+    averages = [ema[name] for name in exact]
+    if averages:
+        torch._foreach_mul_(averages, decay)
+        torch._foreach_add_(averages, [weights[name].detach().float() for name in exact], alpha=1.0 - decay)
 
 
 def ema_decay_at(n: int, decay: float, warmup: bool) -> float:

@@ -2,7 +2,7 @@
 
     rtdmd distill --preset shapes-4step
 
-One iteration, on prompts drawn for it:
+One iteration, on the next prompts of an epoch over all of them:
 
     fake's turn        roll the generator out; at each boundary s diffuse x_s to a time t above it; fit the
                        fake score's velocity to the exact one, and make its clean prediction self-consistent
@@ -15,6 +15,7 @@ same ones.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 from rtdmd_cli.engine.compute import optim, rng
 from rtdmd_cli.engine.training.matching import add_fake_gradients, add_matching_gradients
@@ -36,11 +37,19 @@ def iterate(trainer: Trainer, iteration: int) -> None:
 
 
 def chosen_prompts(trainer: Trainer, iteration: int) -> list[int]:
-    """Prompt index of each sample of an iteration."""
-    config = trainer.config
-    drawn = rng.integers(0, trainer.prompts, config.seed, "prompts", iteration, range(config.batch))
-    indices: list[int] = drawn.tolist()
-    return indices
+    """Prompt index of each sample of an iteration: epochs over all prompts, each in an order of its own.
+
+    A batch may hold the end of one epoch and the beginning of the next, so that none is cut short.
+    """
+    config, count = trainer.config, trainer.prompts
+    places = (divmod(iteration * config.batch + sample, count) for sample in range(config.batch))
+    return [epoch_order(count, config.seed, epoch)[place] for epoch, place in places]
+
+
+@lru_cache(maxsize=4)
+def epoch_order(count: int, seed: int, epoch: int) -> tuple[int, ...]:
+    """The order of the prompts in an epoch (0-based) of stage 1."""
+    return tuple(rng.permutation(count, seed, "prompts", epoch).tolist())
 
 
 def update_fake_score(trainer: Trainer, iteration: int, prompts: Sequence[int]) -> None:

@@ -131,6 +131,7 @@ BENCHMARKS = {
 }
 
 SOURCE = "RTDMD, arXiv 2605.26108"
+PUBLISHED_SIZE = 1024  # px, of the published pictures of every model
 _FAMILY = (
     "imagereward",
     "clipscore",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rtdmd_cli.engine.evaluation import shapes
-from rtdmd_cli.engine.evaluation.benchmarks import PUBLISHED, SOURCE
+from rtdmd_cli.engine.evaluation.benchmarks import PUBLISHED, PUBLISHED_SIZE, SOURCE
 from rtdmd_cli.engine.evaluation.figures import Figure, Measured
 from rtdmd_cli.engine.evaluation.run import Ask, Evaluation
 from rtdmd_cli.engine.judges.features import ClipScorer
@@ -54,7 +54,7 @@ def summarise(evaluation: Evaluation, clip: ClipScorer | None) -> Summary:
             for name, found in measured.items()
             for part in found.breakdowns
         ],
-        "published": published(ask),
+        "published": published(ask, evaluation.conditions["width"]),
     }
 
 
@@ -77,8 +77,11 @@ def records(evaluation: Evaluation) -> list[dict[str, Any]]:
     return found
 
 
-def published(ask: Ask) -> dict[str, Any] | None:
-    """The published figures of what is measured, with their source; None where there are none."""
+def published(ask: Ask, width: int | None) -> dict[str, Any] | None:
+    """The published figures of what is measured, with their source; None where there are none.
+
+    width: of our pictures, pixels, None where it isn't known. "other_size" says that theirs are of another size.
+    """
     wanted = [entry.name for entry in ask.judges if entry.name in ask.benchmark.published]
     rows = [
         {
@@ -89,7 +92,16 @@ def published(ask: Ask) -> dict[str, Any] | None:
         for row in PUBLISHED
     ]
     rows = [row for row in rows if row["figures"]]
-    return {"source": SOURCE, "note": ask.benchmark.note, "rows": rows} if rows else None
+    if not rows:
+        return None
+    other = width is not None and width != PUBLISHED_SIZE
+    return {
+        "source": SOURCE,
+        "note": ask.benchmark.note,
+        "size": PUBLISHED_SIZE,
+        "other_size": other,
+        "rows": rows,
+    }
 
 
 def _figures(measured: Mapping[str, Measured], trained: Sequence[str], stamp: str) -> list[dict[str, Any]]:

@@ -65,10 +65,15 @@ def result_table(summary: Summary) -> Table:
         theirs = [row["figures"].get(figure["key"]) for row in published["rows"]]
         remarks = ["trained on"] if figure["trained_on"] else []
         remarks += [figure["stamp"]] if figure["stamp"] else []
+        if published.get("other_size") and any(value is not None for value in theirs):
+            remarks.append(f"published at {published['size']} px, this at {summary['width']} px")
         cells: list[Cell] = [figure["name"], number(figure["value"]), interval(figure["interval"])]
         cells += [figure["prompts"], *("–" if value is None else number(value) for value in theirs)]
         rows.append([*cells, "; ".join(remarks) or "–"])
     note = f"Published figures: {published['source']}. {published['note']}" if others else ""
+    if published.get("other_size"):
+        size = published["size"]
+        note += f" They are of pictures of {size} px, these of {summary['width']} px: measure with --size {size} to compare."
     return Table("Figures, held-out ones first", [*columns, "remark"], rows, note.strip())
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from rtdmd_cli.config.schema import Preset
 from rtdmd_cli.config.section import LoraConfig
 from rtdmd_cli.engine.export.fold import Part
+from rtdmd_cli.engine.roles.adapters import DTYPES
 from rtdmd_cli.engine.roles.base import STAGE1_GENERATOR
 from rtdmd_cli.engine.sampling.model_source import EMA
 from rtdmd_cli.engine.storage.checkpoint import Checkpoint
@@ -44,4 +45,5 @@ def adapter_stacks(preset: Preset, checkpoint: Checkpoint) -> dict[str, list[Par
 
 def _parts(tensors: Mapping[str, Tensor], lora: LoraConfig) -> dict[str, Part]:
     layers = [name.removesuffix(A) for name in tensors if name.endswith(A)]
-    return {name: Part(tensors[name + A], tensors[name + B], lora.alpha / lora.rank) for name in layers}
+    rounded = {name: tensor.to(DTYPES[lora.dtype]) for name, tensor in tensors.items()}  # as they are sampled
+    return {name: Part(rounded[name + A], rounded[name + B], lora.alpha / lora.rank) for name in layers}

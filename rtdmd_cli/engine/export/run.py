@@ -40,6 +40,7 @@ from rtdmd_cli.engine.export.names import (
 from rtdmd_cli.engine.export.roundtrip import RoundTrip, compare, open_stock, own_pictures, stock_pictures
 from rtdmd_cli.engine.export.stock import stock_here, stock_there
 from rtdmd_cli.engine.report.grid import GridRow, picture_grid, save_png
+from rtdmd_cli.engine.roles.adapters import DTYPES
 from rtdmd_cli.engine.sampling.model_source import EMA, Source, open_model
 from rtdmd_cli.engine.storage import files, strict_json
 from rtdmd_cli.engine.storage.checkpoint import Checkpoint, load_checkpoint
@@ -289,11 +290,11 @@ def prove(
     trips, pictures, loras = {}, own.euler, lora_files(facts)
     base = stock_here(facts.preset, facts.stock, bases)
     for name in facts.formats:
-        dtype = request.dtype
+        dtype = max(request.dtype, *adapter_dtypes(facts), key=rounding)  # adapters in bf16 compute in it
         if name == "merged":
             stock = Stock(facts.stock.pipeline, Place(str(folder)))
             stored = merged.stored_dtype(folder / merged.TRANSFORMER)
-            dtype = max(dtype, stored, key=lambda d: torch.finfo(d).eps)
+            dtype = max(dtype, stored, key=rounding)
         else:
             file = folder / loras[name]
             stock = replace(base, lora=(Place(str(file.parent)), file.name))
@@ -305,6 +306,17 @@ def prove(
             f"over {trips[name].pictures} pictures"
         )
     return pictures, trips
+
+
+def adapter_dtypes(facts: Facts) -> list[torch.dtype]:
+    """Number formats of the generator's adapters."""
+    preset = facts.preset
+    return [DTYPES[lora.dtype] for lora in (preset.distill.lora, preset.tune_reward.lora)]
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """Relative rounding error of a number format."""
+    return torch.finfo(dtype).eps
 
 
 def describe(request: Request, folder: Path, facts: Facts) -> dict[str, Any]:
@@ -327,7 +339,7 @@ def describe(request: Request, folder: Path, facts: Facts) -> dict[str, Any]:
         "base": {"name": facts.base, "revision": generator_revision(facts.preset), "hash": facts.base_hash},
         "model_hash": facts.model_hash,
         "trained_on": list(split_weights(facts.preset.tune_reward.rewards)) if facts.tuned else [],
-        "preset": {key: preset[key] for key in ("name", "model", "sampler")},
+        "preset": {key: preset[key] for key in ("name", "model", "sampler", "evaluate")},
         "sigmas": list(facts.sigmas),
         "rank": facts.rank,
         "exact_rank": facts.exact_rank,

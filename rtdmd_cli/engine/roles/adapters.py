@@ -51,12 +51,14 @@ STAGE_2: dict[str, tuple[str, ...]] = {
     FAKE: (STAGE1_FAKE, FAKE),
     GENERATOR: (STAGE1_GENERATOR, GENERATOR),
 }
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
+"""`lora.dtype` -> torch's."""
 
 
 class Roles:
     """Adapters "generator" and "fake" on `transformer`; outside every context the base alone is active.
 
-    LoRA weights are float32 whatever the base's dtype. `A ~ N(0, 1/r^2)` and `B = 0` (method, section 3), `A`
+    LoRA weights have the format of `lora.dtype`, whatever the base's. `A ~ N(0, 1/r^2)` and `B = 0` (method, section 3), `A`
     drawn by (seed, adapter, layer): both roles start as the teacher. Freezes the base.
     transformer: a diffusers model without adapters. fresh: for stage 2, the LoRA of the new adapters; `lora` is
     then the shape of the frozen stage-1 adapters, to be loaded with `load`, and the new ones start with `B = 0` and
@@ -90,21 +92,23 @@ class Roles:
             for name, module in base.named_modules():
                 if isinstance(module, BaseTunerLayer):
                     self._layers.append(module)
-                    self._collect(name, module)
+                    self._collect(
+                        name, module, {role: config.dtype for role, (config, _) in adapters.items()}
+                    )
         self._all = [p for parameters in self._parameters.values() for p in parameters.values()]
         for name, (_, std) in adapters.items():
             self._initialise(name, std, seed)
         self._activate([])
         self._train(None)
 
-    def _collect(self, name: str, layer: Any) -> None:
-        """Make the layer's LoRA weights, float32 (peft would have them in the base's dtype), and note them."""
+    def _collect(self, name: str, layer: Any, formats: Mapping[str, str]) -> None:
+        """Make the layer's LoRA weights in their adapter's format (peft would take the base's), and note them."""
         device = layer.get_base_layer().weight.device
         for adapter, parameters in self._parameters.items():
             if adapter in layer.lora_A:  # stage 2's adapters may have targets of their own
                 for part, linears in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
-                    linear = linears[adapter]
-                    empty = torch.empty(linear.weight.shape, dtype=torch.float32, device=device)
+                    linear, dtype = linears[adapter], DTYPES[formats[adapter]]
+                    empty = torch.empty(linear.weight.shape, dtype=dtype, device=device)
                     linear.weight = parameters[f"{name}.{part}.weight"] = nn.Parameter(empty)
 
     @torch.no_grad()
@@ -172,7 +176,7 @@ class Roles:
         return list(self._parameters[name].items())
 
     def state(self, name: str) -> dict[str, Tensor]:
-        """A copy of an adapter's weights, float32, on their device; names as in `named_parameters`."""
+        """A copy of an adapter's weights, on their device; names as in `named_parameters`."""
         return {key: parameter.detach().clone() for key, parameter in self._parameters[name].items()}
 
     @torch.no_grad()

@@ -38,13 +38,17 @@ class RoleSet(Protocol):
 
 
 def require_fit(name: str, own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-    """DataError, naming the first five problems, unless `tensors` are float32 and of the names and shapes of `own`."""
+    """DataError, naming the first five problems, unless `tensors` have the names, shapes and number formats of `own`.
+
+    A float32 average goes into bf16 adapters too, rounded: stage 2 keeps it so.
+    """
     problems = [f"{key} is missing" for key in own if key not in tensors]
     problems += [f"{key} is unexpected" for key in tensors if key not in own]
     for key in (key for key in own if key in tensors):
-        if tensors[key].shape != own[key].shape or tensors[key].dtype != torch.float32:
+        fits = tensors[key].dtype in (own[key].dtype, torch.float32)
+        if tensors[key].shape != own[key].shape or not fits:
             found = f"{tensors[key].dtype} {list(tensors[key].shape)}"
-            problems.append(f"{key} is {found} instead of torch.float32 {list(own[key].shape)}")
+            problems.append(f"{key} is {found} instead of {own[key].dtype} {list(own[key].shape)}")
     if problems:
         shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if problems[5:] else "")
         raise DataError(

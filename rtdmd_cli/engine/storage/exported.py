@@ -28,7 +28,7 @@ AGAIN = "Export the run again."
 
 @dataclass(frozen=True)
 class Exported:
-    """What export.json says. preset: model and sampler; lora: a LoRA file, None where there is none.
+    """What export.json says. preset: model, sampler and evaluation; lora: a LoRA file, None where there is none.
 
     merged: the folder is a whole pipeline; stock_schedule: whose stock schedule is the few-step one.
     base_hash: of the base model that a LoRA belongs to. trained_on: names of the rewards that stage 2 raised.
@@ -79,6 +79,7 @@ def read_exported(folder: Path) -> Exported:
         )
     try:
         sections = {key: body["preset"][key] for key in ("name", "model", "sampler")}
+        sections |= {key: body["preset"][key] for key in ("evaluate",) if key in body["preset"]}
         found = Exported(
             folder=folder,
             preset=Preset.model_validate(sections),

@@ -18,7 +18,7 @@ from rtdmd_cli.config.loader import Resolved, dump_resolved
 from rtdmd_cli.engine.compute import optim
 from rtdmd_cli.engine.compute.processes import Processes
 from rtdmd_cli.engine.compute.signals import StopRequest
-from rtdmd_cli.engine.roles.base import RoleSet
+from rtdmd_cli.engine.roles.base import RoleSet, require_fit
 from rtdmd_cli.engine.storage import files
 from rtdmd_cli.engine.storage.checkpoint import (
     Checkpoint,
@@ -187,9 +187,10 @@ def require_base(trainer: Trainer, checkpoint: Checkpoint) -> None:
 
 
 def checked_average(roles: RoleSet, ema: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A copy of an EMA on the model's device; DataError if a name or shape differs. Leaves it in the generator."""
-    roles.load("generator", ema)
-    return optim.ema_start(roles.named_parameters("generator"))
+    """A copy of an EMA on the model's device; DataError if a name, shape or format differs."""
+    own = dict(roles.named_parameters("generator"))
+    require_fit("generator", own, ema)
+    return {name: ema[name].to(parameter.device, copy=True) for name, parameter in own.items()}
 
 
 def rewind(

@@ -291,7 +291,9 @@ def load_stage_1(core: Trainer, begin: Checkpoint) -> None:
     """Start from stage 1's generator (EMA) and its raw fake score; DataError if they don't fit."""
     require_base(core, begin)
     core.roles.begin_stage_2(begin.tensors["ema"], begin.tensors["fake"])
-    core.ema = optim.ema_start(core.roles.named_parameters(GENERATOR))
+    core.ema = optim.ema_start(
+        core.roles.named_parameters(GENERATOR), torch.float32
+    )  # published: stage 1's alone is bf16
 
 
 def stage_1_state(checkpoint: Checkpoint) -> Checkpoint:

@@ -133,7 +133,7 @@ def test_check_finite() -> None:
 
 def test_ema_is_the_weighted_sum_of_all_weights() -> None:
     weight = Parameter(torch.tensor([1.0], dtype=torch.bfloat16))
-    average = optim.ema_start([("w", weight)])
+    average = optim.ema_start([("w", weight)], torch.float32)
     assert average["w"].dtype == torch.float32
     assert average["w"].data_ptr() != weight.data_ptr()
     for value in (2.0, 4.0):
@@ -141,6 +141,19 @@ def test_ema_is_the_weighted_sum_of_all_weights() -> None:
         optim.ema_update(average, [("w", weight)], 0.9)
     assert float(average["w"]) == pytest.approx(0.81 * 1 + 0.1 * 0.9 * 2 + 0.1 * 4)
     assert not average["w"].requires_grad
+
+
+def test_a_bf16_average_loses_small_changes_as_the_published_one() -> None:
+    """Near 1 bf16 steps by 2^-7 upwards: a change that a float32 average takes in is lost, a larger one is rounded."""
+    for change, expected in ((0.01, 1.0), (0.1, 1 + 2**-7)):
+        weight = Parameter(torch.tensor([1.0 + change]).bfloat16())
+        average = {"w": torch.ones(1).bfloat16()}
+        optim.ema_update(average, [("w", weight)], 0.9)
+        assert average["w"].dtype == torch.bfloat16 and float(average["w"]) == expected
+        exact = {"w": torch.ones(1)}
+        optim.ema_update(exact, [("w", weight)], 0.9)
+        assert float(exact["w"]) == pytest.approx(1 + 0.1 * (float(weight) - 1), abs=1e-6) != expected
+    assert optim.ema_start([("w", weight)])["w"].dtype == torch.bfloat16
 
 
 def test_ema_refuses_other_names_and_half_precision() -> None:

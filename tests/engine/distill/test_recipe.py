@@ -18,9 +18,8 @@ from torch import Tensor
 from rtdmd_cli.config.schema import DistillConfig, Preset
 from rtdmd_cli.config.section import LoraConfig
 from rtdmd_cli.engine.backbones.base import Conditioning
-from rtdmd_cli.engine.compute import rng
 from rtdmd_cli.engine.distill import recipe as distill
-from rtdmd_cli.engine.distill.recipe import iterate
+from rtdmd_cli.engine.distill.recipe import chosen_prompts, iterate
 from rtdmd_cli.engine.distill.run import build_trainer
 from rtdmd_cli.engine.training import matching
 from rtdmd_cli.engine.training.matching import Boundary, boundaries_in_use, rollout
@@ -82,9 +81,20 @@ def gradients(trainer: Trainer, role: str) -> dict[str, Tensor]:
 
 
 def conditioning(trainer: Trainer, iteration: int) -> tuple[Tensor, Conditioning]:
-    config = trainer.config
-    prompts = rng.integers(0, trainer.prompts, config.seed, "prompts", iteration, range(config.batch))
+    prompts = chosen_prompts(trainer, iteration)
     return prompts, trainer.conditioning(prompts.tolist())
+
+
+@pytest.mark.parametrize(("prompts", "batch"), [(7, 3), (7, 7), (5, 12), (1, 4)])
+def test_prompts_come_in_epochs_without_replacement(prompts: int, batch: int) -> None:
+    """Every prompt once before any a second time, whatever the batch; another order in each epoch."""
+    trainer = make(batch=batch)
+    trainer.prompts = prompts
+    drawn = torch.cat([chosen_prompts(trainer, iteration) for iteration in range(6 * prompts)]).tolist()
+    epochs = [drawn[start : start + prompts] for start in range(0, len(drawn), prompts)]
+    assert all(sorted(epoch) == list(range(prompts)) for epoch in epochs[:6])
+    assert prompts == 1 or epochs[0] != epochs[1]
+    assert chosen_prompts(trainer, 3).tolist() == drawn[3 * batch : 4 * batch]
 
 
 def evaluate(trainer: Trainer, role: str, x: Tensor, level: Tensor, cond: Conditioning) -> Tensor:

@@ -138,6 +138,16 @@ def test_groups_by_task(tmp_path: Path) -> None:
     assert [each.path.name for each in found["colors"]] == ["0", "2", "5", "7", "10", "12", "15", "17"]
 
 
+@pytest.mark.parametrize("width", [512, 1024, None])
+def test_a_published_figure_of_another_size_is_marked(width: int | None) -> None:
+    rows = [figure("pickscore", 22.9)]
+    theirs = {"rows": [{"model": "X", "figures": {"pickscore": 22.3}}], "note": "", "source": "S"}
+    theirs |= {"size": 1024, "other_size": width == 512}
+    table = result_table(summary(figures=rows, published=theirs, width=width))
+    marked = table.rows[0][-1] == "published at 1024 px, this at 512 px"
+    assert marked is ("--size 1024" in table.note) is (width == 512)
+
+
 def test_published_figures_stand_beside_and_trained_ones_are_marked() -> None:
     rows = [figure("hpsv2", 0.3), figure("clipscore", 0.29, trained_on=True, stamp="2 of 200 prompts")]
     published = {

@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
 from rtdmd_cli.config.section import ATTENTION, LoraConfig
+from rtdmd_cli.engine.compute.optim import build_optimizer
 from rtdmd_cli.engine.roles.adapters import Roles
 from rtdmd_cli.errors import DataError, UsageError
 from tests.tiny_models import build_transformer
@@ -117,6 +118,26 @@ def test_adapters_are_float32_on_a_bf16_base() -> None:
         roles.transformer(**cast).sample.float().square().mean().backward()
     up = [p.grad for name, p in roles.named_parameters("generator") if "lora_B" in name]
     assert all(grad is not None and grad.dtype == torch.float32 for grad in up)
+
+
+def test_adapters_in_bf16() -> None:
+    """As published: weights, gradients, and so the optimiser's states; a float32 average is rounded where it is put in."""
+    lora = LORA.model_copy(update={"dtype": "bf16"})
+    roles = Roles(build_transformer(), lora, seed=0)
+    exact = Roles(build_transformer(), LORA, seed=0).state("generator")
+    state = roles.state("generator")
+    assert all(torch.equal(tensor, exact[name].bfloat16()) for name, tensor in state.items())
+    with roles.role("generator", train=True):
+        result = roles.transformer(**inputs()).sample
+        assert result.dtype == torch.float32
+        result.square().mean().backward()
+    named = roles.named_parameters("generator")
+    assert {parameter.grad.dtype for _, parameter in named if parameter.grad is not None} == {torch.bfloat16}
+    optimizer = build_optimizer(named, 1e-3, (0.9, 0.999), 1e-8, 0.0)
+    optimizer.step()
+    assert {optimizer.state[parameter]["exp_avg"].dtype for _, parameter in named} == {torch.bfloat16}
+    roles.load("generator", exact)
+    assert all(torch.equal(t, exact[name].bfloat16()) for name, t in roles.state("generator").items())
 
 
 def test_there_is_one_copy_of_the_base() -> None:
