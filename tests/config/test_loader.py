@@ -72,6 +72,7 @@ FREE = {
     *("tune_reward.prompts", "tune_reward.micro_batch", "tune_reward.save_every", "tune_reward.sample_every"),
     *("tune_reward.eval_prompts", "tune_reward.eval_every", "tune_reward.watch.features"),
     *("tune_reward.held_out", "evaluate.batch", "hardware.dtype", "hardware.gradient_checkpointing"),
+    "evaluate.resolution",
 }
 """Of a published recipe, what does not change its result, and where its prompts lie."""
 HUB = "black-forest-labs/FLUX"
@@ -92,6 +93,7 @@ PUBLISHED = {  # method.md, section 5
     "flux2-klein-4b-4step": (f"{HUB}.2-klein-base-4B", 512, 4.0, 512, 1e-6, 1e-6, True, 24, 1536),
     "flux2-klein-9b-4step": (f"{HUB}.2-klein-base-9B", 512, 4.0, 512, 1e-6, 1e-6, False, 24, 1536),
 }
+PUBLISHED_SIZE = 1024  # px
 SMALL = {f"{name}-24gb": name for name in PUBLISHED} | {"sd3-4step-16gb": "sd3-4step"}
 
 
@@ -110,6 +112,7 @@ def test_the_published_values(name: str) -> None:
     assert model.generator_init == (model.path.replace("-base", "") if "klein" in name else "teacher")
     targets = {*ATTENTION, "to_qkv_mlp_proj", "to_out"} if "klein" in name else {*ATTENTION}
     assert set(distill.lora.targets) == set(tune.lora.targets) == targets
+    assert preset.evaluate.resolution == PUBLISHED_SIZE  # at which the published figures were measured
     published = preset_values(Preset(name="d", model=model))
     differing = {key for key, value in preset_values(preset).items() if published[key] != value}
     tabulated = {"distill.generator_lr", "distill.lora.targets", "tune_reward.lora.targets"}

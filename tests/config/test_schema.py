@@ -119,8 +119,9 @@ def test_stage_2_defaults_are_the_published_values() -> None:
     assert (t.dmd_weight, t.backprop_weight, t.backprop_margin, t.backprop_steps) == (1e-3, 1e-4, 3.0, 1)
     assert (t.matching, t.matching_images, t.tilt) == ("last", None, 0.0)
     assert t.matching_backprop_steps is None
-    assert (t.kl_weight, t.consistency_weight, t.ema_decay, t.grad_clip, t.seed) == (0.0, 0.01, 0.9, 1.0, 42)
-    assert (t.lora.rank, t.lora.alpha, len(t.lora.targets)) == (32, 64, 8)
+    assert (t.kl_weight, t.consistency_weight, t.ema_decay, t.grad_clip, t.seed) == (0.0, 0.01, 0.74, 1.0, 42)
+    assert (t.lora.rank, t.lora.alpha, len(t.lora.targets), t.lora.dtype) == (32, 64, 8, "float32")
+    assert t.ema_decay / (1 - t.ema_decay) == pytest.approx(2.8, abs=0.05)  # epochs, the published mean age
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ Latents are `[B, C, H, W]`, sigma is float32 in [0, 1] (0 = clean, 1 = noise), v
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -107,6 +107,11 @@ class Backbone(Protocol):
     @property
     def encoder_key(self) -> str:
         """Names everything that `encode` depends on besides prompt and text length."""
+        ...
+
+    @property
+    def text_fits(self) -> Mapping[str, str | int]:
+        """What encoded prompts have to fit: the pipeline's name as "family", widths D and P as "embeds" and "pooled"."""
         ...
 
     @property

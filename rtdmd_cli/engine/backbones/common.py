@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rtdmd_cli.engine.backbones.base import Conditioning, ModelId, concatenate
 from rtdmd_cli.engine.backbones.loading import Layout, Loaded
+from rtdmd_cli.engine.backbones.two_bases import bases_of
 from rtdmd_cli.errors import RtdmdError, UsageError
 
 
@@ -44,6 +45,14 @@ class PipelineBackbone:
     @property
     def encoder_key(self) -> str:
         return self._loaded.encoder_key(self.dtype)
+
+    @property
+    def text_fits(self) -> dict[str, str | int]:
+        config: Any = bases_of(self.transformer)[0].config
+        pooled = config.get("pooled_projection_dim")
+        known: dict[str, str | int] = {"family": self._layout.pipeline.__name__}
+        known["embeds"] = config["joint_attention_dim"]
+        return known if pooled is None else known | {"pooled": pooled}
 
     def drop_text_encoders(self) -> None:
         drop_encoders(self._pipe, self._layout.encoders, self.device)

@@ -31,6 +31,13 @@ from torch import nn
 
 from rtdmd_cli.config.schema import SHARED_BASE, HardwareConfig, ModelConfig
 from rtdmd_cli.engine.backbones.base import ModelId
+from rtdmd_cli.engine.backbones.single_file import (
+    DAMAGED,
+    is_single_file,
+    read_transformer,
+    refuse_lora,
+    refuse_other_kinds,
+)
 from rtdmd_cli.engine.backbones.two_bases import TwoBases, bases_of
 from rtdmd_cli.engine.compute.quantise import place, shrink_encoder
 from rtdmd_cli.engine.compute.quiet import quiet_loading
@@ -41,6 +48,7 @@ from rtdmd_cli.errors import DataError, EnvironmentFailure, UsageError
 VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")
 BUILTIN = {"builtin:shapes": "shapes/weights/sd3"}  # folder inside the package
 SINGLE_FILE = ".safetensors"
+SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 TRANSFORMER_FILES = ("transformer/*.json", f"transformer/*{SINGLE_FILE}")
 DAMAGE = (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError)
 """What the libraries raise over damaged files."""
@@ -173,10 +181,15 @@ def locate(layout: Layout, config: ModelConfig) -> Sources:
     generator = None
     if config.generator_init != SHARED_BASE:
         generator = find_transformer(config.generator_init, config.generator_revision)
-    if not config.path.endswith(SINGLE_FILE):
+    if not is_single_file(config.path):
         return Sources(find_folder(layout, config.path, config.revision), None, generator)
     file = Path(config.path).expanduser()
-    if not file.is_file():
+    if file.is_file():
+        try:
+            refuse_lora(file)
+        except DAMAGED as error:
+            raise DataError(f"{file} can't be read: {first_line(error)}", "Fetch the file again.") from error
+    else:
         raise DataError(f"There is no model file {config.path}.", "Check model.path.")
     if config.components is None:
         raise UsageError(
@@ -222,6 +235,7 @@ def find_transformer(path: str, revision: str | None) -> Path:
 
 
 def _folder_or_download(path: str, revision: str | None, key: str, download: Callable[[], str]) -> Path:
+    refuse_other_kinds(path, key)
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
@@ -291,6 +305,12 @@ def check_layout(layout: Layout, folder: Path) -> set[str]:
         raise DataError(
             f"The folder {folder} holds a {found}, not a {layout.pipeline.__name__}.", layout.renew
         )
+    scheduler = (index.get("scheduler") or [None, None])[-1]
+    if scheduler != SCHEDULER:
+        raise DataError(
+            f"The scheduler in {folder} is a {scheduler}, whose noise levels are others than a {SCHEDULER}'s.",
+            "Use the model with the scheduler it was published with.",
+        )
     components = (*layout.networks, *layout.tokenizers)
     present = {name for name in components if index.get(name) not in (None, [None, None])}
     for name in components:
@@ -320,11 +340,11 @@ def load_file(layout: Layout, file: Path, folder: Path, dtype: torch.dtype) -> A
 
     Its shape is that of `folder/transformer/config.json`. DataError for a file that holds no such transformer.
     """
+    network = layout.networks["transformer"]
     try:
-        return layout.networks["transformer"].from_single_file(
-            str(file), config=str(folder), subfolder="transformer", dtype=dtype
-        )
-    except DAMAGE as error:
+        tensors = read_transformer(file, network, network.load_config(folder, subfolder="transformer"), dtype)
+        return network.from_single_file(tensors, config=str(folder), subfolder="transformer", dtype=dtype)
+    except DAMAGED as error:
         raise DataError(
             f"{file} holds no transformer like that of {folder}: {first_line(error)}",
             "Check model.path and model.components: the file must be a fine-tune of that very model.",
@@ -356,8 +376,19 @@ def transformer_hash(folder: Path) -> str:
     return _hash(folder, [], ["transformer"])
 
 
+def hub_commit(folder: Path) -> str | None:
+    """The commit of a snapshot in a cache of the hub; None for every other folder, whatever its name.
+
+    ModelScope and others lay out downloads likewise, but under names such as `master`, which say nothing of the contents.
+    """
+    model = folder.parent.parent
+    inside = folder.parent.name == "snapshots" and model.name.startswith("models--")
+    known = inside and (model / "blobs").is_dir() and re.fullmatch("[0-9a-f]{40}", folder.name)
+    return folder.name if known else None
+
+
 def _hash(folder: Path, single: list[str], folders: list[str]) -> str:
-    if folder.parent.name == "snapshots":
+    if hub_commit(folder) is not None:
         return folder.name
     total = hashlib.sha256()
     inside = [folder / name for name in single]

@@ -43,7 +43,8 @@ def open_cache(backbone: Backbone, max_gb: float | None = None) -> EmbeddingCach
     max_gb: None for RTDMD_CACHE_GB, or else 20.
     """
     bound = _max_gb() if max_gb is None else max_gb
-    return EmbeddingCache(cache_folder("embeddings"), backbone.encoder_key, backbone.text_length, bound)
+    key, folder = backbone.encoder_key, cache_folder("embeddings")
+    return EmbeddingCache(folder, key, backbone.text_length, bound, backbone.text_fits)
 
 
 def _max_gb() -> float:
@@ -65,6 +66,7 @@ class _Block:
     keys: tuple[str, ...]
     sha256: str
     tensors: Any  # safe_open
+    family: str = ""  # of the model; "" where it isn't known
 
 
 @dataclass(frozen=True)
@@ -84,14 +86,23 @@ class EmbeddingCache:
     """Prompts -> `Conditioning` by way of the disk: `ensure` first, then `fetch` whatever was ensured.
 
     model_key: names everything but text length (T5 tokens) and prompt that the embeddings depend on.
-    max_gb: bound of the whole folder, all models together, in 10^9 bytes.
+    max_gb: bound of the whole folder, all models together, in 10^9 bytes. fits: of the backbone (`text_fits`); a block that
+    is of another family or of other widths is encoded again.
     """
 
-    def __init__(self, folder: Path, model_key: str, text_length: int, max_gb: float = DEFAULT_GB) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        model_key: str,
+        text_length: int,
+        max_gb: float = DEFAULT_GB,
+        fits: Mapping[str, str | int] | None = None,
+    ) -> None:
         self._root = folder
         self._folder = folder / hashlib.sha256(model_key.encode()).hexdigest()[:16]
         self._identity = (model_key, text_length)
         self._max_bytes = int(max_gb * 1e9)
+        self._fits = dict(fits or {})
         self._rows: dict[str, tuple[_Block, int]] = {}
         self._in_memory = 0
         remove_leftovers(self._folder)
@@ -163,10 +174,21 @@ class EmbeddingCache:
             if wanted <= self._rows.keys():
                 return
             block = _open(path)
-            if block is not None and not wanted.isdisjoint(block.keys) and _intact(block):
+            if block is None or wanted.isdisjoint(block.keys) or not self._fitting(block):
+                continue
+            if _intact(block):
                 with contextlib.suppress(OSError):  # a cache that can only be read is of use too
                     os.utime(path)
                 self._note(block)
+
+    def _fitting(self, block: _Block) -> bool:
+        """Whether a block is of this family and of its widths; one that isn't is removed."""
+        widths = {name: block.tensors.get_slice(name).get_shape()[-1] for name in block.tensors.keys()}  # noqa: SIM118
+        known = widths | ({"family": block.family} if block.family else {})
+        wrong = [name for name, value in self._fits.items() if known.get(name, value) != value]
+        if wrong:
+            _discard(block.path, f"{wrong[0]} is {known[wrong[0]]}, not {self._fits[wrong[0]]}")
+        return not wrong
 
     def _note(self, block: _Block) -> None:
         self._rows.update({key: (block, row) for row, key in enumerate(block.keys)})
@@ -174,6 +196,7 @@ class EmbeddingCache:
     def _write(self, keys: tuple[str, ...], cond: Conditioning) -> None:
         tensors = {name: tensor.cpu().contiguous() for name, tensor in cond.tensors.items()}
         metadata = {"keys": json.dumps(keys), "sha256": _digest(tensors)}
+        metadata["family"] = str(self._fits.get("family", ""))
         data = save(tensors, metadata)
         self._make_room(len(data))
         name = hashlib.sha256("".join(keys).encode()).hexdigest()[:24]
@@ -240,7 +263,7 @@ def _open(path: Path) -> _Block | None:
         rows = {tensors.get_slice(name).get_shape()[0] for name in names}
         if rows != {len(keys)}:
             raise ValueError(f"{len(keys)} keys for {rows} rows")
-        return _Block(path, keys, metadata["sha256"], tensors)
+        return _Block(path, keys, metadata["sha256"], tensors, metadata.get("family", ""))
     except FileNotFoundError:
         return None  # removed by another process
     except OSError as error:

@@ -391,7 +391,9 @@ def test_offline_without_a_cached_copy(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 
 def test_a_hub_model_is_known_by_its_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(sd3_folder(), tmp_path / "snapshots" / ("c0ffee" * 6)))
+    commit, model = "c0ffee" * 6 + "c0ff", tmp_path / "models--someone--some-model"
+    folder = Path(shutil.copytree(sd3_folder(), model / "snapshots" / commit))
+    (model / "blobs").mkdir()
     asked = []
 
     def download(path: str, revision: str | None, use_safetensors: bool) -> str:
@@ -402,4 +404,4 @@ def test_a_hub_model_is_known_by_its_commit(monkeypatch: pytest.MonkeyPatch, tmp
     config = sd3_config("someone/some-model").model_copy(update={"revision": "main"})
     backbone = sd3.load(config, CPU, torch.float32)
     assert asked == [("someone/some-model", "main", True)]
-    assert backbone.model_id.hash == "c0ffee" * 6 and backbone.model_id.revision == "main"
+    assert backbone.model_id.hash == commit and backbone.model_id.revision == "main"

@@ -1,0 +1,165 @@
+"""A transformer in a single file: kinds of files, scales of 8-bit weights, and tensors that nobody would use."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rtdmd_cli.engine.backbones.loading import hub_commit
+from rtdmd_cli.errors import DataError
+from tests.tiny_flux import load_tiny, tiny_folder
+
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+FAMILIES = ("sd3", "flux1", "flux2")
+FP8 = torch.float8_e4m3fn
+
+
+def own(family: str) -> dict[str, Tensor]:
+    return load_file(tiny_folder(family) / WEIGHTS)
+
+
+def written(path: Path, tensors: dict[str, Tensor]) -> Path:
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
+    return path
+
+
+def loaded(family: str, path: Path) -> dict[str, Tensor]:
+    backbone = load_tiny(family, path=path, components=str(tiny_folder(family)))
+    return dict(backbone.transformer.state_dict())
+
+
+def in_fp8(tensors: dict[str, Tensor], scale: str, rows: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Layers' weights in 8 bits with their scales beside them, and the weights that this means."""
+    stored, meant = {"scaled_fp8": torch.zeros(2, dtype=FP8)}, {}
+    for name, tensor in tensors.items():
+        layer, _, end = name.rpartition(".")
+        stored[name] = meant[name] = tensor
+        if end == "weight" and tensor.ndim == 2:
+            factor = tensor.abs().amax(1) / 448 if rows else tensor.abs().max().reshape(1) / 448
+            column = factor.reshape(-1, 1)
+            stored[name] = (tensor / column).to(FP8)
+            stored[f"{layer}.{scale}"] = factor.contiguous()
+            stored[f"{layer}.input_scale"] = torch.ones(1)
+            meant[name] = stored[name].float() * column
+    return stored, meant
+
+
+@pytest.mark.parametrize(("scale", "rows"), [("scale_weight", False), ("weight_scale", True)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scales_of_8_bit_weights_are_multiplied_in(
+    tmp_path: Path, family: str, scale: str, rows: bool
+) -> None:
+    stored, meant = in_fp8(own(family), scale, rows)
+    prefixed = {f"model.diffusion_model.{key}": tensor for key, tensor in stored.items()}
+    file = written(tmp_path / "mine.safetensors", prefixed | {"first_stage_model.x": torch.ones(1)})
+    found = loaded(family, file)
+    assert all(torch.equal(found[name], tensor) for name, tensor in meant.items())
+    assert any(not torch.equal(tensor, own(family)[name]) for name, tensor in meant.items())
+
+
+@pytest.mark.parametrize("ending", [".sft", ".SAFETENSORS"])
+def test_other_endings_of_the_same_files(tmp_path: Path, ending: str) -> None:
+    tensors = own("flux2")
+    found = loaded("flux2", written(tmp_path / f"mine{ending}", tensors))
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_tensor_that_is_not_used_or_missing_is_named(tmp_path: Path, family: str) -> None:
+    tensors = own(family)
+    file = written(tmp_path / "more.safetensors", tensors | {"extra.weight": torch.ones(2)})
+    with pytest.raises(DataError, match=r"tensor extra\.weight is not used"):
+        loaded(family, file)
+    name = sorted(tensors)[0]
+    del tensors[name]
+    with pytest.raises(DataError, match=f"tensor {name} is missing"):
+        loaded(family, written(tmp_path / "less.safetensors", tensors))
+
+
+@pytest.mark.parametrize(
+    ("name", "tensors", "message"),
+    [
+        (
+            "blocks",
+            {
+                "a.comfy_quant": torch.tensor(
+                    list(json.dumps({"format": "nvfp4"}).encode()), dtype=torch.uint8
+                )
+            },
+            "nvfp4",
+        ),
+        ("alone", {"a.scale_weight": torch.ones(1)}, "stores a.weight in a format"),
+        (
+            "whole",
+            {"a.weight": torch.ones(2, 2), "a.weight_scale": torch.ones(1)},
+            "stores a.weight in a format",
+        ),
+    ],
+)
+def test_scales_that_are_not_understood(
+    tmp_path: Path, name: str, tensors: dict[str, Tensor], message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        loaded("flux1", written(tmp_path / f"{name}.safetensors", own("flux1") | tensors))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("key", ["transformer.x.lora_A.weight", "lora_unet_x.lora_down.weight"])
+def test_a_lora_is_no_model(tmp_path: Path, family: str, key: str) -> None:
+    file = written(tmp_path / "style.safetensors", {key: torch.ones(2, 2)})
+    with pytest.raises(DataError, match="is a LoRA") as caught:
+        loaded(family, file)
+    assert "model.path" in caught.value.hint
+
+
+def test_other_kinds_of_files_are_named(tmp_path: Path) -> None:
+    for name, kind in (("m.gguf", "GGUF"), ("m.CKPT", "pickle"), ("m.pt", "pickle")):
+        (tmp_path / name).write_bytes(b"x")
+        with pytest.raises(DataError, match=kind):
+            load_tiny("sd3", path=tmp_path / name)
+    root = tmp_path / "models--a--b"
+    (root / "snapshots" / "1234").mkdir(parents=True)
+    with pytest.raises(DataError, match="root of a cache of the hub") as caught:
+        load_tiny("sd3", path=root)
+    assert str(root / "snapshots/1234") in caught.value.hint
+    written(tmp_path / "broken.safetensors", {"x": torch.ones(1)})
+    (tmp_path / "broken.safetensors").write_bytes(b"no header")
+    with pytest.raises(DataError, match="can't be read"):
+        loaded("sd3", tmp_path / "broken.safetensors")
+
+
+def test_another_scheduler_is_refused_when_loading(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_folder("sd3"), tmp_path / "heun"))
+    index = json.loads((folder / "model_index.json").read_text())
+    index["scheduler"][1] = "FlowMatchHeunDiscreteScheduler"
+    (folder / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(DataError, match="FlowMatchHeunDiscreteScheduler"):
+        load_tiny("sd3", path=folder)
+
+
+def test_a_commit_counts_in_a_cache_of_the_hub_alone(tmp_path: Path) -> None:
+    """ModelScope calls every download `snapshots/master`; two models would be known by the same name."""
+    for model, name, expected in (
+        ("models--a--b", "c0ffee0" * 5 + "c0ffe", "c0ffee0" * 5 + "c0ffe"),
+        ("models--a--b", "master", None),
+        ("a--b", "c0ffee0" * 5 + "c0ffe", None),
+    ):
+        folder = tmp_path / model / "snapshots" / name
+        folder.mkdir(parents=True)
+        (tmp_path / model / "blobs").mkdir(exist_ok=True)
+        assert hub_commit(folder) == expected
+    first, second = (
+        Path(shutil.copytree(tiny_folder("sd3"), tmp_path / f"m--{n}" / "snapshots" / "master")) for n in "ab"
+    )
+    known = load_tiny("sd3", path=first)
+    changed = load_file(second / WEIGHTS)
+    changed["proj_out.bias"] += 1
+    save_file(changed, second / WEIGHTS, {"format": "pt"})
+    other = load_tiny("sd3", path=second)
+    assert known.model_id.hash != other.model_id.hash and known.encoder_key != other.encoder_key
