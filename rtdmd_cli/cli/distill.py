@@ -26,6 +26,7 @@ from rtdmd_cli.cli.starting import (
     is_follower,
 )
 from rtdmd_cli.config.loader import Resolved, load_preset
+from rtdmd_cli.config.places import with_whole_paths
 
 if TYPE_CHECKING:
     from rtdmd_cli.engine.training.start import Start
@@ -57,7 +58,7 @@ def distill(
     Example: rtdmd distill --preset shapes-4step
     """
     hardware = [f"hardware.{key}={value}" for key, value in (("device", device), ("dtype", dtype)) if value]
-    resolved = load_preset(preset, [*(overrides or []), *hardware])
+    resolved = with_whole_paths(load_preset(preset, [*(overrides or []), *hardware]))
     if not dry_run:
         in_processes(processes)
     quiet, silent = quiet or is_follower(), is_follower()

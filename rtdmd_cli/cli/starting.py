@@ -10,6 +10,7 @@ import typer
 
 from rtdmd_cli.cli import completing, console
 from rtdmd_cli.config.loader import Resolved, load_preset
+from rtdmd_cli.config.places import located
 from rtdmd_cli.errors import DataError, EnvironmentFailure, UsageError
 
 if TYPE_CHECKING:
@@ -279,7 +280,7 @@ def require_same_recipe(
     from rtdmd_cli.config.loader import preset_values
 
     try:
-        made_with = load_preset(str(own), environ={}).preset
+        made_with = located(load_preset(str(own), environ={}).preset)
     except UsageError as error:
         raise DataError(f"The run {own.parent} is damaged: {error.message}", error.hint) from error
     before, now = preset_values(made_with), preset_values(resolved.preset)

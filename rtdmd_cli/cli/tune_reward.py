@@ -28,6 +28,7 @@ from rtdmd_cli.cli.starting import (
     is_follower,
 )
 from rtdmd_cli.config.loader import Resolved, check_overrides, load_preset
+from rtdmd_cli.config.places import located, with_whole_paths
 from rtdmd_cli.config.tune_reward import split_weights
 from rtdmd_cli.errors import DataError, UsageError
 
@@ -96,7 +97,7 @@ def tune_reward(
     settings = settings_of(reward, overrides or [], device, dtype)
     check_overrides(settings, preset or DEFAULT_PRESET)  # before a run is looked for
     run, checkpoint = stage_1_of(from_, out, quiet)
-    resolved = load_preset(preset or str(run.preset), settings)
+    resolved = with_whole_paths(load_preset(preset or str(run.preset), settings))
     require_same_model(run, resolved)
     from rtdmd_cli.engine.prompts.reading import known_by
 
@@ -189,7 +190,7 @@ def stage_1_of(reference: str | None, out: Path, quiet: bool) -> tuple["RunFolde
 
 def require_same_model(run: "RunFolder", resolved: Resolved) -> None:
     """DataError if the recipe is for another model than stage 1's, or other noise levels than it was made for."""
-    made_with, now = load_preset(str(run.preset), environ={}).preset, resolved.preset
+    made_with, now = located(load_preset(str(run.preset), environ={}).preset), resolved.preset
     pairs = {
         "model.family": (made_with.model.family, now.model.family),
         "model.path": (made_with.model.path, now.model.path),

@@ -66,7 +66,7 @@ class ModelConfig(Section):
         default=7.0,
         ge=1,
         le=100,
-        description="the teacher's guidance scale, no unit: classifier-free, where 1 is none; embedded for FLUX.1-dev",
+        description="the teacher's guidance scale, no unit: classifier-free, where 1 is none; embedded if FLUX.1 has that input",
     )
     teacher_steps: int = Field(
         default=50, ge=1, le=1000, description="steps of the teacher when it is sampled in full"

@@ -125,6 +125,10 @@ class Backbone(Protocol):
         """As the stock pipeline encodes them, on `encoder_device`, without gradient."""
         ...
 
+    def excess(self, prompts: Sequence[str]) -> Mapping[str, int]:
+        """How many of the prompts are cut off, by the limit they exceed, as in {"the 77 tokens of CLIP": 12}."""
+        ...
+
     def drop_text_encoders(self) -> None:
         """Free the text encoders' memory; `encode` raises RtdmdError from then on."""
         ...

@@ -54,6 +54,19 @@ class PipelineBackbone:
         known["embeds"] = config["joint_attention_dim"]
         return known if pooled is None else known | {"pooled": pooled}
 
+    def excess(self, prompts: Sequence[str]) -> dict[str, int]:
+        found: dict[str, int] = {}
+        for tokenizer in (self._pipe.components.get(name) for name in self._layout.tokenizers):
+            if tokenizer is None:
+                continue
+            kind = type(tokenizer).__name__.partition("Tokenizer")[0]
+            limit = tokenizer.model_max_length if kind == "CLIP" else self.text_length
+            texts = list(prompts) if tokenizer.chat_template is None else _as_chat(tokenizer, prompts)
+            count = sum(len(ids) > limit for ids in tokenizer(texts)["input_ids"])
+            if count:
+                found[f"the {limit} tokens of {kind}"] = count
+        return found
+
     def drop_text_encoders(self) -> None:
         drop_encoders(self._pipe, self._layout.encoders, self.device)
 
@@ -69,6 +82,19 @@ class PipelineBackbone:
         images = self._pipe.vae.decode(vae_latents.to(self.dtype), return_dict=False)[0]
         shown: Tensor = self._pipe.image_processor.postprocess(images.float(), output_type="pt")
         return shown
+
+
+def _as_chat(tokenizer: Any, prompts: Sequence[str]) -> list[str]:
+    """The prompts in the words around them that FLUX.2's pipeline adds."""
+    return [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}],
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=False,
+        )
+        for prompt in prompts
+    ]
 
 
 def encode_in_parts(

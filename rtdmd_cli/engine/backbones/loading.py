@@ -240,7 +240,8 @@ def _folder_or_download(path: str, revision: str | None, key: str, download: Cal
     if folder.is_dir():
         return folder
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", path):
-        raise DataError(f"There is no model folder {path}.", f"Check {key}.")
+        moved = " If it was moved, set the new place." if Path(path).is_absolute() else ""
+        raise DataError(f"There is no model folder {path}.", f"Check {key}.{moved}")
     try:
         return Path(download())
     except (OSError, HTTPError, RevisionResolutionError, HFValidationError) as error:

@@ -47,7 +47,7 @@ LORA_MARKS = (
 SCALES = (".scale_weight", ".weight_scale")  # of a layer's 8-bit weight
 OF_ACTIVATIONS = (".scale_input", ".input_scale")  # for products in fp8, which are not used here
 EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)
-TAKE = "Take the file in bf16, fp16 or fp8, or the model's folder in the layout of diffusers."
+TAKE = "The file must be a fine-tune of the model in model.components, in fp32, fp16, bf16, or fp8 with plain scales."
 
 
 def is_single_file(path: str) -> bool:

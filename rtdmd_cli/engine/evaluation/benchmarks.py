@@ -200,7 +200,7 @@ def find_benchmark(name: str) -> Benchmark:
     if name in BENCHMARKS:
         return BENCHMARKS[name]
     sets = (BUILT_IN, PREFIX)
-    if name.startswith(sets) or name.endswith(SUFFIXES) or "/" in name:
+    if name.startswith(sets) or name.lower().endswith(SUFFIXES) or "/" in name:
         stem = name.partition(":")[2] if name.startswith(sets) else Path(name).stem
         return Benchmark(
             name=stem or "prompts",

@@ -223,11 +223,15 @@ def scan_folder(root: Path, images: int | None, limit: int | None) -> tuple[Eval
             f"Ask for fewer with --images-per-prompt, or add what is missing. {_LAYOUT}",
         )
     paths = {(row, rank): path for row, found in samples.items() for rank, path in enumerate(found[:taken])}
+    fewest = next(row for row, found in samples.items() if len(found) == least)
+    most = max(map(len, samples.values()))
+    left_out = (f"{taken} of up to {most} pictures a prompt, as {places[fewest].parent.name} holds {least}",)
     prompts = EvalPrompts(
         {row: whole.texts[number[row]] for row in samples},
         {row: whole.metadata[number[row]] for row in samples},
         len(whole),
         known_by(whole),
+        departures=left_out if images is None and least < most else (),
     )
     exact = all(exact_path(path).is_file() for path in paths.values())
     own = all(f"{key[1]:04d}.png" == path.name for key, path in paths.items())  # as an evaluation names them

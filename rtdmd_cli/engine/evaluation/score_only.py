@@ -59,7 +59,7 @@ def find_pictures(
         )
     whole = same and limit is None and images in (None, made_for.get("images_per_prompt"))
     other = tuple(mine.get("foreign_prompts", ())) if same else _check(benchmark, prompts, file)
-    stamps = (*shortened(len(prompts), benchmark.prompts or prompts.total), *other)
+    stamps = (*shortened(len(prompts), benchmark.prompts or prompts.total), *other, *prompts.departures)
     if benchmark.built_in and not pictures.exact:
         stamps = (*stamps, "judged from 8-bit pictures")
     unknown = dict.fromkeys(UNKNOWN) | {"model": root.resolve().name, "dtype": None, "device": None}

@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 
 from rtdmd_cli.engine.backbones.base import Backbone, Conditioning, concatenate
+from rtdmd_cli.engine.compute.quiet import quiet_loading
 from rtdmd_cli.engine.storage import strict_json
 from rtdmd_cli.engine.storage.files import TMP_PREFIX, cache_folder, remove_leftovers, write_bytes
 from rtdmd_cli.errors import EnvironmentFailure, UsageError
@@ -44,7 +45,7 @@ def open_cache(backbone: Backbone, max_gb: float | None = None) -> EmbeddingCach
     """
     bound = _max_gb() if max_gb is None else max_gb
     key, folder = backbone.encoder_key, cache_folder("embeddings")
-    return EmbeddingCache(folder, key, backbone.text_length, bound, backbone.text_fits)
+    return EmbeddingCache(folder, key, backbone.text_length, bound, backbone.text_fits, backbone.excess)
 
 
 def _max_gb() -> float:
@@ -87,7 +88,8 @@ class EmbeddingCache:
 
     model_key: names everything but text length (T5 tokens) and prompt that the embeddings depend on.
     max_gb: bound of the whole folder, all models together, in 10^9 bytes. fits: of the backbone (`text_fits`); a block that
-    is of another family or of other widths is encoded again.
+    is of another family or of other widths is encoded again. excess: of the backbone; what it says of the prompts that are
+    encoded goes into the log, in one line for each limit.
     """
 
     def __init__(
@@ -97,12 +99,14 @@ class EmbeddingCache:
         text_length: int,
         max_gb: float = DEFAULT_GB,
         fits: Mapping[str, str | int] | None = None,
+        excess: Callable[[Sequence[str]], Mapping[str, int]] = lambda prompts: {},
     ) -> None:
         self._root = folder
         self._folder = folder / hashlib.sha256(model_key.encode()).hexdigest()[:16]
         self._identity = (model_key, text_length)
         self._max_bytes = int(max_gb * 1e9)
         self._fits = dict(fits or {})
+        self._excess = excess
         self._rows: dict[str, tuple[_Block, int]] = {}
         self._in_memory = 0
         remove_leftovers(self._folder)
@@ -118,7 +122,10 @@ class EmbeddingCache:
         missing = [(key, prompt) for key, prompt in wanted.items() if key not in self._rows]
         for start in range(0, len(missing), BLOCK):
             keys, texts = zip(*missing[start : start + BLOCK], strict=True)
-            self._write(keys, encode(texts))
+            with quiet_loading():  # the libraries would list what they cut off, batch by batch
+                encoded = encode(texts)
+            self._write(keys, encoded)
+        self._say_excess([prompt for _, prompt in missing])
         return len(missing)
 
     def renew(self, prompts: Sequence[str], encode: Callable[[Sequence[str]], Conditioning]) -> int:
@@ -139,7 +146,10 @@ class EmbeddingCache:
             missing = [key for key in keys if key not in known]
             rows: dict[str, Conditioning] = {}
             if missing:
-                encoded = encode([wanted[key] for key in missing]).to("cpu")
+                texts = [wanted[key] for key in missing]
+                with quiet_loading():
+                    encoded = encode(texts).to("cpu")
+                self._say_excess(texts)
                 rows = {key: encoded.select([row]) for row, key in enumerate(missing)}
             copied = {key: self.fetch([wanted[key]], known) for key in keys if key in known}
             self._write(keys, concatenate([(rows | copied)[key] for key in keys]))
@@ -164,6 +174,14 @@ class EmbeddingCache:
                 for name in rows[0][0].tensors.keys()  # noqa: SIM118 - safe_open is no mapping
             }
         )
+
+    def _say_excess(self, prompts: Sequence[str]) -> None:
+        with quiet_loading():
+            found = self._excess(prompts) if prompts else {}
+        for limit, count in found.items():
+            log.warning(
+                "%d of %d prompts are longer than %s: their ends are cut off", count, len(prompts), limit
+            )
 
     def _key(self, prompt: str) -> str:
         return hashlib.sha256(json.dumps([*self._identity, prompt]).encode()).hexdigest()

@@ -1,8 +1,12 @@
 """Reads prompts: files, folders, standard input, the public sets, the captions of the built-in world. No torch."""
 
+import csv
 import hashlib
+import io
 import json
+import logging
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +30,22 @@ MAX_BYTES = 256 * 1024**2
 MAX_PROMPTS = 1_000_000
 MAX_BRACKETS = 4_000_000
 """Opening brackets of a file: each may be a value that takes fifty times its own size in memory."""
-SUFFIXES = (".txt", ".json", ".jsonl")
-"""Of the prompt files that are looked for in a folder."""
+TABLES = {".csv": ",", ".tsv": "\t"}
+"""Ending of a table -> what stands between its columns."""
+COLUMNS = ("prompt", "caption", "text")  # of a table, the first that is there
+SUFFIXES = (".txt", ".json", ".jsonl", *TABLES)
+"""Of the files that are read, in small letters; a name without an ending is taken for text."""
+OPTION = re.compile(r"(?:^|\s)(--[A-Za-z][\w-]*)(?:[\s=]\S|$)")
+"""What looks like an option of another tool, as in kohya's `a cat --w 512`."""
 USUAL_NAMES = frozenset({"train", "train_metadata", "prompts"})
 _HINT = "A prompt file is UTF-8 text with one prompt a line."
 _JSON_HINT = 'A .json file holds one list, of texts or of objects as in {"prompt": "a photo of a dog"}.'
+_TABLE_HINT = (
+    f"The first line of a table names its columns, one of them {', '.join(COLUMNS[:-1])} or {COLUMNS[-1]}."
+)
 _JSONL_HINT = 'A .jsonl file holds one object a line, as in {"prompt": "a photo of a dog"}.'
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -60,13 +74,15 @@ def read_prompt_set(source: str) -> PromptSet:
 
     "builtin:shapes" (training) and "builtin:shapes-benchmark" (held out); "data:NAME", a public set of
     `public_sets` that has been fetched; or a path: a .jsonl file (one object a line, its `prompt` the text, the
-    rest metadata), a .json file (a list of such objects or of texts), any other file (UTF-8 text, one prompt a line;
-    blanks around it, blank lines and a byte order mark are dropped), or a folder that holds one of these.
+    rest metadata), a .json file (a list of such objects or of texts), a .csv or .tsv file (its first line names the columns,
+    one of them `prompt`, `caption` or `text`; the rest metadata), a .txt file or one without an ending (UTF-8 text, one
+    prompt a line; blanks around it, blank lines, lines that begin with # and a byte order mark are dropped), or a folder that
+    holds one of these. Endings count without regard to case. The log says what was left out and what looks like options.
 
     Raises DataError, naming the line or the prompt's number, for text that is not UTF-8, a NUL character, a line of
     more than 10,000 characters, and an entry without a text `prompt`; DataError for a file that is missing, holds no
     prompt or is no JSON; UsageError for an unknown built-in or public set; EnvironmentFailure for a file that can't be
-    read and a public set that has not been fetched.
+    read and a public set that has not been fetched. DataError for a file with another ending, and for lone carriage returns.
     """
     if source == BUILTIN:
         return _plain(builtin_prompts())
@@ -80,13 +96,18 @@ def read_prompt_set(source: str) -> PromptSet:
         return _public(find_data(source))
     path = Path(source).expanduser()
     with os_errors(path, "read"):
-        return _read_file(_only_file(path) if path.is_dir() else path)
+        path = _only_file(path) if path.is_dir() else path
+        found = _read_file(path)
+    _say_options(found.texts, str(path))
+    return found
 
 
 def read_prompts(source: str, stdin: BinaryIO | None = None) -> Sequence[str]:
     """The texts alone, and where `stdin` is given and `source` is "-", its lines. Errors as `read_prompt_set`."""
     if source == "-" and stdin is not None:
-        return _prompts(stdin, "standard input")
+        lines = _prompts(stdin, "standard input")
+        _say_options(lines, "standard input")
+        return lines
     return read_prompt_set(source).texts
 
 
@@ -116,7 +137,7 @@ def _plain(texts: Sequence[str]) -> PromptSet:
 def _only_file(folder: Path) -> Path:
     """The prompt file of a folder: the only one, or the only one with a usual name. DataError otherwise."""
     visible = [path for path in folder.iterdir() if not path.name.startswith(".") and path.is_file()]
-    found = sorted(path for path in visible if path.suffix in SUFFIXES)
+    found = sorted(path for path in visible if path.suffix.lower() in SUFFIXES)
     usual = [path for path in found if path.stem in USUAL_NAMES]
     for chosen in (found, usual):
         if len(chosen) == 1:
@@ -130,17 +151,24 @@ def _only_file(folder: Path) -> Path:
 
 
 def _read_file(path: Path) -> PromptSet:
-    name = str(path)
+    name, ending = str(path), path.suffix.lower()
     try:
         with strict_json.open_regular(path) as file:
-            if path.suffix == ".json":
+            if ending == ".json":
                 return _entries(_json_list(file, name), name, _JSON_HINT)
-            lines = _prompts(file, name)
+            if ending in TABLES:
+                return _entries(_rows(file, name, TABLES[ending]), name, _TABLE_HINT)
+            if ending and ending not in SUFFIXES:
+                raise DataError(
+                    f"{name} ends in {path.suffix}, which is no prompt file.",
+                    f"Read are {', '.join(SUFFIXES)}: rename it if it is text with one prompt a line.",
+                )
+            lines = _prompts(file, name, comments=ending != ".jsonl")
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise DataError(f"There is no prompt file {path}.", "Check the path.") from error
     except strict_json.BadJson as error:
         raise DataError(f"{path} can't be read: {error}.", "Write the prompts to a file first.") from error
-    return _entries(_json_lines(lines, name), name, _JSONL_HINT) if path.suffix == ".jsonl" else _plain(lines)
+    return _entries(_json_lines(lines, name), name, _JSONL_HINT) if ending == ".jsonl" else _plain(lines)
 
 
 def _json_list(file: BinaryIO, name: str) -> Iterator[Any]:
@@ -157,6 +185,29 @@ def _json_list(file: BinaryIO, name: str) -> Iterator[Any]:
         raise DataError(f"{name} can't be read{where}: {error}.", _JSON_HINT) from error
     if not number:
         raise DataError(f"{name} holds no prompts.", _JSON_HINT)
+
+
+def _rows(file: BinaryIO, name: str, between: str) -> Iterator[Any]:
+    """The rows of a table as objects with a `prompt`; other columns that hold something are metadata."""
+    if os.fstat(file.fileno()).st_size > MAX_BYTES:
+        raise _too_much(name)
+    try:
+        text = io.StringIO(file.read().decode("utf-8-sig"), newline="")
+        reader = csv.DictReader(text, delimiter=between, strict=True)
+        names = {str(column).strip().lower(): column for column in reader.fieldnames or ()}
+        column = next((names[each] for each in COLUMNS if each in names), None)
+        if column is None:
+            raise DataError(
+                f"{name} has no column called {', '.join(COLUMNS[:-1])} or {COLUMNS[-1]}.", _TABLE_HINT
+            )
+        for number, row in enumerate(reader, 1):
+            _require_few(number, 0, name)
+            rest = {key: value for key, value in row.items() if key not in (column, None) and value}
+            yield rest | {"prompt": row[column]}
+    except UnicodeDecodeError as error:
+        raise DataError(f"{name} is not UTF-8 text.", _TABLE_HINT) from error
+    except csv.Error as error:
+        raise DataError(f"{name} can't be read as a table: {error}.", _TABLE_HINT) from error
 
 
 def _json_lines(lines: Sequence[str], name: str) -> Iterator[Any]:
@@ -220,15 +271,30 @@ def check_prompt(prompt: str) -> str:
     return prompt.strip()
 
 
-def _prompts(stream: BinaryIO, name: str) -> list[str]:
-    prompts = []
+def _prompts(stream: BinaryIO, name: str, comments: bool = True) -> list[str]:
+    """comments: whether lines that begin with # are left out."""
+    prompts, left_out = [], 0
     for line in _lines(stream, name):
-        if line:
+        if comments and line.startswith("#"):
+            left_out += 1
+        elif line:
             prompts.append(line)
             _require_few(len(prompts), 0, name)
+    if left_out:
+        log.warning("%s: %d lines begin with # and are left out as comments", name, left_out)
     if not prompts:
         raise DataError(f"{name} holds no prompts.", _HINT)
     return prompts
+
+
+def _say_options(texts: Sequence[str], name: str) -> None:
+    """Say what looks like options of another tool: they are words of the prompt here."""
+    found = [match for match in map(OPTION.search, texts) if match]
+    if found:
+        log.warning(
+            "%s: %d of %d prompts hold what looks like options (%s); they are read as words of the prompt",
+            *(name, len(found), len(texts), found[0][1]),
+        )
 
 
 def _lines(stream: BinaryIO, name: str) -> Iterator[str]:
@@ -249,6 +315,11 @@ def _lines(stream: BinaryIO, name: str) -> Iterator[str]:
             raise _too_long(where)
         if "\0" in line:
             raise DataError(f"{where}: the line holds a NUL character.", _HINT)
+        if "\r" in line:
+            raise DataError(
+                f"{where}: its lines end in lone carriage returns.",
+                "Convert it: tr '\\r' '\\n' < FILE > NEW_FILE",
+            )
         yield line.strip()
 
 

@@ -135,10 +135,10 @@ def test_a_single_file_that_does_not_fit(tmp_path: Path) -> None:
     save_file({key: weights[key] for key in sorted(weights)[1:]}, file)
     shutil.copy(tiny_folder("flux1") / WEIGHTS, tmp_path / "foreign.safetensors")
     (tmp_path / "garbled.safetensors").write_bytes(b"{}")
-    for name in ("tuned", "foreign", "garbled"):
-        with pytest.raises(DataError, match=f"{name}.safetensors holds no transformer like") as caught:
+    for name, message in (("tuned", "is missing"), ("foreign", "is not used"), ("garbled", "can't be read")):
+        with pytest.raises(DataError, match=f"{name}.safetensors.*{message}") as caught:
             load_tiny("flux2", **(parts | {"path": tmp_path / f"{name}.safetensors"}))
-        assert "model.components" in caught.value.hint
+        assert caught.value.hint
     with pytest.raises(UsageError, match="nothing says where the rest") as missing:
         load_tiny("flux2", path=file)
     assert "--set model.components=" in missing.value.hint

@@ -21,6 +21,7 @@ from rtdmd_cli.engine.prompts.embeddings import BLOCK, EmbeddingCache, open_cach
 from rtdmd_cli.engine.storage import files
 from rtdmd_cli.engine.storage.disk import Disk
 from rtdmd_cli.errors import EnvironmentFailure, UsageError
+from tests.tiny_flux import TINY, load_tiny
 
 ROW = 4 * (3 * 5 + 2)  # bytes of one prompt: float32, L = 3, D = 5, P = 2
 
@@ -110,6 +111,18 @@ def test_each_prompt_is_encoded_once(tmp_path: Path, dtype: torch.dtype) -> None
     for held in (first, later):
         assert same(held.fetch(["c", "a", "a"]), Encoder(dtype)(["c", "a", "a"]))
     assert encode.asked == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("wrong", [{"family": "FluxPipeline"}, {"embeds": 7}, {"pooled": 3}])
+def test_a_block_of_another_family_or_width_is_encoded_again(
+    tmp_path: Path, wrong: dict[str, str | int], caplog: pytest.LogCaptureFixture
+) -> None:
+    """As where two models were known by the same name."""
+    right: dict[str, str | int] = {"family": "Flux2KleinPipeline", "embeds": 5, "pooled": 2}
+    assert EmbeddingCache(tmp_path, "m", 8, 1.0, right).ensure(["a"], Encoder()) == 1
+    assert EmbeddingCache(tmp_path, "m", 8, 1.0, right).ensure(["a"], Encoder()) == 0
+    assert EmbeddingCache(tmp_path, "m", 8, 1.0, right | wrong).ensure(["a"], Encoder()) == 1
+    assert next(iter(wrong)) in caplog.text
 
 
 def test_model_and_text_length_are_kept_apart(tmp_path: Path) -> None:
@@ -212,7 +225,7 @@ def test_nothing_is_written_where_nothing_may_be(tmp_path: Path) -> None:
 
 
 def test_folder_and_size_come_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    backbone: Any = SimpleNamespace(encoder_key="k", text_length=8)
+    backbone: Any = SimpleNamespace(encoder_key="k", text_length=8, text_fits={}, excess=lambda texts: {})
     monkeypatch.setenv("RTDMD_CACHE", str(tmp_path))
     open_cache(backbone).ensure(["a"], Encoder())
     assert len(blocks(tmp_path / "embeddings")) == 1
@@ -223,3 +236,19 @@ def test_folder_and_size_come_from_the_environment(tmp_path: Path, monkeypatch: 
         monkeypatch.setenv("RTDMD_CACHE_GB", wrong)
         with pytest.raises(UsageError, match="RTDMD_CACHE_GB"):
             open_cache(backbone)
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux1", "flux2"])
+def test_prompts_that_are_cut_off_are_said_in_one_line(
+    tmp_path: Path, family: str, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Not by the libraries, which listed the cut texts of every batch: 600 long captions gave 1.4 MB."""
+    backbone = load_tiny(family)
+    texts = [f"{'a red circle ' * 9}{i}" for i in range(130)] + ["a ring"]
+    made = EmbeddingCache(tmp_path, "m", 8, 1.0, backbone.text_fits, backbone.excess)
+    assert made.ensure(texts, backbone.encode) == 131
+    lines = [record.getMessage() for record in caplog.records if "cut off" in record.getMessage()]
+    clip = "130 of 131 prompts are longer than the 12 tokens of CLIP: their ends are cut off"
+    own = f"130 of 131 prompts are longer than the {TINY[family].text_length} tokens of "
+    assert (clip in lines) is (family != "flux2") and any(line.startswith(own) for line in lines)
+    assert len(lines) == (1 if family == "flux2" else 2) and len(capfd.readouterr().err) < 1000

@@ -235,3 +235,55 @@ def test_more_than_can_be_meant_is_refused(
             with monkeypatch.context() as patch, pytest.raises(DataError, match="holds more than"):
                 patch.setattr(reading, limit, value)
                 read_prompt_set(source)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", 'id,Prompt,tag\n1,"a cat, asleep",x\n2,"two\nlines",\n'),
+        ("a.TSV", "caption\ttag\na cat, asleep\tx\ntwo\nlines"),
+        ("a.csv", "﻿text\na cat\n"),
+    ],
+)
+def test_tables_are_read_by_their_header(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    found = read_prompt_set(str(tmp_path / name))
+    expected = {
+        "id": (["a cat, asleep", "two\nlines"], [{"id": "1", "tag": "x"}, {"id": "2"}]),
+        "ca": (["a cat, asleep", "two", "lines"], [{"tag": "x"}, {}, {}]),
+        "﻿t": (["a cat"], [{}]),
+    }[content[:2]]
+    assert (list(found.texts), list(found.metadata)) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", b"a cat\na dog\n", "no column called prompt, caption or text"),
+        ("a.csv", b"prompt\n\xff\n", "not UTF-8"),
+        ("a.csv", b'prompt\n"open\n', "as a table"),
+        ("a.yaml", b"- a cat\n", r"ends in \.yaml"),
+        ("a.txt", b"a cat\ra dog\r", "lone carriage returns"),
+        ("a.txt", b"# only\n#comments\n", "holds no prompts"),
+    ],
+)
+def test_files_of_another_kind_are_refused(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message) as caught:
+        read_prompt_set(str(tmp_path / name))
+    assert caught.value.hint
+
+
+def test_endings_count_without_regard_to_case(tmp_path: Path) -> None:
+    for name, content in (("a.JSON", '["a cat"]'), ("b.JsonL", '{"prompt": "a cat"}'), ("c.TXT", "a cat")):
+        (tmp_path / name).write_text(content)
+        assert list(read_prompt_set(str(tmp_path / name)).texts) == ["a cat"]
+
+
+def test_comments_are_left_out_and_options_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A file for kohya's scripts: `#` begins a comment, and options stand behind the prompt."""
+    path = tmp_path / "kohya.txt"
+    path.write_text("# portraits\na cat --w 512 --h 768\na dog -- asleep\n#end\n")
+    assert list(read_prompt_set(str(path)).texts) == ["a cat --w 512 --h 768", "a dog -- asleep"]
+    assert "2 lines begin with #" in caplog.text
+    assert "1 of 2 prompts hold what looks like options (--w)" in caplog.text
