@@ -66,7 +66,7 @@ class ModelConfig(Section):
         default=7.0,
         ge=1,
         le=100,
-        description="the teacher's guidance scale, no unit: classifier-free, where 1 is none; embedded if FLUX.1 has that input",
+        description="the teacher's guidance scale, no unit: classifier-free (1 is none), or embedded where FLUX.1 takes it",
     )
     teacher_steps: int = Field(
         default=50, ge=1, le=1000, description="steps of the teacher when it is sampled in full"

@@ -82,7 +82,7 @@ def gradients(trainer: Trainer, role: str) -> dict[str, Tensor]:
 
 def conditioning(trainer: Trainer, iteration: int) -> tuple[Tensor, Conditioning]:
     prompts = chosen_prompts(trainer, iteration)
-    return prompts, trainer.conditioning(prompts.tolist())
+    return torch.tensor(prompts), trainer.conditioning(prompts)
 
 
 @pytest.mark.parametrize(("prompts", "batch"), [(7, 3), (7, 7), (5, 12), (1, 4)])
@@ -90,11 +90,11 @@ def test_prompts_come_in_epochs_without_replacement(prompts: int, batch: int) ->
     """Every prompt once before any a second time, whatever the batch; another order in each epoch."""
     trainer = make(batch=batch)
     trainer.prompts = prompts
-    drawn = torch.cat([chosen_prompts(trainer, iteration) for iteration in range(6 * prompts)]).tolist()
+    drawn = [prompt for iteration in range(6 * prompts) for prompt in chosen_prompts(trainer, iteration)]
     epochs = [drawn[start : start + prompts] for start in range(0, len(drawn), prompts)]
     assert all(sorted(epoch) == list(range(prompts)) for epoch in epochs[:6])
     assert prompts == 1 or epochs[0] != epochs[1]
-    assert chosen_prompts(trainer, 3).tolist() == drawn[3 * batch : 4 * batch]
+    assert chosen_prompts(trainer, 3) == drawn[3 * batch : 4 * batch]
 
 
 def evaluate(trainer: Trainer, role: str, x: Tensor, level: Tensor, cond: Conditioning) -> Tensor:
