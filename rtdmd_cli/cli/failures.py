@@ -32,6 +32,8 @@ MACHINE = {
     errno.EPERM: "Change the permissions, or choose another folder.",
     errno.EROFS: "Choose a folder that can be written.",
     errno.EIO: "Check the disk.",
+    errno.ENAMETOOLONG: "Choose a shorter path.",
+    errno.ELOOP: "Choose a path whose links lead somewhere.",
     errno.ESTALE: "Check the network disk.",
     errno.ETIMEDOUT: "Check the network disk.",
     errno.EMFILE: "Raise the limit of open files: ulimit -n 4096",

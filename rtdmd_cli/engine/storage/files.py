@@ -90,12 +90,14 @@ def aside_path(path: Path) -> Path:
 
 def make_folder(path: Path) -> None:
     """Make a folder and its parents and flush the new names to disk; one that exists is left alone."""
-    if os.path.isdir(path):
-        return
-    make_folder(path.parent)
-    with os_errors(path, "make the folder"):
-        disk.make_folder(path)
-        disk.flush_path(path.parent)
+    missing = []
+    while not os.path.isdir(path) and path != path.parent:
+        missing.append(path)
+        path = path.parent
+    for folder in reversed(missing):
+        with os_errors(folder, "make the folder"):
+            disk.make_folder(folder)
+            disk.flush_path(folder.parent)
 
 
 def write_with(path: Path, writer: Callable[[Path], None]) -> None:

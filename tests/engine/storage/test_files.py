@@ -277,3 +277,11 @@ def test_a_held_folder_is_busy_for_others(tmp_path: Path) -> None:
         with pytest.raises(BusyError, match="is working on"), files.locked(tmp_path, "Wait."):
             raise AssertionError("two holders")
     assert not files.is_held(tmp_path)
+
+
+def test_two_thousand_levels_of_folders_are_named_and_no_error_of_ours(tmp_path: Path) -> None:
+    deep = tmp_path.joinpath(*["a"] * 2_100)
+    with pytest.raises(EnvironmentFailure, match="Cannot make the folder .*too long"):
+        files.make_folder(deep)
+    files.make_folder(tmp_path.joinpath(*["b"] * 300))
+    assert tmp_path.joinpath(*["b"] * 300).is_dir()
