@@ -74,7 +74,7 @@ _EVAL = (
     "--batch",
     "2",
 )
-_EXPORT = ("export", BASE, "--format", "comfyui", "--no-check", "--quiet")
+_EXPORT = ("export", BASE, "--format", "diffusers", "--no-check", "--quiet")
 COMMANDS = (
     Command("distill", (*DISTILL, "--name", "one", "--resume", "auto"), ("runs/one",)),
     Command(

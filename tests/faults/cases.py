@@ -52,7 +52,7 @@ class Case:
 
 _FROM = ("--from", "runs/base")
 _RESUME = ("--resume", "auto", "--quiet")
-_EXPORT = ("export", "base", "--format", "comfyui", "--no-check", "--quiet", "--out")
+_EXPORT = ("export", "base", "--format", "diffusers", "--no-check", "--quiet", "--out")
 CASES = {
     "distill": Case(
         ("distill", "--preset", "tiny.yaml", "--name", "one", *as_overrides("distill", _DISTILL), *_RESUME)

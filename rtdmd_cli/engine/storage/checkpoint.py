@@ -114,7 +114,7 @@ def save_checkpoint(
                 "Check the disk; the older checkpoints are untouched.",
             ) from error
         files.replace_folder(temporary, final)
-    _prune(folder, step, keep, spared)
+    rotate(folder, step, keep, spared)
     return final
 
 
@@ -172,7 +172,8 @@ def step_of(path: Path) -> int:
     return int(match[1])
 
 
-def _prune(folder: Path, step: int, keep: int, spared: int | None) -> None:
+def rotate(folder: Path, step: int, keep: int, spared: int | None = None) -> None:
+    """Remove the oldest of the steps before `step` until `keep` are left, this one included; not `spared`."""
     older = [path for path in _step_folders(folder) if step_of(path) < step and step_of(path) != spared]
     for path in older[: max(0, len(older) - (keep - 1))]:
         files.remove_folder(path)

@@ -23,6 +23,7 @@ from rtdmd_cli.engine.storage import files
 from rtdmd_cli.engine.storage.checkpoint import (
     Checkpoint,
     newest_valid,
+    rotate,
     save_checkpoint,
     set_aside_after,
     step_name,
@@ -238,8 +239,8 @@ def train(session: Session, quiet: bool) -> StopRequest:
     silent = quiet or not processes.main
     recent: deque[float] = deque(maxlen=RECENT)
     with processes.agreeing(), stop.during("finishing the pictures", session.kept):
-        if processes.main and session.last and grid_due(session) and not grid_path(session).exists():
-            sample_grid(session)  # a kill came between checkpoint and pictures
+        if processes.main and session.last:
+            catch_up(session)
     with training_progress(total, session.iteration, silent) as show:
         while session.iteration < total and not ended(session, stop):
             began = time.monotonic()
@@ -259,6 +260,13 @@ def train(session: Session, quiet: bool) -> StopRequest:
         with stop.during("saving the checkpoint", session.kept):
             save_unsaved(session)
     return stop
+
+
+def catch_up(session: Session) -> None:
+    """Do what a kill right after the last checkpoint has left undone: its rotation, and its grid."""
+    rotate(session.run.checkpoints, session.iteration, session.stage.schedule.keep, session.best)
+    if grid_due(session) and not grid_path(session).exists():
+        sample_grid(session)
 
 
 def ending(unit: str, seconds: Collection[float]) -> str:

@@ -97,6 +97,13 @@ def test_the_oldest_go_and_later_steps_stay(tmp_path: Path) -> None:
     assert checkpoint.set_aside_after(tmp_path, 350) is None
 
 
+def test_a_rotation_that_a_kill_came_before_is_made_up_for(tmp_path: Path) -> None:
+    for step in (100, 200, 300, 400):
+        save(tmp_path, step, keep=9)
+    checkpoint.rotate(tmp_path, 300, 1, spared=100)
+    assert checkpoint.checkpoint_steps(tmp_path) == [100, 300, 400]
+
+
 def test_steps_of_more_than_six_digits_sort_by_number(tmp_path: Path) -> None:
     save(tmp_path, 999_999)
     assert save(tmp_path, 1_000_000).name == "step-1000000"
