@@ -102,6 +102,12 @@ def _doctor() -> Callable[..., Any]:
     return doctor
 
 
+def _plan() -> Callable[..., Any]:
+    from rtdmd_cli.cli.plan import plan
+
+    return plan
+
+
 @dataclass(frozen=True)
 class Entry:
     """A command of the program: how to import its function or Typer app, and the first sentence of its help."""
@@ -113,6 +119,7 @@ class Entry:
 COMMANDS = {
     "distill": Entry(_distill, "Turn a model into a 4-step generator (stage 1)."),
     "tune-reward": Entry(_tune_reward, "Raise a generator's rewards (stage 2)."),
+    "plan": Entry(_plan, "Say what a training takes: memory of card and host, disk, hours."),
     "sample": Entry(_sample, "Make pictures of a prompt, or of a file of prompts."),
     "eval": Entry(_eval, "Measure a model on a benchmark: strict score, interval, and what it cost."),
     "export": Entry(_export, "Write a generator as other tools load it: diffusers, ComfyUI."),

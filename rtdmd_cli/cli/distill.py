@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rtdmd_cli.cli import completing, console
+from rtdmd_cli.cli.plan import dry_run_figures, refuse_too_large, this_card
 from rtdmd_cli.cli.starting import (
+    DEFAULT_PRESET,
     DISTILL,
     AllowChange,
     Device,
@@ -30,8 +32,6 @@ from rtdmd_cli.config.places import with_whole_paths
 
 if TYPE_CHECKING:
     from rtdmd_cli.engine.training.start import Start
-
-DEFAULT_PRESET = "shapes-4step"
 
 
 def distill(
@@ -69,9 +69,12 @@ def distill(
     known = known_by(prompts) if prompts else None
     start = find_start(resume, out, name, run_name, resolved, known, quiet, DISTILL, allow_change or ())
     if dry_run or prompts is None:
-        console.show(plan(resolved, len(prompts) if prompts else None, out / run_name, start), json_output)
+        count = len(prompts) if prompts else None
+        figures = dry_run_figures(resolved, "distill", quiet)
+        console.show(plan(resolved, count, out / run_name, start) | figures, json_output)
         return
     console.quiet_libraries(quiet)
+    refuse_too_large(resolved, "distill", this_card(resolved.preset.hardware.device))
     from rtdmd_cli.engine.compute.importing import quick_imports
 
     with quick_imports():

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from rtdmd_cli.engine.training.start import Start
 
 
+DEFAULT_PRESET = "shapes-4step"
+"""Of every command that takes a preset and is given none."""
+
 Overrides = Annotated[
     list[str] | None,
     typer.Option(

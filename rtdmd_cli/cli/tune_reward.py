@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rtdmd_cli.cli import completing, console
-from rtdmd_cli.cli.distill import DEFAULT_PRESET
+from rtdmd_cli.cli.plan import dry_run_figures, refuse_too_large, this_card
 from rtdmd_cli.cli.starting import (
+    DEFAULT_PRESET,
     TUNE_REWARD,
     AllowChange,
     Device,
@@ -113,9 +114,11 @@ def tune_reward(
     start = find_start(resume, out, name, run_name, resolved, known, quiet, TUNE_REWARD, allow_change or ())
     if dry_run or prompts is None or eval_prompts is None:
         count = len(prompts) if prompts else None
-        console.show(plan(resolved, checkpoint, count, out / run_name, start), json_output)
+        figures = dry_run_figures(resolved, "tune-reward", quiet)
+        console.show(plan(resolved, checkpoint, count, out / run_name, start) | figures, json_output)
         return
     console.quiet_libraries(quiet)
+    refuse_too_large(resolved, "tune-reward", this_card(resolved.preset.hardware.device))
     from rtdmd_cli.engine.compute.importing import quick_imports
 
     with quick_imports():

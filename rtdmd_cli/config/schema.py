@@ -297,6 +297,16 @@ class HardwareConfig(Section):
     )
 
 
+ONLY_ON: dict[tuple[str, str], tuple[str, ...]] = {
+    ("base", "int8"): ("cpu", "cuda"),
+    ("base", "nf4"): ("cpu", "cuda"),
+    ("text_encoder", "int8"): ("cpu", "cuda"),
+    ("optimizer", "adamw8bit"): ("cpu", "cuda"),
+    ("optimizer", "paged_adamw8bit"): ("cuda",),
+}
+"""Settings of `hardware`, and the devices on which bitsandbytes has them."""
+
+
 class Preset(Section):
     """A whole recipe."""
 
@@ -348,4 +358,20 @@ class Preset(Section):
             raise ValueError(
                 f"`distill.train: full` needs `hardware.base: plain`: weights in {self.hardware.base} can't be trained"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _on_its_device(self) -> Self:
+        hardware = self.hardware
+        chosen = {
+            "base": hardware.base,
+            "text_encoder": hardware.text_encoder,
+            "optimizer": hardware.optimizer,
+        }
+        device = hardware.device
+        for (key, value), devices in ONLY_ON.items():
+            if chosen[key] == value and device not in ("auto", *devices):
+                raise ValueError(
+                    f"`hardware.{key}: {value}` is for {' and '.join(devices)} alone, not for `hardware.device: {device}`"
+                )
         return self

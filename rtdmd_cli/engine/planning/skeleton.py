@@ -82,7 +82,8 @@ def on_shapes(kind: Any, config: Mapping[str, Any], dtype: torch.dtype) -> nn.Mo
             network: nn.Module = kind.from_config(dict(config))
         else:
             network = kind(kind.config_class(**config))
-    return network.to(dtype).eval().requires_grad_(False)
+    nn.Module.to(network, dtype)  # diffusers' own `to` warns of formats that are kept
+    return network.eval().requires_grad_(False)
 
 
 def prompt_shape(model: ModelConfig, configs: Configs) -> tuple[int, int, int | None]:

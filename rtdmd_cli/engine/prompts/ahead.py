@@ -19,7 +19,8 @@ Order = Callable[[int], Sequence[int]]
 class AheadEncoder:
     """Encoded prompts by index. `prepare` an iteration first; what was not prepared is encoded on the spot.
 
-    capacity: prompts on disk at a time. say: prints a line for people. held: indices of the window.
+    capacity: prompts on disk at a time. say: prints a line for people. free: called once the window reaches to the end of the
+    run, from when on nothing is encoded. held: indices of the window.
     """
 
     cache: EmbeddingCache
@@ -27,6 +28,7 @@ class AheadEncoder:
     encode: Callable[[Sequence[str]], Conditioning]
     capacity: int
     say: Callable[[str], None]
+    free: Callable[[], None] = lambda: None
     held: frozenset[int] = field(default=frozenset())
 
     def __call__(self, indices: Sequence[int]) -> Conditioning:
@@ -46,6 +48,8 @@ class AheadEncoder:
         window, last = self._window(iteration, total, order)
         fresh = self.cache.renew([self.prompts[index] for index in window], self.encode)
         self.held = frozenset(window)
+        if last == total:
+            self.free()
         self.say(f"{len(window)} prompts of the iterations {iteration + 1} to {last}, {fresh} newly encoded")
 
     def _window(self, iteration: int, total: int, order: Order) -> tuple[list[int], int]:

@@ -47,7 +47,7 @@ def encode_prompts(
     """A look-up of encoded prompts by index, and the empty prompt. check: called before every few of them.
 
     Each prompt is encoded once and the text encoders are freed. Where the cache's bound does not take them all, the
-    look-up is an `AheadEncoder`, and the encoders stay.
+    look-up is an `AheadEncoder`, and the encoders stay until the prompts of all coming iterations are there.
     """
     if hardware.text_encoder == "cpu":
         backbone.encoder_device = torch.device("cpu")
@@ -68,7 +68,8 @@ def encode_prompts(
             f"{len(prompts)} prompts, of which the cache takes {capacity} at a time: "
             f"encoded ahead on {backbone.encoder_device}"
         )
-        return AheadEncoder(cache, prompts, backbone.encode, capacity, say), empty
+        free = backbone.drop_text_encoders
+        return AheadEncoder(cache, prompts, backbone.encode, capacity, say, free), empty
     fresh += cache.ensure(prompts, encode)
     say(
         f"{len(prompts)} prompts, {fresh} newly encoded"

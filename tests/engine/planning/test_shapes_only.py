@@ -103,11 +103,13 @@ def reading(trainer: Trainer, reads: list[int]) -> None:
 
 
 CASES = [
-    (name, train, boundaries) for name in TINY for train, boundaries in (("lora", "one"), ("lora", "every"))
+    *((name, "lora", "one") for name in TINY),
+    ("flux1", "lora", "every"),  # boundaries in one batch, in parts, with checkpointing
+    ("sd3", "full", "every"),
 ]
 
 
-@pytest.mark.parametrize(("name", "train", "boundaries"), [*CASES, ("sd3", "full", "every")])
+@pytest.mark.parametrize(("name", "train", "boundaries"), CASES)
 def test_a_turn_reads_once(name: str, train: str, boundaries: str) -> None:
     preset = preset_of(name, train, boundaries)
     made, sigmas = on_shapes(preset, name)
@@ -133,7 +135,7 @@ def epoch_on_shapes(tuner: Tuner) -> Rollouts:
     return Rollouts(images, logps, torch.tensor(PROMPTS), (0, 2), (range(2), range(2, 4)), 0, 4)
 
 
-@pytest.mark.parametrize(("name", "train", "boundaries"), [*CASES, ("sd3", "full", "every")])
+@pytest.mark.parametrize(("name", "train", "boundaries"), CASES)
 def test_a_turn_of_stage_2_reads_once(name: str, train: str, boundaries: str) -> None:
     preset = preset_of(name, train, boundaries)
     made, sigmas = on_shapes(preset, name)

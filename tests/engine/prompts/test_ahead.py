@@ -90,3 +90,14 @@ def test_prompts_that_stand_twice_are_held_once(tmp_path: Path) -> None:
     window = AheadEncoder(cache, ["a", "b", "a", "c"], encode, 2, lambda text: None)
     window.prepare(0, 1, lambda iteration: [0, 2, 1])
     assert encode.asked == ["a", "b"] and same(window([2, 1, 0]), Encoder()(["a", "b", "a"]))
+
+
+def test_the_encoders_go_once_all_coming_prompts_are_there(tmp_path: Path) -> None:
+    freed, encode = list[bool](), Encoder()
+    cache = EmbeddingCache(tmp_path, "m", 8, (1024 + 200 * (ROW + 128)) / 1e9)
+    window = AheadEncoder(cache, PROMPTS, encode, 200, lambda text: None, lambda: freed.append(True))
+    for iteration in range(TOTAL):
+        window.prepare(iteration, TOTAL, order)
+        if not freed:
+            last = iteration
+    assert freed == [True] and 0 < last < TOTAL - 1
