@@ -181,17 +181,23 @@ def broken(folder: Path) -> str:
     from rtdmd_cli.errors import RtdmdError
 
     try:
-        for path in folder.glob("runs/*/checkpoints/step-*"):
+        for path in finished(folder, "runs/*/checkpoints/step-*"):
             checkpoint.verify_checkpoint(path)
-        for path in folder.glob("exports/*/"):
-            if not path.name.startswith(".tmp-") and not (path / "mine").exists():
+        for path in finished(folder, "exports/*/"):
+            if not (path / "mine").exists():
                 exported.read_exported(path)
-        for path in (*folder.glob("runs/*/*.json"), *folder.glob("evals/*/*.json")):
+        for path in (*finished(folder, "runs/*/*.json"), *finished(folder, "evals/*/*.json")):
             strict_json.read(path)
-    except RtdmdError as error:
-        return error.message
+    except (RtdmdError, ValueError) as error:
+        return str(error)
     gone = [name for name, text in MINE.items() if not _is(folder / name, text)]
     return f"{gone[0]} is gone" if gone else ""
+
+
+def finished(folder: Path, pattern: str) -> list[Path]:
+    """What has its final name, and so do the folders that it lies in."""
+    found = folder.glob(pattern)
+    return [path for path in found if ".tmp-" not in path.relative_to(folder).as_posix()]
 
 
 def _is(path: Path, text: str) -> bool:
