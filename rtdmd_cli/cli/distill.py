@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rtdmd_cli.cli import completing, console
+from rtdmd_cli.cli import checking, completing, console
 from rtdmd_cli.cli.plan import dry_run_figures, refuse_too_large, this_card
 from rtdmd_cli.cli.starting import (
     DEFAULT_PRESET,
@@ -55,6 +55,10 @@ def distill(
 ) -> None:
     """Turn a model into a 4-step generator (stage 1).
 
+    The model is the teacher. A second network, the fake score, learns what the generator draws; the generator is moved
+    by the difference of the two, on its own rollouts: samplings from noise, of which the boundaries, the noise levels
+    between the steps, are trained on. While it runs, look at runs/NAME/report.html or rtdmd runs view.
+
     Example: rtdmd distill --preset shapes-4step
     """
     hardware = [f"hardware.{key}={value}" for key, value in (("device", device), ("dtype", dtype)) if value]
@@ -64,17 +68,19 @@ def distill(
     quiet, silent = quiet or is_follower(), is_follower()
     from rtdmd_cli.engine.prompts.reading import known_by
 
-    prompts = find_prompts(resolved.preset.distill.prompts, dry_run, quiet)
+    preset_prompts = resolved.preset.distill.prompts
+    prompts = find_prompts(preset_prompts, dry_run)
     run_name = resolved.preset.name if name is None else name
     known = known_by(prompts) if prompts else None
     start = find_start(resume, out, name, run_name, resolved, known, quiet, DISTILL, allow_change or ())
     if dry_run or prompts is None:
         count = len(prompts) if prompts else None
-        figures = dry_run_figures(resolved, "distill", quiet)
-        console.show(plan(resolved, count, out / run_name, start) | figures, json_output)
+        shown = plan(resolved, count, out / run_name, start) | dry_run_figures(resolved, "distill", quiet)
+        checking.report(shown, checking.findings(resolved, False, [preset_prompts]), json_output)
         return
     console.quiet_libraries(quiet)
     refuse_too_large(resolved, "distill", this_card(resolved.preset.hardware.device))
+    console.say("loading torch and the model libraries", quiet)
     from rtdmd_cli.engine.compute.importing import quick_imports
 
     with quick_imports():
@@ -124,6 +130,7 @@ def plan(resolved: Resolved, prompts: int | None, run: Path, start: "Start") -> 
         "generator_updates": config.iterations // config.fake_per_generator,
         "batch": config.batch,
         "micro_batch": config.micro_batch or config.batch,
-        "device": preset.hardware.device,
+        "device": checking.device_of(preset.hardware.device),
+        "to_download": "; ".join(checking.downloads(resolved, False)) or None,
         "dtype": preset.hardware.dtype,
     }

@@ -11,7 +11,7 @@ import typer
 from rtdmd_cli.cli import completing, console
 from rtdmd_cli.config.loader import Resolved, load_preset
 from rtdmd_cli.config.places import located
-from rtdmd_cli.errors import DataError, EnvironmentFailure, UsageError
+from rtdmd_cli.errors import DataError, RtdmdError, UsageError
 
 if TYPE_CHECKING:
     from rtdmd_cli.engine.prompts.reading import PromptSet
@@ -83,7 +83,7 @@ _FREE_DISTILL = (
     "distill.consistency_batched",
     *(f"distill.{key}" for key in _SCHEDULE),
 )
-DISTILL = Stage("distill", _FREE_DISTILL, ("evaluate.", "hardware.", "tune_reward."))
+DISTILL = Stage("distill", _FREE_DISTILL, ("evaluate.", "hardware.", "previews.", "tune_reward."))
 TUNE_REWARD = Stage(
     "tune-reward",
     (
@@ -98,7 +98,7 @@ TUNE_REWARD = Stage(
         "evaluate.images_per_prompt",
         "evaluate.batch",  # not evaluate.seed: rewards are measured with it before and after
     ),
-    ("hardware.",),
+    ("hardware.", "previews."),
 )
 
 
@@ -130,20 +130,18 @@ def in_processes(count: int | None) -> None:
     raise typer.Exit(launch(count, sys.argv[1:]))
 
 
-def find_prompts(source: str, dry_run: bool, quiet: bool) -> "PromptSet | None":
+def find_prompts(source: str, dry_run: bool) -> "PromptSet | None":
     """The prompts that a preset names; errors of `read_prompt_set`.
 
-    None in a dry run for a public set that has not been fetched, which is said: a dry run needs no network.
+    None in a dry run for what can't be read, which is among what the dry run says at its end.
     """
-    from rtdmd_cli.engine.prompts.public_sets import PREFIX
     from rtdmd_cli.engine.prompts.reading import read_prompt_set
 
     try:
         return read_prompt_set(source)
-    except EnvironmentFailure as error:
-        if not dry_run or not source.startswith(PREFIX):
+    except RtdmdError:
+        if not dry_run:
             raise
-        console.say(f"{error.message} {error.hint}", quiet)
         return None
 
 

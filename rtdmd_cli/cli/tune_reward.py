@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rtdmd_cli.cli import completing, console
+from rtdmd_cli.cli import checking, completing, console
 from rtdmd_cli.cli.plan import dry_run_figures, refuse_too_large, this_card
 from rtdmd_cli.cli.starting import (
     DEFAULT_PRESET,
@@ -90,6 +90,10 @@ def tune_reward(
 ) -> None:
     """Raise a generator's rewards (stage 2).
 
+    It goes on from a run of rtdmd distill. With tune_reward.tilt the fake score, which learns what the generator draws,
+    leans to pictures that the rewards find poor, so that the generator is moved away from them. While it runs, look at
+    runs/NAME/report.html or rtdmd runs view.
+
     Example: rtdmd tune-reward --reward shapes-clip --reward shapes-geneval-soft
     """
     if not dry_run:
@@ -103,8 +107,8 @@ def tune_reward(
     from rtdmd_cli.engine.prompts.reading import known_by
 
     config = resolved.preset.tune_reward
-    prompts = find_prompts(config.prompts, dry_run, quiet)
-    eval_prompts = find_prompts(config.eval_prompts, dry_run, quiet) if config.eval_prompts else prompts
+    prompts = find_prompts(config.prompts, dry_run)
+    eval_prompts = find_prompts(config.eval_prompts, dry_run) if config.eval_prompts else prompts
     if prompts:
         check_rewards(resolved, prompts, "tune_reward.prompts")
     if eval_prompts and eval_prompts is not prompts:
@@ -115,10 +119,13 @@ def tune_reward(
     if dry_run or prompts is None or eval_prompts is None:
         count = len(prompts) if prompts else None
         figures = dry_run_figures(resolved, "tune-reward", quiet)
-        console.show(plan(resolved, checkpoint, count, out / run_name, start) | figures, json_output)
+        shown = plan(resolved, checkpoint, count, out / run_name, start) | figures
+        sources = [config.prompts, *([config.eval_prompts] if config.eval_prompts else [])]
+        checking.report(shown, checking.findings(resolved, True, sources), json_output)
         return
     console.quiet_libraries(quiet)
     refuse_too_large(resolved, "tune-reward", this_card(resolved.preset.hardware.device))
+    console.say("loading torch and the model libraries", quiet)
     from rtdmd_cli.engine.compute.importing import quick_imports
 
     with quick_imports():
@@ -242,7 +249,8 @@ def plan(
         "images_per_epoch": config.images_per_epoch,
         "images_per_prompt": config.images_per_prompt,
         "micro_batch": config.micro_batch or config.images_per_epoch,
-        "device": preset.hardware.device,
+        "device": checking.device_of(preset.hardware.device),
+        "to_download": "; ".join(checking.downloads(resolved, True)) or None,
         "dtype": preset.hardware.dtype,
     }
 

@@ -11,6 +11,7 @@ from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from rtdmd_cli.config.previews import PreviewsConfig
 from rtdmd_cli.config.section import MAX_COUNT, MAX_SEED, Section, TrainingSection, one_line
 from rtdmd_cli.config.tune_reward import TuneRewardConfig
 
@@ -86,7 +87,10 @@ class SamplerConfig(Section):
         description="unshifted noise levels of the evaluations, thousandths; they fall strictly from 1000",
     )
     eta: float = Field(
-        default=0.9, ge=0, le=1, description="stochasticity of a transition, no unit; 0 is Euler"
+        default=0.9,
+        ge=0,
+        le=1,
+        description="share of fresh noise in a step of the sampler, no unit; 0 is Euler, without any",
     )
 
     @field_validator("raw_steps")
@@ -155,7 +159,7 @@ class DistillConfig(TrainingSection):
     )
     boundaries: Literal["one", "every"] = Field(
         default="one",
-        description="boundaries of a rollout that become training points: one drawn, or every one",
+        description="boundaries (noise levels between the steps) of a rollout that are trained on: one drawn, or every one",
     )
     boundaries_batched: bool = Field(
         default=False,
@@ -165,7 +169,7 @@ class DistillConfig(TrainingSection):
         default=1,
         ge=1,
         le=1000,
-        description="last steps of a rollout that generator gradients flow back through; 1: each boundary's own alone",
+        description="last steps of a rollout (a sampling from noise) that gradients flow back through; 1: each boundary's own",
     )
     interval: Literal["sub", "full"] = Field(
         default="sub",
@@ -193,7 +197,7 @@ class DistillConfig(TrainingSection):
         default=500,
         ge=0,
         le=MAX_COUNT,
-        description="distance of sample grids, iterations; 0 for the end only",
+        description="distance of sample grids, iterations, see also previews.minutes; 0 for the end only",
     )
 
     @field_validator("betas")
@@ -292,8 +296,9 @@ class HardwareConfig(Section):
     threads: int | None = Field(
         default=None, ge=1, le=1024, description="CPU threads of torch; null for torch's own choice"
     )
-    tracker: Literal["none", "tensorboard", "wandb"] = Field(
-        default="none", description="experiment tracker beside metrics.jsonl"
+    tracker: Literal["none", "tensorboard", "wandb", "trackio"] = Field(
+        default="none",
+        description="experiment tracker beside metrics.jsonl, installed as `pip install 'rtdmd[NAME]'`",
     )
 
 
@@ -320,6 +325,7 @@ class Preset(Section):
     sampler: SamplerConfig = SamplerConfig()
     distill: DistillConfig = DistillConfig()
     tune_reward: TuneRewardConfig = TuneRewardConfig()
+    previews: PreviewsConfig = PreviewsConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     hardware: HardwareConfig = HardwareConfig()
 

@@ -120,7 +120,7 @@ class TuneRewardConfig(TrainingSection):
         default=0.0,
         ge=0,
         le=100,
-        description="how far distribution matching leans to the rewards, 1/advantage; 0 for the teacher's own distribution",
+        description="tilt: how far distribution matching leans to the rewards, 1/advantage; 0: the teacher's own distribution",
     )
     backprop_weight: float = Field(
         default=1e-4, ge=0, le=1e6, description="weight of reward back-propagation; 0 turns it off"
@@ -160,7 +160,10 @@ class TuneRewardConfig(TrainingSection):
     save_every: int = Field(default=50, ge=1, le=MAX_COUNT, description="distance of checkpoints, epochs")
     log_every: int = Field(default=1, ge=1, le=MAX_COUNT, description="distance of metric lines, epochs")
     sample_every: int = Field(
-        default=50, ge=0, le=MAX_COUNT, description="distance of sample grids, epochs; 0 for the end only"
+        default=50,
+        ge=0,
+        le=MAX_COUNT,
+        description="distance of sample grids, epochs, see also previews.minutes; 0 for the end only",
     )
 
     _printable = field_validator("eval_prompts")(one_line)

@@ -265,12 +265,16 @@ def test_refusals(world: World) -> None:
 
 
 def test_dry_run(world: World) -> None:
-    """No model is loaded and no folder made; it says where a resume would start."""
-    absent = ("--set", "model.path=no-such-folder", "--out", "elsewhere")
+    """No model is loaded and no folder made; all that would stop the run is said at once, with the run's exit code."""
+    absent = ("--set", "model.path=no-such-folder", "--set", "hardware.device=cuda", "--out", "elsewhere")
     fresh = wait(start(world.folder, "--dry-run", "--json", *absent))
-    assert fresh.code == 0, fresh.err
+    assert fresh.code == 3, fresh.err
     planned = json.loads(fresh.out)
     assert planned["run"] == "elsewhere/tiny" and planned["start"] == 0 and planned["prompts"] == len(PROMPTS)
+    assert ["cuda" in planned["findings"][0], "no-such-folder" in planned["findings"][1]] == [True, True]
+    assert "cuda" in fresh.err and "no-such-folder" in fresh.err
+    good = wait(start(world.folder, "--dry-run", "--json", "--out", "elsewhere"))
+    assert good.code == 0 and json.loads(good.out)["findings"] is None
     assert not (world.folder / "elsewhere").exists()
 
 

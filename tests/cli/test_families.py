@@ -19,7 +19,7 @@ from rtdmd_cli.engine.prompts.reading import read_prompt_set
 from rtdmd_cli.engine.rewards.base import require_metadata
 from rtdmd_cli.engine.rewards.registry import find_reward
 from rtdmd_cli.engine.storage.checkpoint import load_checkpoint
-from rtdmd_cli.engine.tune_reward.measure import open_clip
+from rtdmd_cli.engine.training.held_out import open_clip
 from rtdmd_cli.errors import DataError, EnvironmentFailure
 from tests.tiny_clip import save_clip
 from tests.tiny_flux import TINY, build_flux2_pipeline, save, tiny_folder
@@ -111,8 +111,14 @@ def test_every_preset_is_ready_without_a_network(
     monkeypatch.chdir(tmp_path)
     assert call(capsys, "presets", "validate", name)
     prompts = ("--set", "distill.prompts=builtin:shapes")
-    plan = call(capsys, "distill", "--preset", name, "--dry-run", *prompts)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    code = app.main(["distill", "--preset", name, "--dry-run", "--json", *prompts])
+    plan = json.loads(capsys.readouterr().out)
     assert plan["preset"] == name and plan["generator_updates"] > 0 and not list(tmp_path.iterdir())
+    missing = [] if plan["model"].startswith("builtin:") else [plan["model"]]
+    assert code == (3 if missing else 0) and all(path in plan["to_download"] for path in missing)
+    assert all(any(path in each for each in plan["findings"]) for path in missing)
 
 
 @pytest.mark.parametrize("name", [info.name for info in list_presets() if not info.name.startswith("shapes")])

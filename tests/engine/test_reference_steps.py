@@ -27,7 +27,13 @@ from rtdmd_cli.cli import app
 
 REFERENCE = Path(__file__).with_name("reference_steps.json")
 PLAIN = ("hardware.float32_matmul=highest", "hardware.mixed_precision=none", "hardware.threads=1")
-COMMON = ("model.teacher_steps=2", "distill.iterations=6", "distill.log_every=1", "tune_reward.epochs=2")
+COMMON = (
+    "model.teacher_steps=2",
+    "previews.baseline=false",
+    "distill.iterations=6",
+    "distill.log_every=1",
+    "tune_reward.epochs=2",
+)
 SMALL = ("tune_reward.images_per_epoch=8", "tune_reward.eval_images=0", "tune_reward.watch.features=null")
 STEADY = ("distill.eps=1.0e-3",)  # so large that rounding does not decide a direction
 PUBLISHED = (
@@ -50,7 +56,8 @@ VARIANTS = {
     "lora": ("shapes-4step-lora", ("distill.batch=4", "distill.micro_batch=2", *PUBLISHED)),
     "full": ("shapes-4step", ("distill.batch=4", "tune_reward.matching_images=4")),
 }
-TIMES = ("iteration", "seconds", "iterations_per_second")
+BESIDE = ("iteration", "seconds", "iterations_per_second", "learning_rate/fake", "learning_rate/generator")
+"""Of a metric line, what is not computed by the steps."""
 
 
 def call(*arguments: str) -> dict[str, Any]:
@@ -74,9 +81,9 @@ def weights_sha256(checkpoint: Path) -> str:
 
 
 def outcome(made: dict[str, Any]) -> dict[str, Any]:
-    """Metric lines without their times, and the weights."""
+    """Metric lines without what stands beside, and the weights."""
     lines = (Path(made["run"]) / "metrics.jsonl").read_text("utf-8").splitlines()
-    rows = [{key: value for key, value in json.loads(line).items() if key not in TIMES} for line in lines]
+    rows = [{key: value for key, value in json.loads(line).items() if key not in BESIDE} for line in lines]
     return {"rows": rows, "weights_sha256": weights_sha256(Path(made["checkpoint"]))}
 
 

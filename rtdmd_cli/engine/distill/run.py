@@ -4,8 +4,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from rtdmd_cli.config.loader import Resolved
+from rtdmd_cli.config.previews import PreviewsConfig
 from rtdmd_cli.config.schema import DistillConfig, Preset
 from rtdmd_cli.engine.backbones.base import Backbone, Conditioning
 from rtdmd_cli.engine.backbones.families import load_backbone
@@ -15,6 +17,8 @@ from rtdmd_cli.engine.compute.signals import StopRequest, stop_on_signals
 from rtdmd_cli.engine.distill.recipe import chosen_prompts, iterate
 from rtdmd_cli.engine.distill.report import write_run_report
 from rtdmd_cli.engine.prompts.reading import PromptSet, known_by
+from rtdmd_cli.engine.report.run_facts import live_now
+from rtdmd_cli.engine.rewards import needed
 from rtdmd_cli.engine.roles.adapters import Roles
 from rtdmd_cli.engine.roles.base import FAKE, GENERATOR, RoleSet
 from rtdmd_cli.engine.roles.full import FullRoles
@@ -27,10 +31,12 @@ from rtdmd_cli.engine.training.assembly import (
     prepare_prompts,
     training_sigmas,
 )
+from rtdmd_cli.engine.training.held_out import HeldOut, open_held_out, scored_prompts
 from rtdmd_cli.engine.training.session import (
     DRAWING,
     LOADING,
     Outcome,
+    Row,
     Schedule,
     Session,
     Stage,
@@ -43,6 +49,7 @@ from rtdmd_cli.engine.training.session import (
     train,
 )
 from rtdmd_cli.engine.training.start import Start
+from rtdmd_cli.engine.training.trackers import require_tracker
 from rtdmd_cli.engine.training.trainer import Trainer
 
 STAGE = "distill"
@@ -87,13 +94,18 @@ def _run(
     if hardware.threads is not None:
         torch.set_num_threads(hardware.threads)
     processes, device = join(resolve_device(hardware.device))
+    require_tracker(hardware.tracker)
     require_parts(processes, "distill.batch", resolved.preset.distill.batch, equal=False)
     dtype = resolve_dtype(hardware.dtype, device)
+    needed.require(needed.models(resolved.preset.model))
+    say(f"loading the model {resolved.preset.model.path}")
     backbone = load_backbone(resolved.preset.model, device, dtype, hardware)
     say(model_line(resolved.preset, backbone))
     stop.check()
+    own, scored = resolved.preset.previews.prompts, scored_prompts(resolved.preset)
     with processes.first_here():
-        conditioning, empty = encode_prompts(backbone, prompts.texts, say, hardware, stop.check)
+        every = [*prompts.texts, *own, *scored.texts]
+        conditioning, empty = encode_prompts(backbone, every, say, hardware, stop.check, len(prompts))
     trainer = build_trainer(backbone, resolved.preset, len(prompts), conditioning, empty)
     trainer.processes = processes
     saved = start.checkpoint
@@ -107,22 +119,31 @@ def _run(
 
     total = resolved.preset.distill.iterations
     with opened(start, out / name, make, resolved, total, processes, say) as (run, tracker, done):
+        seconds = float(saved.state["seconds"]) if saved else 0.0
+        if processes.main:
+            write_run_report(run, resolved.preset, "running", done, seconds, live=live_now(None, None))
+        first = len(prompts) + len(own)
+        texts, rows = pictures.chosen(resolved.preset, prompts.texts, len(prompts))
+        say(pictures.drawing_line(resolved.preset, len(texts)))
         with stop.during(DRAWING, kept_by(start)):
             shown = pictures.make_previews(
-                backbone, trainer.roles, resolved.preset, prompts.texts, conditioning, empty
+                backbone, trainer.roles, resolved.preset, texts, conditioning(rows), empty
             )
             stop.check()
-        seconds = float(saved.state["seconds"]) if saved else 0.0
-        session = Session(
-            run, resolved, trainer, stage(trainer, shown), tracker, done, seconds, {}, known_by(prompts)
-        )
+        cond = conditioning(range(first, first + len(scored))) if len(scored) else None
+        judge = open_held_out(resolved.preset, shown, scored, cond, backbone, say)
+        if processes.main:
+            pictures.save_reference(shown, run.samples)
+        plan = stage(trainer, shown, judge)
+        session = Session(run, resolved, trainer, plan, tracker, done, seconds, {}, known_by(prompts))
         session.last, session.stop = saved.path if start.run and saved else None, stop
         with failing(session):
             return finish(session, train(session, stop.quiet))
 
 
-def stage(trainer: Trainer, previews: pictures.Previews) -> Stage:
+def stage(trainer: Trainer, previews: pictures.Previews, judge: HeldOut) -> Stage:
     """Stage 1 as a training run knows it."""
+    settings = previews.preset.previews
 
     def advance(iteration: int) -> None:
         total = trainer.config.iterations
@@ -130,25 +151,45 @@ def stage(trainer: Trainer, previews: pictures.Previews) -> Stage:
         with trainer.precision():
             iterate(trainer, iteration)
 
-    def end(session: Session, state: State) -> None:
-        run, preset = session.run, session.resolved.preset
-        pictures.save_health_panel(previews, run.path / "health.png", session.iteration)
-        figures = pictures.lag(previews)
-        write_run_report(run, preset, state, session.iteration, session.seconds, figures)
+    def measured(images: Tensor) -> dict[str, float]:
+        return judge.measure(trainer, images) | pictures.lag(previews)
+
+    def grid(path: Path, iteration: int) -> dict[str, float]:
+        return measured(pictures.save_sample_grid(previews, trainer.ema, path, iteration))
+
+    def baseline(path: Path) -> dict[str, float]:
+        return measured(pictures.save_baseline(previews, trainer.ema, path))
+
+    def report(session: Session, state: State, last: Row) -> None:
+        preset, iteration = session.resolved.preset, session.iteration
+        live = live_now(session.seconds_left, session.seconds_each) if state == "running" else None
+        write_run_report(session.run, preset, state, iteration, session.seconds, last, live)
+
+    def end(session: Session, state: State, last: Row) -> None:
+        pictures.save_health_panel(previews, session.run.path / "health.png", session.iteration)
+        report(session, state, last)
 
     return Stage(
         name=STAGE,
-        schedule=schedule(trainer.config),
+        schedule=schedule(trainer.config, settings),
         advance=advance,
-        figures=lambda: pictures.lag(previews),
-        sample=lambda path, iteration: pictures.save_sample_grid(previews, trainer.ema, path, iteration),
+        grid=grid,
+        baseline=baseline if settings.baseline and trainer.config.sample_every else None,
+        report=report,
         finish=end,
     )
 
 
-def schedule(config: DistillConfig) -> Schedule:
+def schedule(config: DistillConfig, previews: PreviewsConfig) -> Schedule:
     """The distances of a stage-1 run."""
-    return Schedule(config.iterations, config.save_every, config.log_every, config.sample_every, config.keep)
+    return Schedule(
+        config.iterations,
+        config.save_every,
+        config.log_every,
+        config.sample_every,
+        config.keep,
+        previews.minutes,
+    )
 
 
 def build_trainer(

@@ -102,6 +102,12 @@ def read_prompt_set(source: str) -> PromptSet:
     return found
 
 
+def evenly_chosen(prompts: PromptSet, count: int) -> PromptSet:
+    """`count` prompts, evenly spread over the set, or all of them."""
+    count = min(count, len(prompts))
+    return prompts.pick([(2 * i + 1) * len(prompts) // (2 * count) for i in range(count)])
+
+
 def read_prompts(source: str, stdin: BinaryIO | None = None) -> Sequence[str]:
     """The texts alone, and where `stdin` is given and `source` is "-", its lines. Errors as `read_prompt_set`."""
     if source == "-" and stdin is not None:

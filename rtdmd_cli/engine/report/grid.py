@@ -28,6 +28,8 @@ GAP = 8
 ROW_GAP = 22
 LABEL_GAP = 7
 MAX_LINES = 2
+LOSSLESS_SIDE = 256  # single pictures up to this are PNG
+JPEG_QUALITY = 92
 
 PAPER = (240, 240, 237)
 INK = (34, 36, 40)
@@ -107,6 +109,22 @@ def save_png(image: Image.Image, path: Path, metadata: Mapping[str, str]) -> Non
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", pnginfo=info, compress_level=6)
     write_bytes(path, buffer.getvalue())
+
+
+def save_picture(image: Tensor, path: Path) -> Path:
+    """Write one picture [3,H,W], 0..1, atomically: as PNG up to 256 px, else as JPEG. `path` has no suffix.
+
+    Returns the path with its suffix. Errors as `to_pil` and `save_png`.
+    """
+    picture, buffer = to_pil(image), io.BytesIO()
+    small = max(picture.size) <= LOSSLESS_SIDE
+    if small:
+        picture.save(buffer, format="PNG", compress_level=6)
+    else:
+        picture.save(buffer, format="JPEG", quality=JPEG_QUALITY)
+    target = path.with_name(f"{path.name}.{'png' if small else 'jpg'}")
+    write_bytes(target, buffer.getvalue())
+    return target
 
 
 def _sized(image: Image.Image, scale: int | None) -> Image.Image:

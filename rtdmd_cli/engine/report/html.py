@@ -1,4 +1,6 @@
-"""report.html: one self-contained page that says how a run went. No script, nothing loaded from anywhere.
+"""report.html: one self-contained page that says how a run goes, and how it went. Nothing is loaded from anywhere.
+
+The page of a run that lives has one small script, which reads the page anew; that of a run that is over has none.
 
 The page takes plain data (`RunReport`); who reads the run folder decides what goes in. All text is escaped,
 pictures are data URIs, and the content security policy forbids everything else.
@@ -7,11 +9,13 @@ pictures are data URIs, and the content security policy forbids everything else.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from html import escape
 from pathlib import Path
 from typing import Literal
 
 from rtdmd_cli.engine.report.charts import Series, format_number, line_chart
+from rtdmd_cli.engine.report.metrics import explained
 from rtdmd_cli.engine.report.page import (
     Picture,
     Table,
@@ -26,6 +30,8 @@ from rtdmd_cli.engine.storage.files import write_text
 
 OPEN_GRIDS = 1  # grids shown at once; older ones unfold
 MAX_GRIDS = 16  # embedded at most, spread evenly over the run, to keep the file small enough to send
+RELOAD_SECONDS = 60  # of a live page
+PATIENCE = 900  # s without news after which a live page says that its run may have died, where an iteration takes less
 NO_CURVE = frozenset({"time", "seconds", "left_out"})  # clocks among the metrics, and rare events
 
 Points = tuple[Sequence[float], Sequence[float]]
@@ -36,6 +42,15 @@ STATUS_WORDS: dict[Status, str] = {
     "failed": "The run failed",
     "running": "The run is under way",
 }
+
+
+@dataclass(frozen=True)
+class Live:
+    """Of a run that goes on: when the page was written (UTC), the seconds left and those of an iteration, if known."""
+
+    written: datetime
+    seconds_left: float | None = None
+    seconds_each: float | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +75,8 @@ class RunReport:
     preset_yaml: str = ""
     environment: Sequence[tuple[str, str]] = ()
     command: str = ""
+    unit: str = "iteration"  # what the run counts: "iteration" or "epoch"
+    live: Live | None = None  # None for a run that is over
 
 
 @dataclass(frozen=True)
@@ -111,8 +128,18 @@ CURVES = (
         log=True,
     ),
     Curve(
-        "Iterations a second",
-        {"iterations_per_second": "iterations a second"},
+        "Learning rates",
+        {"learning_rate/fake": "fake score", "learning_rate/generator": "generator"},
+        "As the preset's warm-up and decay have them.",
+    ),
+    Curve(
+        "GPU memory",
+        {"memory_gib": "GiB"},
+        "The most that this process has held so far, GiB.",
+    ),
+    Curve(
+        "Speed, per second",
+        {"iterations_per_second": "iterations or epochs a second"},
         "A lasting fall means that something else takes the machine, or that memory runs short.",
     ),
 )
@@ -125,8 +152,9 @@ HEALTH_READING = (
 )
 
 LAG_READING = (
-    "Distance of the fake score’s prediction from the generator’s own samples. A level line means that it "
-    "keeps up; a rising one, that the generator runs away from it. With tune_reward.tilt a part of it is on purpose."
+    "Distance of the fake score’s prediction (lag) and of the teacher’s (lag_teacher) from the generator’s own samples. "
+    "A level line means that it keeps up; a rising one, that the generator runs away from it. With tune_reward.tilt a "
+    "part of it is on purpose."
 )
 
 
@@ -145,9 +173,13 @@ def render_report(report: RunReport) -> str:
         (
             "curves",
             "Curves",
-            _curves({name: series[name] for name in series.keys() - lag.keys() - NO_CURVE}, report.curves),
+            _curves(
+                {name: series[name] for name in series.keys() - lag.keys() - NO_CURVE},
+                report.curves,
+                report.unit,
+            ),
         ),
-        ("health", "Health of the fake score", _health(report.health, lag)),
+        ("health", "Health of the fake score", _health(report.health, lag, report.unit)),
         ("settings", "Settings", _settings(report)),
     ]
     present = [section for section in sections if section[2]]
@@ -157,8 +189,59 @@ def render_report(report: RunReport) -> str:
         for anchor, heading, content in present
     )
     warning = f'<p class="warning" role="alert">{escape(report.warning)}</p>' if report.warning else ""
-    answer = f'{warning}<p class="lead">{_answer(report, series, lag)}</p>{facts_html(report.facts)}'
-    return page(report.title, f'{answer}<nav aria-label="Sections">{links}</nav>\n{body}')
+    live = live_html(report.live, report.unit) if report.live else ""
+    answer = f'{live}{warning}<p class="lead">{_answer(report, series, lag)}</p>{facts_html(report.facts)}'
+    content = f'{answer}<nav aria-label="Sections">{links}</nav>\n{body}'
+    return page(report.title, content, LIVE_CSS if live else "", RELOAD if live else "")
+
+
+LIVE_CSS = """
+.live { border-left: 4px solid var(--link); background: var(--panel); padding: .75rem 1rem; margin-bottom: 1.25rem; }
+"""
+RELOAD = """
+(() => {
+  const key = "rtdmd " + location.pathname, live = document.getElementById("live");
+  const folds = [...document.querySelectorAll("details")];
+  try {
+    const kept = JSON.parse(sessionStorage.getItem(key) || "null");
+    if (kept) {
+      history.scrollRestoration = "manual";
+      folds.forEach((fold) => { fold.open = kept.open.includes(fold.firstElementChild.textContent.split(" (")[0]); });
+      scrollTo(0, kept.y);
+    }
+  } catch { /* no storage: the browser restores the scroll position by itself */ }
+  const keep = () => {
+    const open = folds.filter((fold) => fold.open).map((fold) => fold.firstElementChild.textContent.split(" (")[0]);
+    try { sessionStorage.setItem(key, JSON.stringify({ y: scrollY, open })); } catch { /* as above */ }
+  };
+  addEventListener("pagehide", keep);
+  const look = () => {
+    if (Date.now() > Number(live.dataset.until)) document.getElementById("stale").hidden = false;
+    if (document.visibilityState === "visible") { keep(); location.reload(); }
+  };
+  setInterval(look, Number(live.dataset.reload));
+})();
+"""
+"""Reads a live page anew, keeping the scroll position and what is unfolded; says when there has been no news."""
+
+
+def live_html(live: Live, unit: str) -> str:
+    """That the run goes on, the time left, and, hidden until then, that it may have died."""
+    left = (
+        ""
+        if live.seconds_left is None
+        else f", about <strong>{format_duration(live.seconds_left)}</strong> left"
+    )
+    each = "" if live.seconds_each is None else f", {format_duration(live.seconds_each)} an {unit}"
+    patience = max(PATIENCE, 3 * (live.seconds_each or 0))
+    until = round(1000 * (live.written.timestamp() + patience))
+    return (
+        f'<div class="live" id="live" data-until="{until}" data-reload="{1000 * RELOAD_SECONDS}" role="status">'
+        f"The run goes on{left}{each if live.seconds_each and live.seconds_each >= 1 else ''}. "
+        f"Written {live.written:%Y-%m-%d %H:%M:%S} UTC; this page reads itself anew every {RELOAD_SECONDS} s. "
+        f'<strong id="stale" hidden>No news for {format_duration(patience)}: the run may have been killed. '
+        "See: rtdmd runs list</strong></div>"
+    )
 
 
 def metrics_series(rows: Sequence[Mapping[str, object]]) -> dict[str, tuple[list[float], list[float]]]:
@@ -194,7 +277,7 @@ def _answer(report: RunReport, series: Mapping[str, Points], lag: Mapping[str, P
     speed = f" ({format_number(report.iterations / report.seconds)} a second)" if report.seconds > 0 else ""
     sentences = [escape(report.verdict)] if report.verdict else []
     sentences.append(
-        f"{STATUS_WORDS[report.status]}: <strong>{done}</strong> iterations in "
+        f"{STATUS_WORDS[report.status]}: <strong>{done}</strong> {report.unit}s in "
         f"<strong>{format_duration(report.seconds)}</strong>{speed}."
     )
     for name, words in (("fake_loss", "fake-score loss"), ("dmd_loss", "DMD loss")):
@@ -202,11 +285,9 @@ def _answer(report: RunReport, series: Mapping[str, Points], lag: Mapping[str, P
             y = series[name][1]
             tenth = max(1, len(y) // 10)
             sentences.append(_change(f"The {words}", _mean(y[:tenth]), _mean(y[-tenth:]), len(y) > 1))
-    curves = [y for _, y in lag.values() if len(y) > 0]
-    if curves:
-        moved = max(len(y) for y in curves) > 1
-        first, last = _mean([y[0] for y in curves]), _mean([y[-1] for y in curves])
-        sentences.append(_change("The fake score’s lag", first, last, moved))
+    y = lag["lag"][1] if "lag" in lag else ()
+    if y:
+        sentences.append(_change("The fake score’s lag", y[0], y[-1], len(y) > 1))
     return " ".join(sentences)
 
 
@@ -246,33 +327,34 @@ def _spread(count: int, limit: int) -> list[int]:
     return [round(index * (count - 1) / (limit - 1)) for index in range(limit)]
 
 
-def _curves(series: Mapping[str, Points], first: Sequence[Curve] = ()) -> str:
+def _curves(series: Mapping[str, Points], first: Sequence[Curve] = (), unit: str = "iteration") -> str:
     """The known curves, each with its reading, after those of `first`; metrics without one fold away below."""
     charts, curves = [], (*first, *CURVES)
     for curve in curves:
         lines = [Series(label, *series[name]) for name, label in curve.metrics.items() if name in series]
         if lines:
             charts.append(
-                f"<div>{line_chart(curve.title, lines, log=curve.log)}<p>{escape(curve.reading)}</p></div>"
+                f"<div>{line_chart(curve.title, lines, unit, log=curve.log)}<p>{escape(curve.reading)}</p></div>"
             )
     text = f'<div class="charts">{"".join(charts)}</div>' if charts else ""
     known = {name for curve in curves for name in curve.metrics}
     others = "".join(
-        f"<div>{line_chart(n, [Series(n, *series[n])])}</div>" for n in sorted(series.keys() - known)
+        f"<div>{line_chart(n, [Series(n, *series[n])], unit)}<p>{escape(explained(n))}</p></div>"
+        for n in sorted(series.keys() - known)
     )
     if others:
         text += f'<details><summary>Other metrics</summary><div class="charts">{others}</div></details>'
     return text
 
 
-def _health(picture: Picture | None, lag: Mapping[str, Points]) -> str:
+def _health(picture: Picture | None, lag: Mapping[str, Points], unit: str) -> str:
     """The panel of fixed points and the lag beside it."""
     reading, parts = "", ""
     if picture is not None:
         reading = f"<p>{escape(HEALTH_READING)}</p>"
         parts += figure_html(picture)
     if lag:
-        chart = line_chart("Lag", [Series(name, *points) for name, points in lag.items()])
+        chart = line_chart("Lag", [Series(name, *points) for name, points in lag.items()], unit)
         parts += f"<div>{chart}<p>{escape(LAG_READING)}</p></div>"
     return f'{reading}<div class="figures">{parts}</div>' if parts else ""
 

@@ -5,6 +5,7 @@ Every function here escapes the text it is given, except `page`, whose `body` is
 """
 
 import base64
+import hashlib
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,18 +39,22 @@ class Table:
     note: str = ""
 
 
-def page(title: str, body: str, css: str = "") -> str:
+def page(title: str, body: str, css: str = "", script: str = "") -> str:
     """A complete HTML document around `body`, which must be escaped already; `title` is escaped here. No home path, no token.
 
-    css: what the body's own parts need beside the page's style.
+    css: what the body's own parts need beside the page's style. script: the one script that the page's policy lets run,
+    by its hash; no page has one but that of a run that goes on.
     """
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = f"{POLICY}; script-src 'sha256-{digest}'" if script else POLICY
+    own = f"<script>{script}</script>\n" if script else ""
     text = (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n<meta name="referrer" content="no-referrer">\n'
         f"<title>{escape(title)}</title>\n<style>{PAGE_CSS}{CHART_CSS}{css}</style>\n</head>\n"
-        f"<body>\n<main>\n<h1>{escape(title)}</h1>\n{body}\n</main>\n</body>\n</html>\n"
+        f"<body>\n<main>\n<h1>{escape(title)}</h1>\n{body}\n</main>\n{own}</body>\n</html>\n"
     )
     # A file name that is not UTF-8 reaches Python as lone surrogates, which no file can hold.
     return scrub_page(text.encode("utf-8", "replace").decode("utf-8"))
@@ -171,7 +176,11 @@ nav { display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; padding: .6rem 0;
   border-block: 1px solid var(--line); }
 nav a { color: var(--link); text-decoration: none; padding: .2rem 0; }
 nav a:hover { text-decoration: underline; }
-.scroll { overflow-x: auto; }
+.scroll { overflow-x: auto; background: linear-gradient(to right, var(--paper) 30%, transparent) 0 0,
+  linear-gradient(to left, var(--paper) 30%, transparent) 100% 0,
+  linear-gradient(to right, rgb(0 0 0 / 22%), transparent) 0 0, linear-gradient(to left, rgb(0 0 0 / 22%), transparent) 100% 0;
+  background-repeat: no-repeat; background-size: 2.5rem 100%, 2.5rem 100%, .7rem 100%, .7rem 100%;
+  background-attachment: local, local, scroll, scroll; } /* a shadow where there is more to the side */
 table { border-collapse: separate; border-spacing: 0; min-width: 100%; font-size: .9375rem;
   font-variant-numeric: tabular-nums; }
 th, td { text-align: left; font-weight: 400; padding: .5rem 1.25rem .5rem 0; vertical-align: top;
@@ -181,6 +190,13 @@ th[scope="row"] { font-weight: 500; min-width: 8.5rem; position: sticky; left: 0
 .pairs th { width: 30%; }
 .number { text-align: right; white-space: nowrap; }
 th:last-child, td:last-child { padding-right: 0; }
+@media (max-width: 32rem) {
+  table { font-size: .8125rem; }
+  th, td { padding-right: .7rem; }
+  th[scope="row"] { min-width: 5.5rem; max-width: 9rem; position: static; }
+  thead th { hyphens: auto; }
+  .number { white-space: normal; }
+}
 .note, .charts p, .figures p, figcaption { color: var(--muted); font-size: .875rem; }
 .note { margin-top: .6rem; }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr));

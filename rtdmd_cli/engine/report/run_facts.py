@@ -1,10 +1,11 @@
-"""What a run folder tells for its report: command, machine, grids, sampler, lag curves."""
+"""What a run folder tells for its report: command, machine, grids, sampler."""
 
 import re
-from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 
 from rtdmd_cli.config.schema import DistillConfig, Preset
+from rtdmd_cli.engine.report.html import Live
 from rtdmd_cli.engine.report.page import Picture
 from rtdmd_cli.engine.storage import strict_json
 from rtdmd_cli.engine.storage.run_folder import ENVIRONMENT, RunFolder
@@ -23,9 +24,13 @@ def recorded_environment(run: RunFolder) -> tuple[str, list[tuple[str, str]]]:
         return f"not known: {ENVIRONMENT} is damaged", []
 
 
+BASELINE = "before training: teacher, teacher in few steps, generator"
+
+
 def grids(run: RunFolder, rows: str, unit: str) -> list[Picture]:
     """The sample grids of a run, oldest first. rows: what stands above what; unit: what the steps count."""
-    return [Picture(path, f"{unit} {step}: {rows}") for step, path in sorted(grid_steps(run).items())]
+    found = sorted(grid_steps(run).items())
+    return [Picture(path, f"{unit} {step}: {rows if step else BASELINE}") for step, path in found]
 
 
 def grid_steps(run: RunFolder) -> dict[int, Path]:
@@ -51,15 +56,6 @@ def sampler_facts(preset: Preset) -> list[tuple[str, str]]:
     ]
 
 
-def lag_curves(
-    metrics: list[dict[str, object]], iteration: int, health: Mapping[str, float]
-) -> dict[str, tuple[list[float], list[float]]]:
-    """The lag curves: the values noted on the way, and the last one."""
-    curves = {}
-    for name, last in health.items():
-        rows = [
-            (row["iteration"], row[name]) for row in metrics if name in row and row["iteration"] != iteration
-        ]
-        points = [(float(str(x)), float(str(y))) for x, y in rows] + [(float(iteration), last)]
-        curves[name] = ([x for x, _ in points], [y for _, y in points])
-    return curves
+def live_now(seconds_left: float | None, seconds_each: float | None) -> Live:
+    """What a page that is written now says of a run that goes on."""
+    return Live(datetime.now(UTC), seconds_left, seconds_each)

@@ -82,7 +82,7 @@ def find_wanted(name: str) -> list[Wanted]:
         return _of_reward(REWARDS[name])
     presets = [info.name for info in list_presets()]
     if name in presets or name.endswith((".yaml", ".yml")):
-        return _of_model(load_preset(name).preset.model)
+        return wanted_of_model(load_preset(name).preset.model)
     if name.startswith("builtin:") or os.path.isdir(name) or re.fullmatch(REPOSITORY, name):
         return [Wanted("model", name)]
     near = get_close_matches(name, [*presets, *REWARDS], n=1)
@@ -92,7 +92,7 @@ def find_wanted(name: str) -> list[Wanted]:
     )
 
 
-def _of_model(model: ModelConfig) -> list[Wanted]:
+def wanted_of_model(model: ModelConfig) -> list[Wanted]:
     """The base of a preset, or what belongs to its single file, and the generator's own base where it has one."""
     wanted = [Wanted("model", model.path, model.revision)]
     if model.path.endswith(SINGLE_FILE):

@@ -18,6 +18,8 @@ T = TypeVar("T")
 TRACES = (PRESET, STATUS, ENVIRONMENT, "checkpoints", "metrics.jsonl")
 """A folder that holds one of these is, or was, a run."""
 CLOCKS = frozenset({"iteration", "seconds", "iterations_per_second"})
+PICTURES, PICTURE_INDEX = "pictures", "index.json"
+"""Folder, in a run's folder of grids, of the grids' pictures one by one; the file in it that says what they are of."""
 KILLED, DAMAGED = "killed", "damaged"
 
 
@@ -46,6 +48,18 @@ class RunSummary:
     def name(self) -> str:
         """The folder's name."""
         return self.run.path.resolve().name
+
+    @property
+    def unit(self) -> str:
+        """What its length is counted in: "iteration" or "epoch"."""
+        return "epoch" if self.stage == "tune-reward" else "iteration"
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Of a run that goes on, at its mean pace; None for others, and before there is a pace."""
+        if self.state != "running" or not (self.target and self.iterations and self.seconds):
+            return None
+        return self.seconds / self.iterations * max(self.target - self.iterations, 0)
 
 
 def list_runs(out: Path) -> list[RunSummary]:

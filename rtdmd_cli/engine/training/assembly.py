@@ -1,5 +1,6 @@
 """How a training is put together, for both stages: encoded prompts, the schedule, optimisers, the trainer."""
 
+import time
 from collections.abc import Callable, Sequence
 
 import torch
@@ -17,6 +18,8 @@ from rtdmd_cli.engine.training.trainer import Trainer
 from rtdmd_cli.errors import UsageError
 
 HARDWARE = HardwareConfig()
+TOLD_SECONDS = 10.0
+"""Between two lines on the encoding of prompts."""
 PRELOAD_BYTES = 2_000_000_000
 """Encoded prompts up to this size are held in memory; more are read from the cache batch by batch."""
 
@@ -43,12 +46,15 @@ def encode_prompts(
     say: Callable[[str], None],
     hardware: HardwareConfig = HARDWARE,
     check: Callable[[], None] = lambda: None,
+    training: int | None = None,
 ) -> tuple[Callable[[Sequence[int]], Conditioning], Conditioning]:
     """A look-up of encoded prompts by index, and the empty prompt. check: called before every few of them.
 
     Each prompt is encoded once and the text encoders are freed. Where the cache's bound does not take them all, the
-    look-up is an `AheadEncoder`, and the encoders stay until the prompts of all coming iterations are there.
+    look-up is an `AheadEncoder`, and the encoders stay until the prompts of all coming iterations are there. training:
+    how many of the prompts, from the first on, are trained on, by default all: only these are counted to people.
     """
+    count = len(prompts) if training is None else training
     if hardware.text_encoder == "cpu":
         backbone.encoder_device = torch.device("cpu")
 
@@ -65,22 +71,38 @@ def encode_prompts(
         if hardware.text_encoder == "auto":
             backbone.encoder_device = torch.device("cpu")
         say(
-            f"{len(prompts)} prompts, of which the cache takes {capacity} at a time: "
+            f"{count} prompts, of which the cache takes {capacity} at a time: "
             f"encoded ahead on {backbone.encoder_device}"
         )
         free = backbone.drop_text_encoders
         return AheadEncoder(cache, prompts, backbone.encode, capacity, say, free), empty
-    fresh += cache.ensure(prompts, encode)
-    say(
-        f"{len(prompts)} prompts, {fresh} newly encoded"
-        if fresh
-        else f"{len(prompts)} prompts, all in the cache"
-    )
+    fresh += cache.ensure(prompts, told(encode, say))
+    say(f"{count} prompts, {fresh} newly encoded" if fresh else f"{count} prompts, all in the cache")
     backbone.drop_text_encoders()
     if (len(prompts) + 1) * row > PRELOAD_BYTES:
         return lambda indices: cache.fetch([prompts[i] for i in indices]), empty
     everything = cache.fetch(list(prompts))
     return everything.select, empty
+
+
+def told(
+    encode: Callable[[Sequence[str]], Conditioning],
+    say: Callable[[str], None],
+    clock: Callable[[], float] = time.monotonic,
+) -> Callable[[Sequence[str]], Conditioning]:
+    """`encode`, which says before each block of prompts how far it is, at most every TOLD_SECONDS."""
+    done, last = 0, clock() - TOLD_SECONDS
+
+    def encoding(prompts: Sequence[str]) -> Conditioning:
+        nonlocal done, last
+        if clock() - last >= TOLD_SECONDS:
+            last = clock()
+            say(f"encoding prompts: {done} done, {len(prompts)} under way")
+        encoded = encode(prompts)
+        done += len(prompts)
+        return encoded
+
+    return encoding
 
 
 def prepare_prompts(

@@ -1,6 +1,7 @@
 """Pictures of a run in progress: fixed prompts and seeds, generator beside teacher, and the fake score's health."""
 
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,49 +13,89 @@ from rtdmd_cli.engine.algo.flow import to_x0
 from rtdmd_cli.engine.algo.subinterval import renoise
 from rtdmd_cli.engine.backbones.base import Backbone, Conditioning
 from rtdmd_cli.engine.compute import rng
-from rtdmd_cli.engine.report.grid import GridRow, picture_grid, save_png
+from rtdmd_cli.engine.report.grid import GridRow, picture_grid, save_picture, save_png
 from rtdmd_cli.engine.roles.base import RoleSet
 from rtdmd_cli.engine.sampling.sample import Kind, SamplingPlan, decode_all, generate, guided, sampling_plan
+from rtdmd_cli.engine.storage import strict_json
+from rtdmd_cli.engine.storage.files import write_json
+from rtdmd_cli.engine.storage.runs import PICTURE_INDEX, PICTURES
 
 COUNT = 8
-"""Fixed prompts of a run, evenly spread over the prompt set."""
+"""Prompts of a run's grids where the preset names none, evenly spread over the prompt set; pictures drawn at once."""
 HEALTH_LEVEL = 0.6
 """Noise level sigma at which teacher and fake score are asked for their clean prediction."""
+TEACHER, FEW_STEPS, START = "teacher", "few-step-teacher", "start"
+"""Names of the pictures to compare with, in the file names of single pictures."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One picture of a grid. row: of its prompt among the encoded ones, which also keys its noise beside the seed."""
+
+    prompt: str
+    seed: int
+    row: int
+
+    @property
+    def key(self) -> str:
+        """Names the picture in a file name: 12 hexadecimal digits of prompt and seed."""
+        return hashlib.sha256(f"{self.seed}\n{self.prompt}".encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)
 class Previews:
-    """Fixed prompts, their conditioning, the empty prompt's, and the pictures [COUNT,3,H,W] to compare with, made once.
+    """What a grid shows, [n] pictures; their prompts' conditioning, the empty prompt's, and the pictures [n,3,H,W] to
+    compare with, made once.
 
-    reference: the teacher's pictures in stage 1, the starting generator's in stage 2.
+    reference: the teacher's pictures in stage 1, the starting generator's in stage 2. seed: of the health panel's noise.
     """
 
     backbone: Backbone
     roles: RoleSet
+    preset: Preset
     plan: SamplingPlan
-    guidance: tuple[float, float]
     shape: tuple[int, int, int]
     seed: int
-    prompts: list[str]
+    shown: list[Shown]
     cond: Conditioning
     empty: Conditioning
     reference: Tensor
+    reference_kind: Kind
     reference_label: str
 
+    @property
+    def titles(self) -> list[str]:
+        """Over each picture: its prompt, and its seed where there are several."""
+        several = len({each.seed for each in self.shown}) > 1
+        return [f"{each.prompt} (seed {each.seed})" if several else each.prompt for each in self.shown]
+
+    @property
+    def rows(self) -> Conditioning:
+        """The encoded prompt of each picture, [n]."""
+        return self.cond.select([each.row for each in self.shown])
+
     def latents(self, plan: SamplingPlan | None = None) -> Tensor:
-        """Latents [COUNT,C,H,W] of the generator's current weights (or as `plan` says), always from the same noise."""
-        keys = [(i, 0) for i in range(len(self.prompts))]
-        return generate(
-            self.backbone,
-            self.roles,
-            plan or self.plan,
-            self.cond,
-            self.empty,
-            keys,
-            shape=self.shape,
-            seed=self.seed,
-            batch=COUNT,
-        )
+        """Latents [n,C,H,W] of the generator's current weights (or as `plan` says), always from the same noise."""
+        parts: dict[int, Tensor] = {}
+        for seed in dict.fromkeys(each.seed for each in self.shown):
+            places = [place for place, each in enumerate(self.shown) if each.seed == seed]
+            drawn = generate(
+                self.backbone,
+                self.roles,
+                plan or self.plan,
+                self.cond,
+                self.empty,
+                [(self.shown[place].row, 0) for place in places],
+                shape=self.shape,
+                seed=seed,
+                batch=COUNT,
+            )
+            parts |= dict(zip(places, drawn, strict=True))
+        return torch.stack([parts[place] for place in sorted(parts)])
+
+    def pictures(self, plan: SamplingPlan | None = None) -> Tensor:
+        """As `latents`, decoded: [n,3,H,W] in 0..1."""
+        return decode_all(self.backbone, self.latents(plan), COUNT)
 
 
 def pick(count: int) -> list[int]:
@@ -62,49 +103,119 @@ def pick(count: int) -> list[int]:
     return sorted({int((i + 0.5) * count / COUNT) for i in range(COUNT)})
 
 
+def chosen(preset: Preset, prompts: Sequence[str], first: int) -> tuple[list[str], list[int]]:
+    """The prompts of the grids, and their indices among the encoded ones.
+
+    prompts: the training prompts, encoded first. first: index of the first of `previews.prompts`.
+    """
+    own = list(preset.previews.prompts)
+    if own:
+        return own, list(range(first, first + len(own)))
+    indices = pick(len(prompts))
+    return [prompts[index] for index in indices], indices
+
+
+def drawing_line(preset: Preset, prompts: int) -> str:
+    """That the teacher's pictures of the grids are drawn now, which may take minutes, for people."""
+    count = prompts * max(len(preset.previews.seeds), 1)
+    return f"drawing {count} pictures of the teacher for the sample grids, {preset.model.teacher_steps} steps each"
+
+
 def make_previews(
     backbone: Backbone,
     roles: RoleSet,
     preset: Preset,
     prompts: Sequence[str],
-    conditioning: Callable[[Sequence[int]], Conditioning],
+    cond: Conditioning,
     empty: Conditioning,
     reference: Kind = "teacher",
     reference_label: str = "teacher",
 ) -> Previews:
-    """Choose the prompts and sample the reference: the teacher as `rtdmd sample --from PRESET` would, or, in stage 2,
-    the generator that it started from.
+    """The grids of these prompts (cond: a row for each), every one with every seed of the preset.
+
+    Draws the reference: the teacher as `rtdmd sample --from PRESET` would, or, in stage 2, the generator that it
+    started from.
     """
-    chosen = pick(len(prompts))
+    seeds = preset.previews.seeds or (preset.evaluate.seed,)
     previews = Previews(
         backbone,
         roles,
+        preset,
         sampling_plan("generator", backbone, preset.model, preset.sampler),
-        preset.matching_guidance,
         backbone.latent_shape(preset.model.resolution, preset.model.resolution),
         preset.evaluate.seed,
-        [prompts[i] for i in chosen],
-        conditioning(chosen),
+        [Shown(text, seed, row) for row, text in enumerate(prompts) for seed in seeds],
+        cond,
         empty,
         torch.empty(0),
+        reference,
         reference_label,
     )
     plan = sampling_plan(reference, backbone, preset.model, preset.sampler)
-    return replace(previews, reference=decode_all(backbone, previews.latents(plan), COUNT))
+    return replace(previews, reference=previews.pictures(plan))
 
 
-def save_sample_grid(previews: Previews, ema: dict[str, Tensor], path: Path, iteration: int) -> None:
-    """Write the grid of generator (EMA weights) beside the reference."""
+def save_sample_grid(previews: Previews, ema: dict[str, Tensor], path: Path, iteration: int) -> Tensor:
+    """Write the grid of generator (EMA weights) beside the reference, and the generator's pictures one by one.
+
+    Returns the generator's pictures [n,3,H,W].
+    """
     with previews.roles.swapped("generator", ema):
-        latents = previews.latents()
+        images = previews.pictures()
     rows = [
-        GridRow(
-            f"generator, {previews.plan.evaluations} evaluations",
-            decode_all(previews.backbone, latents, COUNT),
-        ),
+        GridRow(f"generator, {previews.plan.evaluations} evaluations", images),
         GridRow(previews.reference_label, previews.reference),
     ]
-    save_png(picture_grid(rows, previews.prompts), path, {"iteration": str(iteration)})
+    save_png(picture_grid(rows, previews.titles), path, {"iteration": str(iteration)})
+    save_pictures(previews, path.parent, f"step-{iteration:06d}", images)
+    return images
+
+
+def save_baseline(previews: Previews, ema: dict[str, Tensor], path: Path) -> Tensor:
+    """Write the grid before training: teacher in full, teacher in few steps, and the generator as it starts.
+
+    Also their pictures one by one. Returns the generator's [n,3,H,W].
+    """
+    model, sampler = previews.preset.model, previews.preset.sampler
+    full = sampling_plan("teacher", previews.backbone, model, sampler)
+    few = sampling_plan("teacher", previews.backbone, model, sampler, steps=len(sampler.raw_steps))
+    own = previews.reference_kind == "teacher"
+    teacher = previews.reference if own else previews.pictures(full)
+    with previews.roles.swapped("generator", ema):
+        images = previews.pictures()
+    few_images = previews.pictures(few)
+    start = (
+        "generator before training" if own else f"{previews.reference_label}: the generator before training"
+    )
+    rows = [
+        GridRow(f"teacher, {full.evaluations} evaluations", teacher),
+        GridRow(f"teacher in {few.steps} steps, {few.evaluations} evaluations", few_images),
+        GridRow(f"{start}, {previews.plan.evaluations} evaluations", images),
+    ]
+    save_png(picture_grid(rows, previews.titles), path, {"iteration": "0"})
+    for name, drawn in ((TEACHER, teacher), (FEW_STEPS, few_images), ("step-000000", images)):
+        save_pictures(previews, path.parent, name, drawn)
+    return images
+
+
+def save_reference(previews: Previews, samples: Path) -> None:
+    """Write what the pictures are of, and those to compare with, one by one. samples: the run's folder of grids."""
+    index = samples / PICTURES / PICTURE_INDEX
+    known = strict_json.read(index) if index.is_file() else {}
+    now = {each.key: {"prompt": each.prompt, "seed": each.seed} for each in previews.shown}
+    write_json(
+        index,
+        {"order": [*now, *(key for key in known.get("order", []) if key not in now)]}
+        | {"pictures": known.get("pictures", {}) | now},
+    )
+    name = TEACHER if previews.reference_kind == "teacher" else START
+    save_pictures(previews, samples, name, previews.reference)
+
+
+def save_pictures(previews: Previews, samples: Path, name: str, images: Tensor) -> None:
+    """Write each picture of `images` [n,3,H,W] as <samples>/pictures/<name>-<key>, PNG or JPEG by its size."""
+    for each, image in zip(previews.shown, images, strict=True):
+        save_picture(image, samples / PICTURES / f"{name}-{each.key}")
 
 
 def save_health_panel(previews: Previews, path: Path, iteration: int) -> None:
@@ -119,7 +230,7 @@ def save_health_panel(previews: Previews, path: Path, iteration: int) -> None:
             f"teacher's prediction at sigma {HEALTH_LEVEL}", decode_all(previews.backbone, teacher, COUNT)
         ),
     ]
-    save_png(picture_grid(rows, previews.prompts), path, {"iteration": str(iteration)})
+    save_png(picture_grid(rows, previews.titles), path, {"iteration": str(iteration)})
 
 
 @torch.no_grad()
@@ -128,16 +239,16 @@ def health_points(previews: Previews) -> tuple[Tensor, Tensor, Tensor]:
 
     Both predict from the same point, x0 diffused to HEALTH_LEVEL with fixed noise.
     """
-    backbone, count = previews.backbone, len(previews.prompts)
+    backbone, count = previews.backbone, len(previews.shown)
     x0 = previews.latents()
     noise = rng.normal(previews.shape, previews.seed, "health", 0, range(count))
     x_t = renoise(x0, 0.0, HEALTH_LEVEL, noise).to(backbone.device)
     level = x_t.new_full((count,), HEALTH_LEVEL)
-    cond, empty = (c.to(backbone.device, backbone.dtype) for c in (previews.cond, previews.empty))
+    cond, empty = (c.to(backbone.device, backbone.dtype) for c in (previews.rows, previews.empty))
     with previews.roles.role("fake"):
         fake = to_x0(x_t, HEALTH_LEVEL, guided(backbone, cond, None, 1.0)(x_t, level))
     with previews.roles.role("teacher"):
-        velocity = guided(backbone, cond, empty, previews.guidance)
+        velocity = guided(backbone, cond, empty, previews.preset.matching_guidance)
         teacher = to_x0(x_t, HEALTH_LEVEL, velocity(x_t, level))
     return x0, fake.cpu(), teacher.cpu()
 

@@ -18,6 +18,13 @@ from rich.progress import (
 from rich.table import Column
 
 LINE_SECONDS = 10.0
+COLUMNS = 80  # that a line has room in
+SHOWN = 2
+TELLING = (
+    *("previews/strict_score", "previews/clip_score", "watch/held_out", "measured/", "reward/"),
+    *("dmd_loss", "hinge_loss", "fake_loss"),
+)
+"""Names of figures, or their beginnings, in the order in which they tell how a run goes."""
 Update: TypeAlias = Callable[[int, Mapping[str, float]], None]
 
 
@@ -31,8 +38,9 @@ def training_progress(
 ) -> Iterator[Update]:
     """Yield update(iteration, metrics): iteration counts the finished ones, from start + 1 to total.
 
-    metrics are shown as they are, in their order. stream: stderr by default. Without a terminal there is a
-    line after the first iteration, then one every 10 s, and one after the last.
+    Of the metrics the two most telling ones are shown, and "memory_gib" if it is there. stream: stderr by default.
+    Without a terminal there is a line after the first iteration, then one every 10 s, and one after the last; of at most
+    80 columns.
     """
     stream = sys.stderr if stream is None else stream
     if quiet:
@@ -44,8 +52,24 @@ def training_progress(
         yield _lines(stream, total, start, clock)
 
 
-def _losses(metrics: Mapping[str, float]) -> str:
-    return "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+def telling(metrics: Mapping[str, float]) -> list[str]:
+    """The most telling figures as short texts, and the memory that is held."""
+    first = [name for start in TELLING for name in metrics if name.startswith(start)]
+    chosen = list(dict.fromkeys([*first, *(name for name in metrics if name != "memory_gib")]))[:SHOWN]
+    texts = [f"{name.rpartition('/')[2][:28]} {metrics[name]:.3g}" for name in chosen]
+    return [*texts, f"{metrics['memory_gib']:.1f} GiB"] if "memory_gib" in metrics else texts
+
+
+def speed_text(speed: float) -> str:
+    """Iterations a second, or seconds an iteration where that reads better."""
+    return f"{speed:.2f} it/s" if speed >= 0.5 else f"{1 / max(speed, 1e-9):.1f} s/it"
+
+
+def fitted(parts: list[str]) -> str:
+    """The parts in a line of at most 80 columns: what does not fit at the end is left out."""
+    while len(line := "  ".join(parts)) > COLUMNS and len(parts) > 1:
+        parts = parts[:-1]
+    return line[:COLUMNS]
 
 
 def duration(seconds: float) -> str:
@@ -72,14 +96,8 @@ def _lines(stream: TextIO, total: int, start: int, clock: Callable[[], float]) -
             return
         printed = now
         speed, left = _pace(iteration, start, total, now - began)
-        parts = [
-            f"iteration {iteration}/{total}",
-            f"elapsed {duration(now - began)}",
-            f"left {duration(left)}",
-            f"{speed:.2f} it/s",
-            _losses(metrics),
-        ]
-        print("  ".join(part for part in parts if part), file=stream, flush=True)
+        parts = [f"iteration {iteration}/{total}", f"left {duration(left)}", speed_text(speed)]
+        print(fitted([*parts, *telling(metrics)]), file=stream, flush=True)
 
     return update
 
@@ -88,7 +106,7 @@ def _lines(stream: TextIO, total: int, start: int, clock: Callable[[], float]) -
 def _bar(console: Console, total: int, start: int, clock: Callable[[], float]) -> Iterator[Update]:
     columns = (
         MofNCompleteColumn(table_column=Column(no_wrap=True)),
-        BarColumn(bar_width=16),
+        BarColumn(bar_width=8),
         TimeElapsedColumn(table_column=Column(no_wrap=True)),
         TextColumn("{task.fields[pace]}", style="cyan"),
         TextColumn("{task.fields[losses]}", table_column=Column()),  # the one that wraps where it is narrow
@@ -100,7 +118,7 @@ def _bar(console: Console, total: int, start: int, clock: Callable[[], float]) -
 
         def update(iteration: int, metrics: Mapping[str, float]) -> None:
             speed, left = _pace(iteration, start, total, clock() - began)
-            pace = f"left {duration(left)}  {speed:.2f} it/s"
-            progress.update(task, completed=iteration, pace=pace, losses=_losses(metrics))
+            pace = f"left {duration(left)}  {speed_text(speed)}"
+            progress.update(task, completed=iteration, pace=pace, losses="  ".join(telling(metrics)))
 
         yield update

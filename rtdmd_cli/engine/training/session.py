@@ -6,15 +6,15 @@ The recipes themselves are `distill.recipe.iterate` and `tune_reward.recipe.tune
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
 from rtdmd_cli import __version__
-from rtdmd_cli.config.loader import Resolved, dump_resolved
+from rtdmd_cli.config.loader import Resolved, dump_resolved, preset_values
 from rtdmd_cli.engine.compute import optim
 from rtdmd_cli.engine.compute.processes import Processes
 from rtdmd_cli.engine.compute.signals import StopRequest
@@ -31,16 +31,21 @@ from rtdmd_cli.engine.storage.checkpoint import (
 )
 from rtdmd_cli.engine.storage.run_folder import RunFolder, State
 from rtdmd_cli.engine.storage.scrubbing import scrub_text
+from rtdmd_cli.engine.training.clock import Clock
 from rtdmd_cli.engine.training.progress import training_progress
 from rtdmd_cli.engine.training.start import Start
 from rtdmd_cli.engine.training.trackers import Tracker, open_tracker
 from rtdmd_cli.engine.training.trainer import ROLES, Trainer
-from rtdmd_cli.errors import DataError, PictureFailure, UsageError
+from rtdmd_cli.errors import DataError, EnvironmentFailure, PictureFailure, UsageError
 
 STATE_KEYS = {"stage", "generator_updates", "optimizers", "seconds", "records"}
 RECENT = 10  # iterations whose times tell how long one takes: some do more than others
 LOADING, DRAWING = "stopping when the model is loaded", "stopping when the first pictures are drawn"
 DTYPE = "hardware.dtype"
+REPORT_SECONDS = 300.0
+"""Longest time between two writings of a live report, where an iteration takes less."""
+Row: TypeAlias = Mapping[str, Any]
+"""A metric line, or nothing."""
 OTHER_HINT = "Resume from another checkpoint, or start another run with --name OTHER."
 
 
@@ -58,21 +63,29 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The length of a training and the distances of what is written on the way, in iterations (epochs)."""
+    """The length of a training and the distances of what is written on the way, in iterations (epochs).
+
+    sample_minutes: the longest time between two grids, None for any; both at once for `sample_every` 0, where the end
+    alone has a grid.
+    """
 
     total: int
     save_every: int
     log_every: int
     sample_every: int
     keep: int
+    sample_minutes: float | None = None
 
 
 @dataclass(frozen=True)
 class Stage:
     """What differs between the stages.
 
-    name: in checkpoints and run folders. advance(i): one iteration (0-based). figures(): measured where a grid is
-    made, beside the metrics. sample(path, iteration): writes a grid. finish(session, state): health panel and report.
+    name: in checkpoints and run folders. advance(i): one iteration (0-based). grid(path, iteration): writes a grid, and
+    gives what is measured with it. baseline(path): likewise, before training; None for no such grid.
+    report(session, state, last): writes the report from what is known, without measuring anything. finish(session,
+    state, last): the last measurements, the health panel and the report. last: a metric line that is not in the run
+    folder, or nothing.
     after(session): measured by the stage after an iteration; a metric line is written where there is any. It may set
     the records `stopped` and `best`, see `Session`.
     frozen: adapters that belong into every checkpoint although they don't change. unit: what `advance` does one of.
@@ -81,9 +94,10 @@ class Stage:
     name: str
     schedule: Schedule
     advance: Callable[[int], None]
-    figures: Callable[[], Mapping[str, float]]
-    sample: Callable[[Path, int], None]
-    finish: Callable[["Session", State], None]
+    grid: Callable[[Path, int], Mapping[str, float]]
+    report: Callable[["Session", State, Row], None]
+    finish: Callable[["Session", State, Row], None]
+    baseline: Callable[[Path], Mapping[str, float]] | None = None
     after: Callable[["Session"], Mapping[str, float]] = lambda session: {}
     frozen: tuple[str, ...] = ()
     unit: str = "iteration"
@@ -91,7 +105,7 @@ class Stage:
 
 @dataclass
 class Session:
-    """A run in progress.
+    """A run in progress. newest: the last value of every figure, for the line of progress.
 
     `seconds` counts training time of all parts, `last` is the newest checkpoint, `records` are JSON values of the
     stage's own that survive a resume, `prompts` is what `prompts.reading.known_by` says of the prompts. Three records have a
@@ -110,11 +124,24 @@ class Session:
     prompts: str
     last: Path | None = None
     stop: StopRequest = field(default_factory=StopRequest)
+    clock: Clock = field(default_factory=Clock)
+    newest: dict[str, float] = field(default_factory=dict)
 
     @property
     def stopped(self) -> bool:
         """Whether the stage has ended the run."""
         return bool(self.records.get("stopped"))
+
+    @property
+    def seconds_each(self) -> float | None:
+        """Of an iteration, at this process's pace; None before the first one."""
+        return self.clock.seconds_each(self.iteration)
+
+    @property
+    def seconds_left(self) -> float | None:
+        """At this process's pace; None before the first iteration."""
+        each = self.seconds_each
+        return None if each is None else each * (self.stage.schedule.total - self.iteration)
 
     @property
     def best(self) -> int | None:
@@ -211,7 +238,7 @@ def rewind(
     if newest and (checkpoint is None or newest.resolve() != checkpoint.path.resolve()):
         raise UsageError(f"{run.path} has been continued by another process.", "Look at it, then try again.")
     done = checkpoint.step if checkpoint else 0
-    run.metrics.truncate_after(done)
+    run.metrics.truncate_after(done if checkpoint else -1)
     aside = set_aside_after(run.checkpoints, done)
     if aside is not None:
         told = f"newer checkpoints than the one of iteration {done} are kept in {aside}"
@@ -241,6 +268,8 @@ def train(session: Session, quiet: bool) -> StopRequest:
     with processes.agreeing(), stop.during("finishing the pictures", session.kept):
         if processes.main and session.last:
             catch_up(session)
+        if processes.main:
+            begin(session)
     with training_progress(total, session.iteration, silent) as show:
         while session.iteration < total and not ended(session, stop):
             began = time.monotonic()
@@ -250,7 +279,8 @@ def train(session: Session, quiet: bool) -> StopRequest:
             took = time.monotonic() - began
             session.seconds += took
             recent.append(took)
-            show(session.iteration, session.trainer.metrics)
+            session.newest |= session.trainer.metrics
+            show(session.iteration, session.newest)
             with (
                 processes.agreeing(),
                 stop.during("finishing measures, pictures and checkpoint", session.kept),
@@ -294,19 +324,65 @@ def save_unsaved(session: Session) -> None:
         save(session)
 
 
+def begin(session: Session) -> None:
+    """Before the first iteration of this process: the baseline grid, in a new run, and the report."""
+    path = session.run.samples / "step-000000.png"
+    if session.iteration == 0 and session.stage.baseline and not session.run.metrics.read():
+        measured = session.stage.baseline(path)
+        session.newest |= measured
+        figures = {"iteration": 0, **measured}
+        session.tracker.log(figures)
+        session.run.metrics.append(figures)
+        session.tracker.show(path, 0)
+    write_live(session)
+    session.clock.start(session.iteration)
+
+
+def write_live(session: Session) -> None:
+    """The report of a run that goes on."""
+    session.stage.report(session, "running", {})
+    session.clock.report = time.monotonic()
+
+
+def grid_due(session: Session) -> bool:
+    """Whether this iteration has a grid, by iterations or by minutes, whichever come first."""
+    schedule = session.stage.schedule
+    if not schedule.sample_every:
+        return False
+    late = schedule.sample_minutes is not None
+    late = late and time.monotonic() - session.clock.grid >= 60 * (schedule.sample_minutes or 0)
+    return late or session.iteration % schedule.sample_every == 0
+
+
 def note(session: Session, took: float, measured: Mapping[str, float]) -> None:
-    """After an iteration: metrics, checkpoint and grid, each at its own distance."""
+    """After an iteration: grid, metrics, checkpoint and report, each at its own distance."""
     schedule, done = session.stage.schedule, session.iteration
-    if done % schedule.log_every == 0 or done == schedule.total or measured:
-        row: dict[str, Any] = {"iteration": done, **session.trainer.metrics, **measured}
-        if grid_due(session):
-            row |= session.stage.figures()
+    news = grid_due(session)
+    figures = sample_grid(session) if news else {}
+    if done % schedule.log_every == 0 or done == schedule.total or measured or figures:
+        row: dict[str, Any] = {"iteration": done, **session.trainer.metrics, **measured, **figures}
+        machine = machine_figures(session.trainer)
+        session.newest |= {**measured, **figures, **machine}
+        row |= {**machine, "seconds": session.seconds, "iterations_per_second": 1 / took}
         session.tracker.log(row)
-        session.run.metrics.append(row | {"seconds": session.seconds, "iterations_per_second": 1 / took})
+        session.run.metrics.append(row)
     if done % schedule.save_every == 0 or session.best == done:
         save(session)
-    if grid_due(session) and done != schedule.total:
-        sample_grid(session)
+        news = True
+    late = time.monotonic() - session.clock.report >= REPORT_SECONDS
+    if (news or late) and done != schedule.total:
+        write_live(session)
+
+
+def machine_figures(trainer: Trainer) -> dict[str, float]:
+    """Of the newest iteration: learning rates, and on a GPU the most memory that was held, GiB."""
+    figures = {
+        f"learning_rate/{role}": float(optimizer_of(trainer, role).param_groups[0]["lr"]) for role in ROLES
+    }
+    device = trainer.backbone.device
+    if device.type == "cuda":
+        figures["memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+    return figures
 
 
 def save(session: Session) -> None:
@@ -347,20 +423,18 @@ def save(session: Session) -> None:
     run.set_status("running", iteration=session.iteration)
 
 
-def grid_due(session: Session) -> bool:
-    """Whether a grid is made of this iteration on the way."""
-    every = session.stage.schedule.sample_every
-    return bool(every) and session.iteration % every == 0
-
-
 def grid_path(session: Session) -> Path:
     """The grid of this iteration."""
     return session.run.samples / f"step-{session.iteration:06d}.png"
 
 
-def sample_grid(session: Session) -> None:
-    """Write the grid of this iteration."""
-    session.stage.sample(grid_path(session), session.iteration)
+def sample_grid(session: Session) -> Mapping[str, float]:
+    """Write the grid of this iteration; what is measured with it."""
+    path = grid_path(session)
+    figures = session.stage.grid(path, session.iteration)
+    session.tracker.show(path, session.iteration)
+    session.clock.grid, session.clock.grid_of = time.monotonic(), session.iteration
+    return figures
 
 
 def finish(session: Session, stop: StopRequest) -> Outcome:
@@ -375,8 +449,11 @@ def finish(session: Session, stop: StopRequest) -> Outcome:
         if not over:
             set_end(session, state)
         with stop.during("drawing the last pictures and writing the report", session.kept):
-            sample_grid(session)
-            session.stage.finish(session, state)
+            figures: dict[str, Any] = {}
+            if session.clock.grid_of != session.iteration:
+                # Not in the metrics, so that a run that is extended goes on as if it had not ended here.
+                figures = {"iteration": session.iteration, **sample_grid(session)}
+            session.stage.finish(session, state, figures)
         set_end(session, state)
         run.log(f"{state} at iteration {session.iteration}")
     last = run.checkpoints / step_name(session.iteration)
@@ -413,16 +490,27 @@ def opened(
             if processes.main:
                 run = start.run or make()
                 stack.enter_context(run.lock())
-            tracker = stack.enter_context(open_tracker(name, run.path))
-            if processes.main:
-                done = rewind(run, resolved, start.checkpoint, total, say)
-                run.note_changes(start.changes, done)
+        begun = start.run is None
         try:
+            with processes.agreeing():
+                if processes.main:
+                    done, begun = rewind(run, resolved, start.checkpoint, total, say), True
+                    run.note_changes(start.changes, done)
+                settings = preset_values(resolved.preset)
+                tracker = stack.enter_context(open_tracker(name, run.path, settings))
             yield run, tracker, done
         except BaseException as error:  # raised again; `failing` has said it where the training had begun
-            if processes.main and run.status()["state"] == "running":
-                note_end(run, error, done, total)
+            if processes.main and begun and run.status()["state"] == "running":
+                end_start(run, error, done, total, new=start.run is None)
             raise
+
+
+def end_start(run: RunFolder, error: BaseException, done: int, total: int, new: bool) -> None:
+    """After a start that failed: a new run leaves nothing behind, but for one that a signal ended, which can go on."""
+    if new and not isinstance(error, KeyboardInterrupt):
+        files.remove_folder(run.path)
+    else:
+        note_end(run, error, done, total)
 
 
 @contextmanager
@@ -432,10 +520,12 @@ def failing(session: Session) -> Iterator[None]:
         yield
     except BaseException as error:
         if session.trainer.processes.main:
-            if isinstance(error, PictureFailure):
+            if isinstance(error, PictureFailure) and session.iteration > session.clock.first:
                 save_unsaved(session)
             done = saved_step(session) if isinstance(error, KeyboardInterrupt) else session.iteration
-            note_end(session.run, error, done, session.stage.schedule.total)
+            state = note_end(session.run, error, done, session.stage.schedule.total)
+            with suppress(EnvironmentFailure):  # of a full disk, say: what is to be said is the error
+                session.stage.report(session, state, {})
         raise
 
 
@@ -444,15 +534,15 @@ def saved_step(session: Session) -> int:
     return step_of(session.last) if session.last else 0
 
 
-def note_end(run: RunFolder, error: BaseException, iteration: int, total: int) -> None:
-    """The status of a run that `error` ends: interrupted by a signal, else failed.
+def note_end(run: RunFolder, error: BaseException, iteration: int, total: int) -> State:
+    """Set and return the state of a run that `error` ends: interrupted by a signal, else failed.
 
     One that has come to its end stays finished where only its pictures failed.
     """
     if isinstance(error, KeyboardInterrupt):
         run.set_status("interrupted", iteration=iteration)
         run.log(f"stopped at once; a resume goes on at iteration {iteration}")
-    elif isinstance(error, PictureFailure) and iteration >= total:
-        run.set_status("finished", iteration=iteration, reason=str(error))
-    else:
-        run.set_status("failed", iteration=iteration, reason=str(error))
+        return "interrupted"
+    state: State = "finished" if isinstance(error, PictureFailure) and iteration >= total else "failed"
+    run.set_status(state, iteration=iteration, reason=str(error))
+    return state

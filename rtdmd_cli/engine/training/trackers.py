@@ -1,4 +1,7 @@
-"""Optional experiment trackers, through accelerate; metrics.jsonl is always written besides."""
+"""Optional experiment trackers, through accelerate; metrics.jsonl and the sample grids are always written besides.
+
+They get every metric line, learning rates, speed and memory among it, the sample grids, and the preset's values.
+"""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -6,17 +9,23 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-from rtdmd_cli.engine.compute.processes import launched
 from rtdmd_cli.errors import EnvironmentFailure
 
-_MODULES = {"tensorboard": "tensorboard", "wandb": "wandb"}
+TRACKERS = ("tensorboard", "wandb", "trackio")
+"""Names, each also of the package and of the extra."""
+GRID = "samples"
+"""Under which name a tracker shows the sample grids."""
 
 
 class Tracker(Protocol):
-    """Takes rows of metrics."""
+    """Takes rows of metrics, and grids."""
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Pass on the numbers of a row, which has an "iteration"."""
+        ...
+
+    def show(self, grid: Path, iteration: int) -> None:
+        """Pass on a PNG file."""
         ...
 
 
@@ -24,34 +33,68 @@ class _Silent:
     def log(self, row: Mapping[str, Any]) -> None:
         """Nothing to do."""
 
+    def show(self, grid: Path, iteration: int) -> None:
+        """Nothing to do."""
+
 
 class _Accelerate:
-    def __init__(self, accelerator: Any) -> None:
-        self._accelerator = accelerator
+    def __init__(self, accelerator: Any, name: str) -> None:
+        self._accelerator, self._name = accelerator, name
 
     def log(self, row: Mapping[str, Any]) -> None:
         values = {key: value for key, value in row.items() if key != "iteration"}
         self._accelerator.log(values, step=row["iteration"])
 
+    def show(self, grid: Path, iteration: int) -> None:
+        if self._name == "trackio":  # accelerate passes no pictures on to it
+            import trackio
+
+            self._accelerator.log({GRID: trackio.Image(grid)}, step=iteration)
+            return
+        import numpy as np
+        from PIL import Image
+
+        with Image.open(grid, formats=["PNG"]) as source:
+            image = np.asarray(source.convert("RGB"))
+        tracker = self._accelerator.get_tracker(self._name)
+        tracker.log_images({GRID: image[None] if self._name == "tensorboard" else [image]}, step=iteration)
+
+
+def require_tracker(name: str) -> None:
+    """EnvironmentFailure where the package of a tracker is not installed; nothing for "none"."""
+    if name in TRACKERS and find_spec(name) is None:
+        raise EnvironmentFailure(
+            f"The tracker {name} is not installed.",
+            f"Run: pip install 'rtdmd[{name}]', or do without: --set hardware.tracker=none",
+        )
+
 
 @contextmanager
-def open_tracker(name: str, run: Path) -> Iterator[Tracker]:
-    """The tracker "none", "tensorboard" (event files in the run folder) or "wandb", closed at the end.
+def open_tracker(name: str, run: Path, settings: Mapping[str, Any]) -> Iterator[Tracker]:
+    """The tracker "none", or one of TRACKERS, closed at the end.
 
-    Raises EnvironmentFailure where its package is not installed.
+    settings: the preset's values by their keys. tensorboard writes event files into the run folder, wandb and trackio
+    keep their own. Raises as `require_tracker`.
     """
     if name == "none":
         yield _Silent()
         return
-    if find_spec(_MODULES[name]) is None:
-        raise EnvironmentFailure(
-            f"The tracker {name} is not installed.", f"Run: pip install {_MODULES[name]}"
-        )
+    require_tracker(name)
     from accelerate import Accelerator  # seconds to import, and needed with a tracker alone
 
+    from rtdmd_cli.engine.compute.processes import launched
+
     accelerator = Accelerator(cpu=launched() == 1, log_with=name, project_dir=str(run))
-    accelerator.init_trackers(project_name="rtdmd", init_kwargs={"wandb": {"name": run.name}})
+    plain = {
+        key: value if isinstance(value, bool | int | float | str) else str(value)
+        for key, value in settings.items()
+    }
+    accelerator.init_trackers(
+        project_name="rtdmd",
+        config=plain,
+        init_kwargs={"wandb": {"name": run.name}, "trackio": {"name": run.name}},
+    )
     try:
-        yield _Accelerate(accelerator)
+        yield _Accelerate(accelerator, name)
     finally:
         accelerator.end_training()

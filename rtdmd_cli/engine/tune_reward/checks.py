@@ -10,7 +10,7 @@ from rtdmd_cli.engine.compute.processes import Processes, require_parts
 from rtdmd_cli.engine.prompts.reading import PromptSet
 from rtdmd_cli.engine.rewards.mixture import RewardMixture, open_mixture
 from rtdmd_cli.engine.rewards.scoring import Limits
-from rtdmd_cli.engine.tune_reward.measure import open_clip
+from rtdmd_cli.engine.training.held_out import open_clip
 from rtdmd_cli.errors import UsageError
 
 

@@ -3,37 +3,41 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from rtdmd_cli.config.schema import Preset
 from rtdmd_cli.config.tune_reward import TuneRewardConfig
-from rtdmd_cli.engine.report.html import Curve, RunReport, write_report
+from rtdmd_cli.engine.report.html import Curve, Live, RunReport, metrics_series, write_report
 from rtdmd_cli.engine.report.page import Picture, Table
-from rtdmd_cli.engine.report.run_facts import grids, lag_curves, recorded_environment, sampler_facts
-from rtdmd_cli.engine.storage.run_folder import State
-from rtdmd_cli.engine.training.session import Session
-from rtdmd_cli.engine.tune_reward.watch import AFTER, BEFORE, LEFT_OUT, STOPPED, WATCH, advice, alarm
+from rtdmd_cli.engine.report.run_facts import grids, recorded_environment, sampler_facts
+from rtdmd_cli.engine.storage.run_folder import RunFolder, State
+from rtdmd_cli.engine.tune_reward.watch import BEFORE, LEFT_OUT, STOPPED, WATCH, advice, alarm
 
 
 def write_tune_report(
-    session: Session,
+    run: RunFolder,
+    preset: Preset,
     status: State,
-    config: TuneRewardConfig,
+    epoch: int,
+    seconds: float,
+    records: Mapping[str, Any],
     held_out: Sequence[str],
-    health: Mapping[str, float],
-    last: Mapping[str, object],
+    last: Mapping[str, object] | None = None,
+    live: Live | None = None,
 ) -> None:
-    """Write report.html from what lies in the run folder, the measured rewards, and the fake score's figures.
+    """Write report.html from what lies in the run folder and its records.
 
-    last: a metric line of the end's measurement, empty where the run folder has it.
+    last: a metric line that the run folder does not have. live: of a run that goes on.
     """
-    run, preset, records = session.run, session.resolved.preset, session.records
+    config = preset.tune_reward
     command, environment = recorded_environment(run)
-    metrics = [first_line(records), *run.metrics.read(), dict(last)]
-    before, after = records[BEFORE], records[AFTER]
+    metrics = [first_line(records), *run.metrics.read(), *([dict(last)] if last else [])]
+    before, health = records.get(BEFORE, {}), run.path / "health.png"
+    after = newest_measured(metrics)
     report = RunReport(
         title=f"{run.name}: rewards of the {len(preset.sampler.raw_steps)}-step generator",
         status=status,
-        iterations=session.iteration,
+        iterations=epoch,
         target_iterations=config.epochs,
-        seconds=session.seconds,
+        seconds=seconds,
         verdict=" ".join(filter(None, (verdict(before, after, held_out), advice(records)))),
         warning=warning(records),
         facts=[
@@ -48,15 +52,23 @@ def write_tune_report(
         metrics=metrics,
         curves=reward_curves(before, held_out),
         grids=grids(run, "stage 2 above, stage 1 below", "Epoch"),
-        health=Picture(
-            run.path / "health.png", "The same noisy points, seen by generator, fake score and teacher"
-        ),
-        lag=lag_curves(metrics, session.iteration, health),
+        health=Picture(health, "The same noisy points, seen by generator, fake score and teacher")
+        if health.is_file()
+        else None,
         preset_yaml=run.preset.read_text(encoding="utf-8"),
         environment=environment,
         command=command,
+        unit="epoch",
+        live=live,
     )
     write_report(run.report, report)
+
+
+def newest_measured(metrics: Sequence[Mapping[str, object]]) -> dict[str, float]:
+    """The mean rewards of the last measurement among the metric lines."""
+    found = {name: y[-1] for name, (_, y) in metrics_series(metrics).items()}
+    start = "measured/"
+    return {name.removeprefix(start): value for name, value in found.items() if name.startswith(start)}
 
 
 def verdict(before: Mapping[str, float], after: Mapping[str, float], held_out: Sequence[str]) -> str:
@@ -77,7 +89,7 @@ def warning(records: Mapping[str, Any]) -> str:
 def first_line(records: Mapping[str, Any]) -> dict[str, object]:
     """The measurement of the start as a line of the metrics, of iteration 0."""
     features = records.get(WATCH, {}).get("features", {})
-    measured = {f"measured/{name}": value for name, value in records[BEFORE].items()}
+    measured = {f"measured/{name}": value for name, value in records.get(BEFORE, {}).items()}
     return {"iteration": 0, **measured, **{f"watch/{name}": value for name, value in features.items()}}
 
 

@@ -9,14 +9,16 @@ import torch
 
 from rtdmd_cli.config.loader import Resolved
 from rtdmd_cli.config.schema import DistillConfig, Preset
-from rtdmd_cli.config.tune_reward import TuneRewardConfig
+from rtdmd_cli.config.tune_reward import TuneRewardConfig, split_weights
 from rtdmd_cli.engine.backbones.base import Backbone, Conditioning
 from rtdmd_cli.engine.backbones.families import load_backbone
 from rtdmd_cli.engine.compute import optim
 from rtdmd_cli.engine.compute.device import resolve_device, resolve_dtype
 from rtdmd_cli.engine.compute.processes import join
 from rtdmd_cli.engine.compute.signals import StopRequest, stop_on_signals
-from rtdmd_cli.engine.prompts.reading import PromptSet, known_by
+from rtdmd_cli.engine.prompts.reading import PromptSet, evenly_chosen, known_by
+from rtdmd_cli.engine.report.run_facts import live_now
+from rtdmd_cli.engine.rewards import needed
 from rtdmd_cli.engine.rewards.mixture import RewardMixture
 from rtdmd_cli.engine.roles.adapters import Roles
 from rtdmd_cli.engine.roles.base import FAKE, GENERATOR, RoleSet
@@ -42,11 +44,13 @@ from rtdmd_cli.engine.training.session import (
     train,
 )
 from rtdmd_cli.engine.training.start import Start
+from rtdmd_cli.engine.training.trackers import require_tracker
 from rtdmd_cli.engine.training.trainer import ROLES, Trainer
 from rtdmd_cli.engine.tune_reward.checks import check_counts, check_tilt, open_rewards, require_shares
-from rtdmd_cli.engine.tune_reward.measure import Measurement, evenly_chosen, measure, teacher_features
+from rtdmd_cli.engine.tune_reward.measure import Measurement, measure, teacher_features
+from rtdmd_cli.engine.tune_reward.report import write_tune_report
 from rtdmd_cli.engine.tune_reward.rollouts import Rewards, Tuner
-from rtdmd_cli.engine.tune_reward.stage import STAGE, tune_stage
+from rtdmd_cli.engine.tune_reward.stage import STAGE, held_out_of, tune_stage
 from rtdmd_cli.engine.tune_reward.watch import BEFORE, BEST, STOPPED, begin_watch
 from rtdmd_cli.errors import DataError, RewardFailure
 
@@ -102,11 +106,14 @@ def _run(
 
     epochs = resolved.preset.tune_reward.epochs
     with opened(start, out / name, make, resolved, epochs, core.processes, say) as (run, tracker, done):
+        seconds = float(saved.state["seconds"]) if saved else 0.0
+        records, known = records_of(start, loaded.tuner.config), known_by(loaded.prompts, loaded.eval_prompts)
+        if core.processes.main:
+            others, live = held_out_of(resolved.preset.tune_reward, loaded.mixture), live_now(None, None)
+            write_tune_report(run, resolved.preset, "running", done, seconds, records, others, None, live)
         with stop.during(DRAWING, kept_by(start)):
             stage, measurement = _begin(loaded, resolved.preset, run, say)
             stop.check()
-        seconds = float(saved.state["seconds"]) if saved else 0.0
-        records, known = records_of(start, loaded.tuner.config), known_by(loaded.prompts, loaded.eval_prompts)
         session = Session(run, resolved, core, stage, tracker, done, seconds, records, known)
         session.last, session.stop = saved.path if start.run and saved else None, stop
         with failing(session):
@@ -115,7 +122,10 @@ def _run(
 
 @dataclass(frozen=True)
 class _Loaded:
-    """What a run needs before it has a folder: encoded prompts are `prompts`, `measured` and `wide`, in this order."""
+    """What a run needs before it has a folder.
+
+    Encoded prompts are `prompts`, those of the grids if the preset has any, `measured` and `wide`, in this order.
+    """
 
     tuner: Tuner
     mixture: RewardMixture
@@ -139,18 +149,22 @@ def _load(
     if preset.hardware.threads is not None:
         torch.set_num_threads(preset.hardware.threads)
     processes, device = join(resolve_device(preset.hardware.device))
+    require_tracker(preset.hardware.tracker)
     require_shares(processes, config)
+    needed.require([*needed.of_stage_2(preset), *needed.models(preset.model)])
+    say(f"loading the rewards {', '.join([*split_weights(config.rewards), *config.held_out])}")
     mixture = open_rewards(config, prompts, eval_prompts, device, say, preset.model.resolution)
     stop.check()
     dtype = resolve_dtype(preset.hardware.dtype, device)
+    say(f"loading the model {preset.model.path}")
     backbone = load_backbone(preset.model, device, dtype, preset.hardware)
     say(model_line(preset, backbone))
     stop.check()
     measured = evenly_chosen(eval_prompts, config.eval_images)
     wide = evenly_chosen(eval_prompts, config.watch.prompt_count if config.watch.features else 0)
     with processes.first_here():
-        every = [*prompts.texts, *measured.texts, *wide.texts]
-        conditioning, empty = encode_prompts(backbone, every, say, preset.hardware, stop.check)
+        every = [*prompts.texts, *preset.previews.prompts, *measured.texts, *wide.texts]
+        conditioning, empty = encode_prompts(backbone, every, say, preset.hardware, stop.check, len(prompts))
     tuner = build_tuner(backbone, preset, mixture, len(prompts), conditioning, empty)
     tuner.core.processes = processes
     load_stage_1(tuner.core, begin)
@@ -163,14 +177,17 @@ def _begin(
     """The stage and what it measures, with the pictures that both compare with: stage 1's and the teacher's."""
     tuner, texts = loaded.tuner, loaded.prompts.texts
     core = tuner.core
+    own, rows = pictures.chosen(preset, texts, len(texts))
+    say("drawing the pictures of stage 1's generator for the sample grids")
     shown = pictures.make_previews(
-        core.backbone, core.roles, preset, texts, loaded.conditioning, core.empty, "start", "stage 1"
+        core.backbone, core.roles, preset, own, loaded.conditioning(rows), core.empty, "start", "stage 1"
     )
     if core.processes.main:
+        pictures.save_reference(shown, run.samples)
         tuner.tell = run.log
     if loaded.wide.texts:
         say(f"drawing {len(loaded.wide)} pictures of the teacher to compare with")
-    first = len(texts)
+    first = len(texts) + len(preset.previews.prompts)
     end = first + len(loaded.measured) + len(loaded.wide)
     measurement = begin_measurement(core, preset, loaded.measured, first, end)
 

@@ -2,13 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from rtdmd_cli.config.tune_reward import TuneRewardConfig
+from rtdmd_cli.engine.report.run_facts import live_now
 from rtdmd_cli.engine.rewards.mixture import RewardMixture
 from rtdmd_cli.engine.storage.run_folder import State
 from rtdmd_cli.engine.training import previews as pictures
 from rtdmd_cli.engine.training.assembly import prepare_prompts
-from rtdmd_cli.engine.training.session import Schedule, Session, Stage
+from rtdmd_cli.engine.training.session import Row, Schedule, Session, Stage
 from rtdmd_cli.engine.tune_reward.checks import followed
 from rtdmd_cli.engine.tune_reward.measure import Measured, Measurement, measure
 from rtdmd_cli.engine.tune_reward.recipe import tune
@@ -35,14 +37,29 @@ def tune_stage(
         with core.precision():
             tune(tuner, epoch)
 
+    def grid(path: Path, epoch: int) -> dict[str, float]:
+        pictures.save_sample_grid(previews, core.ema, path, epoch)
+        return pictures.lag(previews)
+
+    def baseline(path: Path) -> dict[str, float]:
+        pictures.save_baseline(previews, core.ema, path)
+        return pictures.lag(previews)
+
+    settings = previews.preset.previews
     return Stage(
         name=STAGE,
         schedule=Schedule(
-            config.epochs, config.save_every, config.log_every, config.sample_every, config.keep
+            config.epochs,
+            config.save_every,
+            config.log_every,
+            config.sample_every,
+            config.keep,
+            settings.minutes,
         ),
         advance=advance,
-        figures=lambda: pictures.lag(previews),
-        sample=lambda path, epoch: pictures.save_sample_grid(previews, core.ema, path, epoch),
+        grid=grid,
+        baseline=baseline if settings.baseline and config.sample_every else None,
+        report=watcher.report,
         finish=watcher.finish,
         after=watcher.after,
         frozen=core.roles.frozen,
@@ -79,16 +96,29 @@ class _Watcher:
             session.records[STOPPED] = True
         return figures
 
-    def finish(self, session: Session, state: State) -> None:
+    def finish(self, session: Session, state: State, last: Row) -> None:
         """The last measurement, the health panel and the report."""
         # Out of turn: not in the checkpoint, so that a run that is extended goes on as if it had not ended here.
-        last = {} if self.due(session) else {"iteration": session.iteration, **self.judged(session)[0]}
+        if not self.due(session):
+            last = {"iteration": session.iteration, **last, **self.judged(session)[0]}
         session.records[AFTER] = self.measured(session).means
         path = session.run.path / "health.png"
         pictures.save_health_panel(self.previews, path, session.iteration)
-        measured = (*self.mixture.weights, *self.mixture.held_out)
-        others = [name for name in measured if name not in self.trained]
-        write_tune_report(session, state, self.config, others, pictures.lag(self.previews), last)
+        self.report(session, state, last)
+
+    def report(self, session: Session, state: State, last: Row) -> None:
+        """The report of what is known; nothing is measured."""
+        write_tune_report(
+            session.run,
+            session.resolved.preset,
+            state,
+            session.iteration,
+            session.seconds,
+            session.records,
+            held_out_of(self.config, self.mixture),
+            last,
+            live_now(session.seconds_left, session.seconds_each) if state == "running" else None,
+        )
 
     def due(self, session: Session) -> bool:
         return bool(self.config.eval_every) and session.iteration % self.config.eval_every == 0
@@ -116,6 +146,12 @@ class _Watcher:
         if now.held_out is not None:
             figures["watch/held_out"] = now.held_out
         return figures, warning
+
+
+def held_out_of(config: TuneRewardConfig, mixture: RewardMixture) -> list[str]:
+    """The measured rewards that are not trained on."""
+    trained = followed(config, mixture.differentiable)
+    return [name for name in (*mixture.weights, *mixture.held_out) if name not in trained]
 
 
 def count_left_out(session: Session, warn: Callable[[str], None]) -> None:

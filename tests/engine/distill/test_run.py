@@ -12,16 +12,23 @@ import torch
 from torch import Tensor
 
 from rtdmd_cli.config.loader import Resolved, preset_sha256
+from rtdmd_cli.config.previews import PreviewsConfig
 from rtdmd_cli.config.schema import DistillConfig, HardwareConfig, Preset
 from rtdmd_cli.config.section import LoraConfig
 from rtdmd_cli.engine.backbones.common import PipelineBackbone
+from rtdmd_cli.engine.distill import run as distill_run
 from rtdmd_cli.engine.distill.run import STAGE, build_trainer, run_distill
 from rtdmd_cli.engine.prompts.reading import PromptSet, known_by
+from rtdmd_cli.engine.report import viewer_data
+from rtdmd_cli.engine.report.metrics import explained
 from rtdmd_cli.engine.storage.checkpoint import Checkpoint, load_checkpoint, newest_valid, save_checkpoint
 from rtdmd_cli.engine.storage.run_folder import RunFolder
+from rtdmd_cli.engine.training import previews as pictures
+from rtdmd_cli.engine.training import trackers
 from rtdmd_cli.engine.training.session import Outcome, restore
 from rtdmd_cli.engine.training.start import Start
-from rtdmd_cli.errors import DataError, PictureFailure, UsageError
+from rtdmd_cli.engine.training.trainer import Trainer
+from rtdmd_cli.errors import DataError, EnvironmentFailure, PictureFailure, UsageError
 from tests.tiny_models import PROMPTS, TEXT_LENGTH, load_sd3, sd3_config
 
 
@@ -88,7 +95,71 @@ def test_a_run_that_another_process_has_continued(
     run(tmp_path, "first", chosen, iterations=2)
     with pytest.raises(UsageError, match="continued by another process"):
         run(tmp_path, "first", chosen, iterations=3)
-    assert [row["iteration"] for row in RunFolder(began.run).metrics.read()] == [1, 2]
+    assert [row["iteration"] for row in RunFolder(began.run).metrics.read()] == [0, 1, 2]
+
+
+def test_a_start_that_fails_leaves_nothing_and_can_be_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RTDMD_CACHE", str(tmp_path / "cache"))
+    runs = tmp_path / "runs"
+
+    def fail(*given: object) -> None:
+        assert (runs / "first" / "report.html").is_file()  # there from the first minute
+        raise EnvironmentFailure("No memory is left.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pictures, "make_previews", fail)
+        with pytest.raises(EnvironmentFailure, match="No memory"):
+            run(runs, "first", Start(None, None))
+    assert list(runs.iterdir()) == []
+    absent = HardwareConfig(tracker="trackio")
+    with monkeypatch.context() as patch:
+        patch.setattr(trackers, "find_spec", lambda name: None)
+        with pytest.raises(EnvironmentFailure, match="tracker trackio is not installed") as caught:
+            run(runs, "first", Start(None, None), absent)
+    assert "rtdmd[trackio]" in caught.value.hint and list(runs.iterdir()) == []
+    assert run(runs, "first", Start(None, None)).iterations == 2
+
+
+def test_the_report_lives_and_then_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a run with own prompts and two seeds: the grid before training, single pictures, and what the page says."""
+    monkeypatch.setenv("RTDMD_CACHE", str(tmp_path / "cache"))
+    chosen = preset(iterations=3, save_every=1, sample_every=2).model_copy(
+        update={"previews": PreviewsConfig(prompts=("<b>one</b>", "two"), seeds=(5, 6))}
+    )
+    pages: list[str] = []
+    folder = tmp_path / "runs" / "mine"
+    advance = distill_run.iterate
+
+    def look(trainer: Trainer, iteration: int) -> None:
+        pages.append((folder / "report.html").read_text("utf-8"))
+        advance(trainer, iteration)
+
+    monkeypatch.setattr(distill_run, "iterate", look)
+    prompts = PromptSet(PROMPTS, [{}] * len(PROMPTS))
+    resolved = Resolved(chosen, {}, preset_sha256(chosen))
+    run_distill(
+        resolved, prompts, Start(None, None), tmp_path / "runs", "mine", ["rtdmd"], lambda text: None, True
+    )
+    assert len(pages) == 3 and all("The run goes on" in page and "location.reload" in page for page in pages)
+    first, second = (page.partition('id="live"')[2].partition("Written")[0] for page in pages[:2])
+    assert " left" not in first and " left" in second
+    last = (folder / "report.html").read_text("utf-8")
+    assert "<script" not in last and "The run finished" in last
+    assert "before training: teacher" in pages[0] and "before training: teacher" in last
+    grids = sorted(path.name for path in (folder / "samples").glob("*.png"))
+    assert grids == ["step-000000.png", "step-000002.png", "step-000003.png"]
+    sheet = viewer_data.pictures(RunFolder(folder))
+    assert [(each["prompt"], each["seed"]) for each in sheet["columns"]] == [
+        ("<b>one</b>", 5), ("<b>one</b>", 6), ("two", 5), ("two", 6)
+    ]  # fmt: skip
+    assert sheet["references"] == ["teacher", "few-step-teacher"]
+    assert sheet["steps"] == ["step-000000", "step-000002", "step-000003"]
+    assert all(len(files) == 4 for files in sheet["files"].values())
+    names = {name for row in RunFolder(folder).metrics.read() for name in row} - {"iteration"}
+    assert {name for name in names if not explained(name)} == set()
+    assert {"lag", "learning_rate/generator", "iterations_per_second"} <= names
 
 
 def without(checkpoint: Checkpoint, group: str, name: str | None = None) -> Checkpoint:
@@ -161,16 +232,19 @@ def break_pictures(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
 def test_pictures_that_are_not_finite_cost_no_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the last grid, in one on the way, before the training, and when a finished run is continued."""
+    """In the last grid, in one on the way, before the training (which leaves no folder), and when a finished run is
+    continued."""
     monkeypatch.setenv("RTDMD_CACHE", str(tmp_path / "cache"))
     found = {}
-    for name, after, sample_every in (("last", 1, 0), ("middle", 1, 1), ("first", 0, 0)):
+    for name, after, sample_every in (("last", 1, 0), ("middle", 3, 1), ("first", 0, 0)):
         with monkeypatch.context() as patch:
             break_pictures(patch, after)
             with pytest.raises(PictureFailure, match="not finite: the VAE's, of finite latents") as caught:
                 run(tmp_path, name, Start(None, None), sample_every=sample_every)
         assert caught.value.exit_code == 5 and "fp32" in caught.value.hint
         one = RunFolder(tmp_path / name)
+        if not one.path.exists():
+            continue
         status = one.status()
         newest, _ = newest_valid(one.checkpoints)
         assert "the VAE's" in status["reason"]
@@ -178,7 +252,6 @@ def test_pictures_that_are_not_finite_cost_no_training(
     assert found == {
         "last": ("finished", 2, "step-000002"),
         "middle": ("failed", 1, "step-000001"),
-        "first": ("failed", 0, None),
     }
     folder = RunFolder(tmp_path / "last")
     again = Start(folder, load_checkpoint(folder.checkpoints / "step-000002"))

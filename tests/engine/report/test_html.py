@@ -83,7 +83,11 @@ def report(tmp_path: Path) -> RunReport:
         metrics=metrics,
         grids=pictures,
         health=pictures[0],
-        lag={EVIL: ([0, 100, 200], [0.5, 0.25, 0.125])},
+        lag={
+            EVIL: ([0, 100, 200], [0.75, 0.75, 0.75]),
+            "lag": ([0, 100, 200], [0.5, 0.25, 0.125]),
+            "lag_teacher": ([0, 100, 200], [4.0, 4.0, 4.0]),
+        },
         preset_yaml=f"name: '{EVIL}'\n",
         environment=[("torch", EVIL)],
         command=f"rtdmd distill --name '{EVIL}'",

@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from rtdmd_cli.engine.training.progress import duration, training_progress
+from rtdmd_cli.engine.training.progress import COLUMNS, duration, training_progress
 
 
 class Clock:
@@ -29,10 +29,10 @@ def test_lines_come_after_the_first_iteration_then_every_ten_seconds_and_at_the_
     with training_progress(130, 100, False, stream, clock) as update:
         for iteration in range(101, 131):
             clock.now += 1.0
-            update(iteration, {"fake": 0.123456, "generator": 2.0})
+            update(iteration, {"fake": 0.123456, "generator": 2.0, "third": 3.0})
             if iteration == 101:
-                assert stream.getvalue() == (
-                    "iteration 101/130  elapsed 0:01  left 0:29  1.00 it/s  fake 0.1235  generator 2\n"
+                assert (
+                    stream.getvalue() == "iteration 101/130  left 0:29  1.00 it/s  fake 0.123  generator 2\n"
                 )
     lines = stream.getvalue().splitlines()
     assert [line.split()[1] for line in lines] == ["101/130", "111/130", "121/130", "130/130"]
@@ -83,3 +83,28 @@ def test_a_dumb_terminal_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_duration() -> None:
     assert [duration(s) for s in (0, 61.4, 3599.6, 7325)] == ["0:00", "1:01", "1:00:00", "2:02:05"]
+
+
+def test_the_most_telling_figures_stand_in_a_line_of_eighty_columns() -> None:
+    stream, clock = io.StringIO(), Clock()
+    metrics = {
+        "fake_loss": 1.0,
+        "gap": 0.25,
+        "dmd_loss": 0.5,
+        "previews/strict_score": 0.8125,
+        "memory_gib": 23.46,
+    }
+    with training_progress(1_000_000, 0, False, stream, clock) as update:
+        clock.now += 14.2
+        update(1, metrics)
+    line = stream.getvalue()
+    assert "strict_score 0.812" in line and "fake_loss" not in line and "gap" not in line
+    assert len(line) <= COLUMNS + 1
+    stream = io.StringIO()
+    with training_progress(96, 0, False, stream, clock) as update:
+        clock.now += 1.0
+        update(1, metrics)
+    assert (
+        stream.getvalue()
+        == "iteration 1/96  left 1:35  1.00 it/s  strict_score 0.812  dmd_loss 0.5  23.5 GiB\n"
+    )

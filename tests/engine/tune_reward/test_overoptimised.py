@@ -22,14 +22,13 @@ import torch
 from rtdmd_cli.cli import app
 from rtdmd_cli.config.loader import load_preset
 from rtdmd_cli.engine.backbones.families import load_backbone
-from rtdmd_cli.engine.prompts.reading import read_prompt_set
+from rtdmd_cli.engine.prompts.reading import evenly_chosen, read_prompt_set
 from rtdmd_cli.engine.rewards import shapes_clip
 from rtdmd_cli.engine.roles.adapters import Roles
 from rtdmd_cli.engine.sampling.model_source import open_model, resolve
 from rtdmd_cli.engine.sampling.pictures import encode, paint
 from rtdmd_cli.engine.storage.checkpoint import checkpoint_steps, load_checkpoint, save_checkpoint
 from rtdmd_cli.engine.storage.run_folder import RunFolder, create_run
-from rtdmd_cli.engine.tune_reward.measure import evenly_chosen
 from rtdmd_cli.shapes.prompts import training_captions
 
 CPU = torch.device("cpu")
@@ -152,7 +151,7 @@ def test_the_rewards_part_and_the_run_says_so(done: dict[str, Done]) -> None:
 
 
 def test_the_best_checkpoint_is_kept(done: dict[str, Done]) -> None:
-    """Although `keep` is 1; what reads the newest checkpoint says that there is a better one."""
+    """Although `keep` is 1; what reads a run takes it, and says so."""
     gains = {row["iteration"]: row["watch/held_out"] for row in rows("on")}
     best = max(gains, key=lambda epoch: gains[epoch])
     assert 1 <= best < EPOCHS and steps("on") == [best, EPOCHS]
@@ -160,10 +159,14 @@ def test_the_best_checkpoint_is_kept(done: dict[str, Done]) -> None:
     assert json.loads(done["on"].out)["best_checkpoint"] == path
     assert f"best checkpoint by the held-out rewards is step-{best:06d}, which is kept" in done["on"].err
     assert load_checkpoint(Path(path)).state["records"]["best"] == best
-    newest = call("sample", "a photo of a red circle", "--from", "runs/on", "--out", "newest")
-    assert newest.code == 0 and f"step-{best:06d} is better: --from {path}" in newest.err
-    named = call("sample", "a photo of a red circle", "--from", path, "--out", "best")
-    assert named.code == 0 and "is better" not in named.err
+    taken = call("sample", "a photo of a red circle", "--from", "runs/on", "--out", "taken")
+    assert taken.code == 0 and f"taking step-{best:06d}, the best by the held-out rewards" in taken.err
+    last = call(
+        "sample", "a photo of a red circle", "--from", "runs/on", "--checkpoint", "last", "--out", "last"
+    )
+    assert last.code == 0 and "held-out" not in last.err
+    assert resolve("runs/on", Path("runs")).checkpoint == Path(path)
+    assert resolve("runs/on", Path("runs"), "last").label == f"on/step-{EPOCHS:06d}"
 
 
 def test_the_run_ends_where_the_preset_asks_for_it(done: dict[str, Done]) -> None:

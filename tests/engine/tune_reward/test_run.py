@@ -15,7 +15,7 @@ from torch import Tensor
 from rtdmd_cli.config.loader import Resolved, preset_sha256
 from rtdmd_cli.engine.backbones.loading import folder_hash
 from rtdmd_cli.engine.backbones.sd3 import LAYOUT
-from rtdmd_cli.engine.prompts.reading import PromptSet, known_by
+from rtdmd_cli.engine.prompts.reading import PromptSet, evenly_chosen, known_by
 from rtdmd_cli.engine.rewards import registry
 from rtdmd_cli.engine.sampling.model_source import open_model, resolve
 from rtdmd_cli.engine.sampling.sample import decode_all, generate
@@ -27,7 +27,6 @@ from rtdmd_cli.engine.training.start import Start
 from rtdmd_cli.engine.tune_reward import checks as tune_checks
 from rtdmd_cli.engine.tune_reward import measure as tune_measure
 from rtdmd_cli.engine.tune_reward import run as tune_run
-from rtdmd_cli.engine.tune_reward.measure import evenly_chosen
 from rtdmd_cli.engine.tune_reward.report import rewards_table, verdict
 from rtdmd_cli.engine.tune_reward.run import STAGE, run_tune, stage_1_state
 from rtdmd_cli.errors import DataError, RewardFailure, UsageError
