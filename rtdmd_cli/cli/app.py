@@ -13,6 +13,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from rtdmd_cli import __version__
 from rtdmd_cli.cli import failures
+from rtdmd_cli.cli.helping import first_sentence, polished
 from rtdmd_cli.cli.quiet import no_telemetry, quiet_libraries
 from rtdmd_cli.cli.streams import open_streams
 from rtdmd_cli.engine.compute.signals import Stopped, stop_on_signals
@@ -123,14 +124,19 @@ COMMANDS = {
     "sample": Entry(_sample, "Make pictures of a prompt, or of a file of prompts."),
     "eval": Entry(_eval, "Measure a model on a benchmark: strict score, interval, and what it cost."),
     "export": Entry(_export, "Write a generator as other tools load it: diffusers, ComfyUI."),
-    "runs": Entry(_runs, "List the runs, show one, compare two on one page."),
+    "runs": Entry(_runs, "List the runs, show one, view all in the browser, compare two on one page."),
     "fetch": Entry(
         _fetch, "Download the weights of a model or a reward beforehand, naming size and licence."
     ),
     "data": Entry(_data, "List and fetch the public sets of prompts."),
     "rewards": Entry(_rewards, "List the rewards, and check that they work: order, range, gradient."),
-    "doctor": Entry(_doctor, "Check this machine: GPU, memory, disk, libraries, login; and what mends it."),
-    "presets": Entry(_presets, "List, show, copy and check presets: one YAML file is one recipe."),
+    "doctor": Entry(
+        _doctor,
+        "Check this machine: Python, libraries, GPU, memory, disk, hub; PASS, WARN or FAIL, and what mends it.",
+    ),
+    "presets": Entry(
+        _presets, "List, show, copy and check presets: one YAML file is one recipe; list the keys of --set."
+    ),
 }
 
 
@@ -143,7 +149,7 @@ def load_command(name: str) -> Command:
         holder.add_typer(loaded, name=name)
     else:
         holder.command(name)(loaded)
-    return typer.main.get_group(holder).commands[name]
+    return polished(typer.main.get_group(holder).commands[name])
 
 
 class LazyGroup(TyperGroup):
@@ -154,7 +160,10 @@ class LazyGroup(TyperGroup):
 
     def get_command(self, ctx: Context, cmd_name: str) -> Command | None:
         """What the list of commands needs: name and help."""
-        return TyperCommand(cmd_name, help=COMMANDS[cmd_name].help) if cmd_name in COMMANDS else None
+        if cmd_name not in COMMANDS:
+            return None
+        text = COMMANDS[cmd_name].help
+        return TyperCommand(cmd_name, help=text, short_help=first_sentence(text))
 
     def resolve_command(self, ctx: Context, args: list[str]) -> tuple[str | None, Command | None, list[str]]:
         name, command, rest = super().resolve_command(ctx, args)

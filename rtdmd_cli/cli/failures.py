@@ -121,7 +121,8 @@ def _usage(error: UsageError) -> Failure:
         options = [
             name for param in command.get_params(context) for name in (*param.opts, *param.secondary_opts)
         ]
-        similar = get_close_matches(error.option_name, [name for name in options if name.startswith("-")], 1)
+        bare = {name.lstrip("-"): name for name in options if name.startswith("-")}  # dashes are alike in all
+        similar = [bare[name] for name in get_close_matches(error.option_name.lstrip("-"), bare, 1)]
         message = f"`{path}` has no option `{error.option_name}`{_nearest_of(similar)}."
     elif unknown and isinstance(command, TyperGroup):
         close = nearest(unknown[2], command.list_commands(context))

@@ -1,9 +1,10 @@
-"""`rtdmd runs`: list what has been trained, look at one run, put two side by side."""
+"""`rtdmd runs`: list what has been trained, look at one run or at all, put two side by side."""
 
 from __future__ import annotations
 
 import json
 import shlex
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,12 +16,15 @@ from rtdmd_cli.cli.starting import Out
 if TYPE_CHECKING:
     from rtdmd_cli.engine.storage.runs import RunSummary
 
+PORT = 8778
+WIDE = 120  # columns, from which on the table has figures and preset
+STAGES = {"distill": "1", "tune-reward": "2"}
 SHOWN_FIGURES = 3  # of a run, in the table for people
-FIRST_FIGURES = ("measured/", "reward/", "lag", "dmd_loss", "fake_loss")
+FIRST_FIGURES = ("previews/", "measured/", "reward/", "lag", "dmd_loss", "fake_loss")
 """Beginnings of the names that come first in the table."""
 app = typer.Typer(
     name="runs",
-    help="List the runs, show one, compare two on one page.",
+    help="List the runs, show one, view all in the browser, compare two on one page.",
     no_args_is_help=True,
 )
 
@@ -46,7 +50,7 @@ def list_(out: Out = Path("runs"), as_json: Json = False, quiet: Quiet = False) 
     if not found:
         console.say(f"There are no runs under {out}/. Make one: rtdmd distill", quiet)
         return
-    _print_table(found)
+    _print_table(found, quiet)
     for each in found:
         if each.problem:
             console.say(f"{each.run.path} is damaged: {each.problem}", quiet)
@@ -72,26 +76,33 @@ def row(each: RunSummary) -> dict[str, Any]:
     }
 
 
-def _print_table(found: list[RunSummary]) -> None:
+def _print_table(found: list[RunSummary], quiet: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
     from rtdmd_cli.cli.rewards import PIPED_WIDTH
     from rtdmd_cli.engine.training.progress import duration
 
-    table = Table("run", "stage", "state", "iterations", "time", "last figures", "preset", "date (UTC)")
-    table.columns[0].no_wrap = True
-    for each in found:
-        done = f"{each.iterations}/{each.target}" if each.target else f"{each.iterations}"
-        preset = each.preset.name if each.preset else ""
-        date = f"{each.date:%Y-%m-%d %H:%M}"
-        stage, time, last = each.stage or "", duration(each.seconds), figures(each)
-        cells = (each.name, stage, each.state, done, time, last, preset, date)
-        table.add_row(*map(console.printable, cells))
     screen = Console(highlight=False, markup=False)
     if not screen.is_terminal:
         screen.width = PIPED_WIDTH
+    wide = screen.width >= WIDE
+    more = ("last figures", "preset") if wide else ()
+    table = Table("run", "stage", "state", "done", "time", "left", *more, "changed", box=None, pad_edge=False)
+    table.columns[0].overflow = "fold"
+    for column in table.columns[1:6]:
+        column.no_wrap = True
+    for each in found:
+        done = f"{each.iterations}/{each.target}" if each.target else f"{each.iterations}"
+        left = "" if each.seconds_left is None else duration(each.seconds_left)
+        preset = each.preset.name if each.preset else ""
+        rest = (
+            (figures(each), preset, f"{each.date:%Y-%m-%d %H:%M}") if wide else (f"{each.date:%m-%d %H:%M}",)
+        )
+        stage, time = STAGES.get(each.stage or "", ""), duration(each.seconds)
+        table.add_row(*map(console.printable, (each.name, stage, each.state, done, time, left, *rest)))
     screen.print(table)
+    console.say("Times are in UTC, lengths in iterations (stage 1) or epochs (stage 2).", quiet)
 
 
 def figures(each: RunSummary) -> str:
@@ -133,8 +144,43 @@ def readable(details: dict[str, Any]) -> dict[str, Any]:
         "damaged_checkpoints": "; ".join(damaged.values()),
     }
     del shown["figures"]
-    shown |= {key: f"{value:.6g}" for key, value in figures.items()}
-    return {key: value for key, value in shown.items() if value not in (None, "")}
+    from rtdmd_cli.engine.report.metrics import explained
+
+    shown = {key: value for key, value in shown.items() if value not in (None, "")}
+    width = max((len(key) for key in figures), default=0)
+    lines = [f"  {key:<{width}}  {value:<12.6g}{explained(key)}".rstrip() for key, value in figures.items()]
+    return shown | {"figures": "\n".join(["", *lines])} if lines else shown
+
+
+@app.command()
+def view(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="RUN ...", help="Runs, names or folders. Default: all of them."),
+    ] = None,
+    out: Out = Path("runs"),
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port on this machine; 0 for a free one.")
+    ] = PORT,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Open a local page over the runs: curves, and pictures by prompt and checkpoint. Ctrl-C ends it.
+
+    It is served to this machine alone and loads nothing from elsewhere.
+    """
+    from rtdmd_cli.engine.report.viewer_server import Viewer
+    from rtdmd_cli.engine.storage.runs import find_run, list_runs, summary
+
+    chosen = [find_run(name, out) for name in names or []]
+    with Viewer(port, lambda: [summary(run) for run in chosen] if chosen else list_runs(out)) as viewer:
+        if as_json:
+            typer.echo(json.dumps({"url": viewer.url}))
+        else:
+            typer.echo(viewer.url)
+        console.say("Open that address in a browser of this machine; Ctrl-C ends it.", quiet)
+        with suppress(KeyboardInterrupt):  # how it is meant to end
+            viewer.serve_forever()
 
 
 @app.command()

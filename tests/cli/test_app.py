@@ -251,6 +251,7 @@ def test_an_unexpected_error_is_one_line_without_a_traceback(
             "rtdmd distill --help",
         ),
         ("distill --itrations 3", "`rtdmd distill` has no option `--itrations`.", "rtdmd distill --help"),
+        ("export --foo", "`rtdmd export` has no option `--foo`.", "rtdmd export --help"),
         ("distill --seet=a=b", "has no option `--seet`; the nearest is `--set`.", "rtdmd distill --help"),
         ("presets list extra", "Got unexpected extra argument(s) (extra).", "rtdmd presets list --help"),
         ("presets show", "Missing argument 'NAME|FILE'.", "rtdmd presets show --help"),
@@ -408,4 +409,21 @@ def test_quiet_silences_the_libraries_remarks_on_a_prompt_that_is_cut(tmp_path: 
     spoken = run(*command, RTDMD_CACHE=str(tmp_path / "first"))  # a prompt in the cache is not encoded again
     silent = run(*command, "--quiet", RTDMD_CACHE=str(tmp_path / "second"))
     assert spoken.returncode == silent.returncode == 0
-    assert "truncated" in spoken.stderr and silent.stderr == ""
+    assert spoken.stderr.count("longer than the model's text encoders read") == 1 and silent.stderr == ""
+    assert "truncated" not in spoken.stderr and "knows plain shapes only" in spoken.stderr
+
+
+def test_no_summary_ends_in_an_ellipsis_and_no_value_is_a_type(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (
+        ["--help"],
+        ["runs", "--help"],
+        ["presets", "--help"],
+        ["sample", "--help"],
+        ["export", "--help"],
+    ):
+        assert app.main(words) == 0
+        text = capsys.readouterr().out
+        assert "..." not in text.replace("[ARGS]...", "").replace("[RUN ...]", "") and "range>" not in text
+        assert "[[" not in text
+    assert app.main(["sample", "--help"]) == 0
+    assert "--steps N" in capsys.readouterr().out

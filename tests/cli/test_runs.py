@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import re
 import shutil
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +17,13 @@ from typer.testing import CliRunner
 
 from rtdmd_cli.cli import failures
 from rtdmd_cli.cli.app import app
-from rtdmd_cli.engine.report.grid import GridRow, picture_grid, save_png
+from rtdmd_cli.engine.report.grid import GridRow, picture_grid, save_picture, save_png
+from rtdmd_cli.engine.report.viewer_server import Viewer
+from rtdmd_cli.engine.storage.files import write_json
 from rtdmd_cli.engine.storage.run_folder import RunFolder
+from rtdmd_cli.engine.storage.runs import list_runs
+from rtdmd_cli.errors import EnvironmentFailure
+from tests.commands import ROOT
 from tests.tiny_runs import make_run
 
 
@@ -162,3 +170,107 @@ def test_compare_names_the_settings_that_differ(runs: Path, tmp_path: Path) -> N
     assert f"{tmp_path.name}/first" in text and "runs/first" in text
     same = failures.explain(call(runs, "compare", str(copy), str(copy)).exception)
     assert same.exit_code == 2 and "itself" in same.message
+
+
+def test_the_list_fits_eighty_columns(runs: Path) -> None:
+    """Of a terminal: every run in one line, with what tells it apart."""
+    import os
+    import pty
+    import subprocess
+    import sys
+
+    main, follower = pty.openpty()
+    command = [sys.executable, "-m", "rtdmd_cli", "runs", "list", "--quiet", "--out", str(runs)]
+    environment = os.environ | {"COLUMNS": "80", "TERM": "dumb", "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, stdout=follower, env=environment) as process:
+        os.close(follower)
+        text = b""
+        while True:
+            try:
+                part = os.read(main, 65536)
+            except OSError:  # Linux, when the other side is closed
+                break
+            text += part
+            if not part:
+                break
+    os.close(main)
+    assert process.returncode == 0
+    lines = text.decode().split("\r\n")
+    assert max(len(line) for line in lines) <= 80
+    row = next(line for line in lines if line.startswith("second"))
+    assert all(part in row for part in ("finished", "20/15000", "0:41"))
+
+
+class Viewing:
+    """A viewer in a thread, and what it answers."""
+
+    def __init__(self, runs: Path) -> None:
+        self.server = Viewer(0, lambda: list_runs(runs))
+        self.thread = threading.Thread(target=self.server.serve_forever, daemon=True)
+        self.thread.start()
+
+    def get(self, path: str, host: str | None = None) -> tuple[int, dict[str, str], bytes]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.server.server_port, timeout=60)
+        connection.putrequest("GET", path, skip_host=True)
+        connection.putheader("Host", host or f"127.0.0.1:{self.server.server_port}")
+        connection.endheaders()
+        answer = connection.getresponse()
+        found = answer.status, dict(answer.getheaders()), answer.read()
+        connection.close()
+        return found
+
+    def json(self, path: str) -> Any:
+        status, _, body = self.get(path)
+        assert status == 200, body
+        return json.loads(body)
+
+
+@pytest.fixture
+def viewing(runs: Path) -> Iterator[Viewing]:
+    view = Viewing(runs)
+    yield view
+    view.server.shutdown()
+    view.server.server_close()
+
+
+def test_the_viewer_serves_runs_curves_and_pictures(viewing: Viewing, runs: Path) -> None:
+    folder = runs / "first" / "samples" / "pictures"
+    picture = save_picture(torch.full((3, 8, 8), 0.5), folder / "step-000010-0123456789ab")
+    write_json(folder / "index.json", {
+        "order": ["0123456789ab"], "pictures": {"0123456789ab": {"prompt": "<b>bold</b>", "seed": 3}}
+    })  # fmt: skip
+    listed = {each["name"]: each for each in viewing.json("/api/runs")}
+    assert listed["killed"]["state"] == "killed" and listed["no-preset"]["state"] == "damaged"
+    name = listed["first"]["id"]
+    metrics = viewing.json(f"/api/runs/{name}/metrics")
+    assert metrics["series"]["fake_loss"]["x"] == [5, 10, 15, 20] and "<script" in json.dumps(metrics)
+    assert "generator's own pictures" in metrics["explained"]["fake_loss"]
+    sheet = viewing.json(f"/api/runs/{name}/pictures")
+    assert sheet["columns"] == [{"key": "0123456789ab", "prompt": "<b>bold</b>", "seed": 3}]
+    assert sheet["steps"] == ["step-000010"]
+    status, headers, body = viewing.get(f"/pictures/{name}/{picture.name}")
+    assert (status, headers["Content-Type"], body) == (200, "image/png", picture.read_bytes())
+    for page in ("/", "/viewer.js", "/viewer.css"):
+        status, headers, body = viewing.get(page)
+        assert status == 200 and body
+        assert "default-src 'none'; script-src 'self'" in headers["Content-Security-Policy"]
+        assert b"http://" not in body.replace(b"http://www.w3.org/2000/svg", b"") and b"https://" not in body
+    assert b"innerHTML" not in viewing.get("/viewer.js")[2]  # names and prompts are text
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/pictures/{}/../../preset.resolved.yaml", "/pictures/{}/index.json", "/api/runs/none/metrics", "/etc/passwd",
+     "/pictures/{}/step-000010-%2e%2e.png"],
+)  # fmt: skip
+def test_the_viewer_gives_nothing_else(viewing: Viewing, path: str) -> None:
+    name = viewing.json("/api/runs")[0]["id"]
+    assert viewing.get(path.format(name))[0] == 404
+
+
+def test_the_viewer_answers_this_machine_alone(viewing: Viewing) -> None:
+    assert viewing.server.server_address[0] == "127.0.0.1"
+    assert viewing.get("/api/runs", host="evil.example")[0] == 403
+    assert viewing.get("/api/runs", host=f"localhost:{viewing.server.server_port}")[0] == 200
+    with pytest.raises(EnvironmentFailure, match="can't be used"):
+        Viewer(viewing.server.server_port, list)

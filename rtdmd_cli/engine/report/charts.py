@@ -41,6 +41,7 @@ CHART_CSS = """
 .chart .raw { stroke-dasharray: none; }
 """
 STYLES = 5
+MAX_DIGITS = 13  # of a tick: beyond, its exact value
 
 Point = tuple[float, float]
 
@@ -92,7 +93,7 @@ def line_chart(
 
     names, top = _legend(series, smooth)
     top += 14 if y_label else 0
-    left = 14 + CHARACTER * max(len(format_number(tick)) for tick in y_ticks)
+    left = 14 + CHARACTER * max(len(label) for label in tick_labels(y_ticks))
     x_axis = _Axis(x_low, x_high, left, WIDTH - RIGHT, x_ticks)
     y_axis = _Axis(y_low, y_high, HEIGHT - BOTTOM, top, y_ticks, log)
 
@@ -102,16 +103,26 @@ def line_chart(
     return _svg(title, _description(series, smooth, x_label), "".join(body))
 
 
-def format_number(value: float) -> str:
-    """Three significant digits for a person: 15,000, 2.41, 0.00120 as 0.0012, 1.2e-5."""
+def format_number(value: float, digits: int = 3) -> str:
+    """Three significant digits, or `digits`, for a person: 15,000, 2.41, 0.00120 as 0.0012, 1.2e-5."""
     if value == 0 or not math.isfinite(value):
         return "0" if value == 0 else str(value)
     size = abs(value)
     if size >= 1e7 or size < 9.995e-4:
-        digits, exponent = f"{value:.2e}".split("e")
-        return f"{_trimmed(digits)}e{int(exponent)}".replace("-", "−")
-    text = f"{value:,.0f}" if size >= 999.5 else _trimmed(f"{value:.{2 - math.floor(math.log10(size))}f}")
+        number, exponent = f"{value:.{digits - 1}e}".split("e")
+        return f"{_trimmed(number)}e{int(exponent)}".replace("-", "−")
+    decimals = max(0, digits - 1 - math.floor(math.log10(size)))
+    text = f"{value:,.0f}" if size >= 999.5 and digits == 3 else _trimmed(f"{value:,.{decimals}f}")
     return text.replace("-", "−")
+
+
+def tick_labels(ticks: Sequence[float]) -> list[str]:
+    """The ticks as text, each with as many digits as it takes to tell them apart."""
+    for digits in range(3, MAX_DIGITS):
+        labels = [format_number(tick, digits) for tick in ticks]
+        if len(set(labels)) == len(labels):
+            return labels
+    return [repr(tick) for tick in ticks]
 
 
 def _trimmed(digits: str) -> str:
@@ -211,14 +222,15 @@ def _linear_scale(
 
 
 def _log_scale(values: Iterable[float]) -> tuple[float, float, list[float]]:
-    """(low, high, ticks) of a logarithmic axis: powers of ten, with 2 and 5 between them when they would be
-    few."""
+    """(low, high, ticks) of a logarithmic axis: powers of ten, with 2 and 5 or more between them when they would be
+    few, so that there are two at least."""
     values = list(values)
     low, high = min(values) / 1.15, max(values) * 1.15
     if high / low < 4:
         low, high = low / 2, high * 2
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     steps: tuple[float, ...] = (1, 2, 5) if high / low < 300 else (1,)
+    steps = (1, 1.5, 2, 3, 5, 7) if high / low < 20 else steps
     stride = max(1, len(decades) // 6)
     ticks = [m * 10.0**d for d in decades if d % stride == 0 for m in steps]
     return low, high, [tick for tick in ticks if low <= tick <= high]
@@ -251,15 +263,14 @@ def _shortened(text: str, length: int) -> str:
 
 def _axes(x_axis: _Axis, y_axis: _Axis, x_label: str, y_label: str) -> str:
     parts = []
-    for tick in y_axis.ticks:
+    for tick, label in zip(y_axis.ticks, tick_labels(y_axis.ticks), strict=True):
         y = y_axis.at(tick)
         parts.append(
             f'<line class="rule" x1="{x_axis.start:.1f}" x2="{x_axis.end:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>'
         )
-        parts.append(_text(x_axis.start - 7, y + 4, format_number(tick), "end"))
+        parts.append(_text(x_axis.start - 7, y + 4, label, "end"))
     below = y_axis.start + 18
-    for tick in x_axis.ticks:
-        label = format_number(tick)
+    for tick, label in zip(x_axis.ticks, tick_labels(x_axis.ticks), strict=True):
         x = min(x_axis.at(tick), WIDTH - 1 - CHARACTER * len(label) / 2)
         parts.append(_text(x, below, label, "middle"))
     parts.append(_text(x_axis.end, below + 15, x_label, "end"))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rtdmd_cli.engine.report.charts import Series, line_chart
 from rtdmd_cli.engine.report.html import CURVES, NO_CURVE, metrics_series
+from rtdmd_cli.engine.report.metrics import explained
 from rtdmd_cli.engine.report.page import Cell, Picture, Table, figure_html, page, table_html
 from rtdmd_cli.engine.storage.files import remove_leftovers, write_text
 
@@ -39,6 +40,7 @@ class Comparison:
     facts: Sequence[str]
     settings: Sequence[tuple[str, str, str]]
     settings_note: str = ""
+    unit: str = "iteration"
 
     @property
     def sides(self) -> tuple[Side, Side]:
@@ -124,7 +126,7 @@ def _curves(comparison: Comparison) -> str:
         lines = [
             Series(label, *found[name]) for label, found in zip(labels, series, strict=True) if name in found
         ]
-        return line_chart(title, lines, log=log)
+        return line_chart(title, lines, comparison.unit, log=log)
 
     names = (series[0].keys() | series[1].keys()) - NO_CURVE
     charts = ""
@@ -135,7 +137,9 @@ def _curves(comparison: Comparison) -> str:
                 charts += f"<div>{chart(title, name, curve.log)}<p>{escape(curve.reading)}</p></div>"
     known = {name for curve in CURVES for name in curve.metrics}
     text = f'<div class="charts">{charts}</div>' if charts else ""
-    others = "".join(f"<div>{chart(name, name)}</div>" for name in sorted(names - known))
+    others = "".join(
+        f"<div>{chart(name, name)}<p>{escape(explained(name))}</p></div>" for name in sorted(names - known)
+    )
     if others:
         text += f'<details open><summary>Other metrics</summary><div class="charts">{others}</div></details>'
     return text

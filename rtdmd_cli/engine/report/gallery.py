@@ -23,6 +23,8 @@ GALLERY_CSS = """
 .gallery img { width: 100%; aspect-ratio: 1; object-fit: contain; }
 .gallery img.sharp { image-rendering: pixelated; }
 .gallery p { margin: .35rem 0 0; font-size: .8125rem; line-height: 1.35; overflow-wrap: anywhere; }
+.gallery.pairs { grid-template-columns: repeat(auto-fill, minmax(15.75rem, 1fr)); gap: 1rem 1.5rem; }
+.pairs ul { display: grid; grid-template-columns: 1fr 1fr; gap: .4rem; padding: 0; list-style: none; }
 .gallery .why { color: var(--muted); font-size: .75rem; }
 """
 
@@ -40,6 +42,12 @@ class Exhibit:
 def gallery_html(exhibits: Sequence[Exhibit]) -> str:
     """A list of pictures that fills the width of any screen; nothing for none."""
     return f'<ul class="gallery">{"".join(map(_item, exhibits))}</ul>' if exhibits else ""
+
+
+def pair_gallery_html(pairs: Sequence[tuple[Exhibit, Exhibit]]) -> str:
+    """A list of pairs of pictures, the two side by side; nothing for none."""
+    items = "".join(f"<li><ul>{_item(left)}{_item(right)}</ul></li>" for left, right in pairs)
+    return f'<ul class="gallery pairs">{items}</ul>' if pairs else ""
 
 
 def _item(exhibit: Exhibit) -> str:

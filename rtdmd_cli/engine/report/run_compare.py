@@ -15,9 +15,9 @@ from rtdmd_cli.errors import UsageError
 FACTS = (
     "Stage",
     "State",
-    "Iterations",
+    "Length",
     "Training time",
-    "Iterations a second",
+    "Iterations or epochs a second",
     "Preset",
     "Model",
     "Last change (UTC)",
@@ -43,7 +43,9 @@ def compare_runs(left: RunFolder, right: RunFolder, path: Path, force: bool = Fa
     both = (summary(left), summary(right))
     one, other = _labels(both)
     settings, note = _settings(both)
-    comparison = Comparison(_side(both[0], one), _side(both[1], other), FACTS, settings, note)
+    units = {each.unit for each in both}
+    unit = units.pop() if len(units) == 1 else "iteration or epoch"
+    comparison = Comparison(_side(both[0], one), _side(both[1], other), FACTS, settings, note, unit)
     write_comparison(path, comparison)
 
 
@@ -62,7 +64,7 @@ def _side(each: RunSummary, label: str) -> Side:
 
 
 def _facts(each: RunSummary) -> list[Cell]:
-    done = f"{each.iterations:,}" + (f" of {each.target:,}" if each.target else "")
+    done = f"{each.iterations:,}" + (f" of {each.target:,}" if each.target else "") + f" {each.unit}s"
     return [
         each.stage,
         each.state,

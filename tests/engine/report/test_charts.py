@@ -165,3 +165,19 @@ def test_linear_ticks_are_few_tidy_and_cover_the_values(low: float, size: float)
     assert 2 <= len(ticks) <= 12
     assert start <= low + 1e-6 * size and end >= low + size - 1e-6 * size
     assert ticks == sorted(set(ticks))
+
+
+def test_no_two_ticks_have_the_same_label() -> None:
+    """Three digits would write 15,000.2 and 15,000.4 alike, and 0.98765 and 0.98766."""
+    for low, high in ((15_000.0, 15_001.0), (0.98765, 0.98769), (1e8, 1e8 + 5), (-2.0001, -2.0)):
+        ticks = charts._linear_scale([low, high], 5)[2]
+        labels = charts.tick_labels(ticks)
+        assert len(set(labels)) == len(ticks) > 2
+    assert charts.tick_labels([0.0, 0.25, 0.5]) == ["0", "0.25", "0.5"]
+    assert charts.tick_labels([0, 5000, 15_000]) == ["0", "5,000", "15,000"]
+
+
+@pytest.mark.parametrize("value", [0.21, 0.3, 0.5, 0.77, 1.0, 3.3, 940.0])
+def test_a_short_logarithmic_axis_has_two_ticks_at_least(value: float) -> None:
+    low, high, ticks = charts._log_scale([value, 1.2 * value])
+    assert len(ticks) >= 2 and all(low <= tick <= high for tick in ticks)
