@@ -7,6 +7,7 @@ import json
 import platform
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ def findings(resolved: Resolved, stage_2: bool, prompts: Sequence[str]) -> list[
     from rtdmd_cli.engine.training.trackers import require_tracker
 
     preset = resolved.preset
-    checks: list[Callable[[], Any]] = [lambda source=source: read_prompt_set(source) for source in prompts]
+    checks: list[Callable[[], Any]] = [partial(read_prompt_set, source) for source in prompts]
     checks += [
         lambda: require_device(preset.hardware.device),
         lambda: require_tracker(preset.hardware.tracker),

@@ -42,12 +42,14 @@ def list_(as_json: Json = False, quiet: Quiet = False) -> None:
 
 
 def row(data: DataSet) -> dict[str, Any]:
-    """A set as JSON. here: "yes", "no", "damaged", or "made on demand"."""
+    """A set as JSON. here: "yes", "yes, your own file", "no", "damaged", or "made on demand"."""
     from rtdmd_cli.engine.prompts.store import stored
 
     try:
         found = stored(data)
-        here = "yes" if found else "no" if data.url else "made on demand"
+        here = "no" if data.url else "made on demand"
+        if found:
+            here = "yes, your own file" if found.own else "yes"
     except DataError:
         found, here = None, "damaged"
     return {
@@ -105,7 +107,12 @@ def fetch(
     count = len(read_stored(found))
     say = "fetched" if found.fresh else "already here"
     console.say(f"{data.name}: {say}, {count:,} prompts; licence: {data.licence}", quiet)
-    if not found.pinned:
+    if found.own:
+        console.say(
+            "This file could not be told to be the published set: it is kept as your own, and marked so.",
+            quiet,
+        )
+    elif not found.pinned:
         console.say(f"its sha256 is not pinned yet; this one is recorded: {found.sha256}", quiet)
     result = {
         "name": data.name,
@@ -115,6 +122,7 @@ def fetch(
         "size": found.path.stat().st_size,
         "sha256": found.sha256,
         "pinned": found.pinned,
+        "own": found.own,
         "licence": data.licence,
         "source": data.source,
     }

@@ -30,6 +30,7 @@ from rtdmd_cli.cli.sample import (
     Json,
     Quiet,
     Steps,
+    WhichCheckpoint,
 )
 from rtdmd_cli.errors import UsageError
 
@@ -141,6 +142,7 @@ def eval_command(
     batch: Batch = None,
     device: Device = None,
     dtype: Dtype = None,
+    checkpoint: WhichCheckpoint = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -173,6 +175,7 @@ def eval_command(
         quiet,
         compare,
         size,
+        checkpoint,
     )
     console.quiet_libraries(quiet)
     from rtdmd_cli.engine.compute.importing import quick_imports

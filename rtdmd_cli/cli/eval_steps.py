@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from rtdmd_cli.engine.evaluation.metrics import JudgeEntry
     from rtdmd_cli.engine.evaluation.prompts import EvalPrompts
     from rtdmd_cli.engine.evaluation.run import Evaluation
+    from rtdmd_cli.engine.evaluation.tables import Shown
     from rtdmd_cli.engine.sampling.model_source import Source
 
 
@@ -47,6 +48,7 @@ class Options:
     quiet: bool
     compare: str | None = None
     size: int | None = None
+    checkpoint: str | None = None
 
 
 @dataclass(frozen=True)
@@ -110,11 +112,19 @@ def _painted(
     from rtdmd_cli.engine.evaluation.run import trained_on as judges_trained_on
     from rtdmd_cli.engine.sampling.pictures import default_batch
 
-    source, model = load_model(options.from_, options.guidance, options.device, options.dtype, options.quiet)
+    source, model = load_model(
+        options.from_,
+        options.guidance,
+        options.device,
+        options.dtype,
+        options.quiet,
+        options.checkpoint,
+    )
     settings = source.preset.evaluate
     side = options.size or settings.resolution or source.preset.model.resolution
     images = options.images or benchmark.images or settings.images_per_prompt
     paths = _paths(judges, options, source)
+    _require_weights(judges, paths)
     ask = Ask(benchmark, prompts, images, options.limit, judges, paths)
     require_size(ask, side, side, model.label)
     plan = model.plan(options.steps, options.guidance, (side, side))
@@ -171,26 +181,32 @@ def score_and_write(
     """Have the pictures judged, write the results, and return the summary. began: when, of time.monotonic()."""
     evaluation = _judged(made, options, stop)
     summary = _summary(evaluation, made.device, time.monotonic() - began)
+    beside: list[tuple[Shown, Shown]] = []
     if options.compare is not None:
-        summary["compare"] = _compared(evaluation, options.compare, options, stop, held)
+        summary["compare"], beside = _compared(evaluation, options.compare, options, stop, held)
     if evaluation.folder is not None:
-        _write(evaluation, summary, evaluation.folder, made.device, options.quiet)
+        _write(evaluation, summary, evaluation.folder, made.device, options.quiet, beside)
     return summary
 
 
 def _compared(
     mine: Evaluation, other: str, options: Options, stop: StopRequest, held: ExitStack
-) -> dict[str, Any]:
-    """The comparison with another evaluation's folder, or with a model that is evaluated in the same way first."""
+) -> tuple[dict[str, Any], list[tuple[Shown, Shown]]]:
+    """The comparison with another evaluation's folder, or with a model that is evaluated in the same way first.
+
+    Also the pictures on which the two differ most.
+    """
     from rtdmd_cli.engine.evaluation.comparison import as_json, other_from_folder
     from rtdmd_cli.engine.evaluation.folder import is_evaluation
+    from rtdmd_cli.engine.evaluation.report import side_by_side
 
     assert mine.folder is not None, "--compare keeps a folder"
     ask, seed = mine.ask, mine.conditions["seed"]
     folder = Path(other)
     if not is_evaluation(folder):
         folder = _other_evaluation(mine, other, options, stop, held)
-    return as_json(mine, *other_from_folder(folder, ask, seed))
+    lines, about = other_from_folder(folder, ask, seed)
+    return as_json(mine, lines, about), side_by_side(mine, lines, folder)
 
 
 def _other_evaluation(
@@ -247,7 +263,12 @@ def _summary(evaluation: Evaluation, device: torch.device, seconds: float) -> di
 
 
 def _write(
-    evaluation: Evaluation, summary: dict[str, Any], folder: Path, device: torch.device, quiet: bool
+    evaluation: Evaluation,
+    summary: dict[str, Any],
+    folder: Path,
+    device: torch.device,
+    quiet: bool,
+    beside: Sequence[tuple[Shown, Shown]],
 ) -> None:
     from rtdmd_cli.engine.evaluation.folder import REPORT, RESULTS
     from rtdmd_cli.engine.evaluation.report import write_reports
@@ -258,7 +279,7 @@ def _write(
     if evaluation.ask.benchmark.built_in:
         save_verdict_grid(summary, *shapes_parts(evaluation), folder / SAMPLES)
     write_json(folder / RESULTS, console.plain(summary) | {"pictures": records(evaluation)})
-    write_reports(evaluation, summary, folder, device)
+    write_reports(evaluation, summary, folder, device, beside)
     console.say(f"wrote {folder / RESULTS} and {folder / REPORT}", quiet)
 
 
@@ -320,6 +341,14 @@ def _paths(judges: Sequence[JudgeEntry], options: Options, source: Source) -> di
     names = {entry.name for entry in judges}
     usual = split_paths(source.preset.tune_reward.reward_paths)
     return {name: path for name, path in usual.items() if name in names} | judge_paths(judges, options.paths)
+
+
+def _require_weights(judges: Sequence[JudgeEntry], paths: Mapping[str, str]) -> None:
+    """EnvironmentFailure, before a picture is made, where a judge's weights are neither here nor to be had."""
+    from rtdmd_cli.engine.rewards import needed
+
+    own = {entry.reward.name for entry in judges if entry.name in paths}
+    needed.require(needed.rewards([entry.reward.name for entry in judges], own))
 
 
 def _say_missing(judges: Sequence[JudgeEntry], paths: dict[str, str], quiet: bool) -> None:

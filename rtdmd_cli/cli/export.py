@@ -9,7 +9,7 @@ import typer
 
 from rtdmd_cli.cli import completing, console
 from rtdmd_cli.cli.failures import nearest
-from rtdmd_cli.cli.sample import RUNS, Device, Dtype, Json, Quiet
+from rtdmd_cli.cli.sample import RUNS, Device, Dtype, Json, Quiet, WhichCheckpoint
 from rtdmd_cli.engine.compute.signals import stop_on_signals
 from rtdmd_cli.errors import UsageError
 
@@ -26,7 +26,7 @@ EXPORTS = Path("exports")
 Run = Annotated[
     str | None,
     typer.Argument(
-        metavar="[RUN]",
+        metavar="RUN",
         help="Run or checkpoint folder, or name of a run under runs/. Default: the newest finished run.",
         autocompletion=completing.runs_here,
     ),
@@ -65,6 +65,7 @@ def export(
     no_check: NoCheck = False,
     device: Device = None,
     dtype: Dtype = None,
+    checkpoint: WhichCheckpoint = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -83,7 +84,7 @@ def export(
         from rtdmd_cli.engine.export.names import local_name
         from rtdmd_cli.engine.export.run import Request, default_formats, run_export
 
-    source = _source(run, quiet)
+    source = _source(run, checkpoint, quiet)
     hardware = source.preset.hardware
     where = resolve_device(device or hardware.device)
     assert source.checkpoint is not None
@@ -124,11 +125,11 @@ def _formats(text: str) -> tuple[str, ...]:
     return (text,)
 
 
-def _source(run: str | None, quiet: bool) -> Source:
+def _source(run: str | None, checkpoint: str | None, quiet: bool) -> Source:
     """The generator to export. UsageError for a base model and for what is exported already."""
     from rtdmd_cli.engine.sampling.model_source import resolve
 
-    source = resolve(run, RUNS)
+    source = resolve(run, RUNS, checkpoint)
     if source.exported is not None:
         raise UsageError(f"{run} is an export already.", "Name the run that it was made from.")
     if source.checkpoint is None and run is None:

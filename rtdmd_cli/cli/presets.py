@@ -1,6 +1,8 @@
 """`rtdmd presets`: list, show, copy and validate recipes. Data goes to stdout, everything else to stderr."""
 
 import json
+import shlex
+import textwrap
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +13,7 @@ from rtdmd_cli.errors import UsageError
 
 app = typer.Typer(
     name="presets",
-    help="List, show, copy and check presets: one YAML file is one recipe.",
+    help="List, show, copy and check presets: one YAML file is one recipe; list the keys of --set.",
     no_args_is_help=True,
 )
 
@@ -99,10 +101,12 @@ def _show_resolved(name: str, overrides: list[str], as_json: bool) -> None:
 
     resolved = load_preset(name, overrides)
     values, sources = preset_values(resolved.preset), resolved.sources
-    if not as_json:
-        _table([(key, json.dumps(value, ensure_ascii=False), sources[key]) for key, value in values.items()])
-        return
     fields = {".".join(path): field for path, field in keys().items()}
+    if not as_json:
+        for key, value in values.items():
+            typer.echo(f"{key}  {json.dumps(value, ensure_ascii=False)}  {sources[key]}")
+            _indented(fields[key].description or "")
+        return
     _print_json(
         {
             "name": resolved.preset.name,
@@ -120,6 +124,49 @@ def _show_resolved(name: str, overrides: list[str], as_json: bool) -> None:
     )
 
 
+@app.command("keys")
+def keys_(
+    word: Annotated[
+        str | None, typer.Argument(metavar="WORD", help="Only keys that hold it, or whose sentence does.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List the keys of `--set`: name, default, what is allowed, one sentence on each."""
+    from rtdmd_cli.config import allowed, keys
+
+    found = []
+    for path, field in keys().items():
+        name, sentence = ".".join(path), field.description or ""
+        if word is None or word.lower() in f"{name} {sentence}".lower():
+            default = None if field.is_required() else field.get_default(call_default_factory=True)
+            found.append(
+                {
+                    "key": name,
+                    "required": field.is_required(),
+                    "default": default,
+                    "allowed": allowed(field),
+                    "description": sentence,
+                }
+            )
+    if not found:
+        raise UsageError(f"No key holds `{word}`.", "See them all: rtdmd presets keys")
+    if as_json:
+        _print_json(found)
+        return
+    for each in found:
+        default = (
+            "none, it must be given" if each["required"] else json.dumps(each["default"], ensure_ascii=False)
+        )
+        typer.echo(f"{each['key']}  (default: {default})")
+        _indented(f"{each['description']}. Takes {each['allowed']}.")
+
+
+def _indented(text: str) -> None:
+    """Lines of at most 80 columns, set in by four."""
+    for line in textwrap.wrap(text, 76, break_long_words=False, break_on_hyphens=False):
+        typer.echo(f"    {line}")
+
+
 @app.command()
 def copy(
     name: Name,
@@ -133,13 +180,15 @@ def copy(
     if file.is_dir():
         raise UsageError(
             f"{file} is a folder.",
-            f"Name the new file: rtdmd presets copy {name} {file / (preset_path(name).stem + '.yaml')}",
+            "Name the new file: "
+            + shlex.join(["rtdmd", "presets", "copy", name, str(file / f"{preset_path(name).stem}.yaml")]),
         )
     if file.exists() or file.is_symlink():
         raise UsageError(f"{file} exists already and is never overwritten.", "Choose another file name.")
     if not file.parent.is_dir():
         raise UsageError(
-            f"The folder {file.parent} does not exist.", f"Make it first: mkdir -p {file.parent}"
+            f"The folder {file.parent} does not exist.",
+            f"Make it first: mkdir -p {shlex.quote(str(file.parent))}",
         )
     from rtdmd_cli.engine.storage.files import write_text
 
@@ -147,7 +196,8 @@ def copy(
     if as_json:
         _print_json({"path": str(file)})
     else:
-        typer.echo(f"copied to {file}; use it with: rtdmd distill --preset {file}", err=True)
+        quoted = shlex.quote(str(file))
+        typer.echo(f"copied to {quoted}; use it with: rtdmd distill --preset {quoted}", err=True)
 
 
 @app.command()

@@ -32,6 +32,15 @@ From = Annotated[
         autocompletion=completing.sources,
     ),
 ]
+WhichCheckpoint = Annotated[
+    str | None,
+    typer.Option(
+        "--checkpoint",
+        metavar="best|last|N",
+        help="Checkpoint of a run: the best by its held-out rewards, the newest, or that of a step. "
+        "Default: best where the run has one, else last.",
+    ),
+]
 Steps = Annotated[int | None, typer.Option(min=1, max=1000, help="Sampling steps. Default: the preset's.")]
 Guidance = Annotated[
     float | None,
@@ -86,6 +95,7 @@ def sample(
     batch: Batch = None,
     device: Device = None,
     dtype: Dtype = None,
+    checkpoint: WhichCheckpoint = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -106,8 +116,10 @@ def sample(
             write_pictures,
         )
 
-    source, model = load_model(from_, guidance, device, dtype, quiet)
+    source, model = load_model(from_, guidance, device, dtype, quiet, checkpoint)
     preset = source.preset
+    if preset.model.path.startswith("builtin:"):
+        _say_foreign(texts, quiet)
     across, down = width or preset.model.resolution, height or preset.model.resolution
     plan = model.plan(steps, guidance, (down, across))
     size = batch or default_batch(preset, across, down)
@@ -122,6 +134,22 @@ def sample(
         console.say(f"{written.kept} of the pictures were there already and are kept", quiet)
     grid_path = write_grid(folder, job) if grid else None
     _print(written, folder, grid_path, job, as_json)
+
+
+def _say_foreign(texts: list[str], quiet: bool) -> None:
+    """That the built-in model knows plain shapes only, where a prompt is none of its captions."""
+    from rtdmd_cli.shapes.grammar import parse
+
+    for text in texts:
+        try:
+            parse(text)
+        except ValueError:
+            console.say(
+                f'The built-in model knows plain shapes only, as in "a photo of two red circles"; "{text[:60]}" is '
+                "none of its captions.",
+                quiet,
+            )
+            return
 
 
 def _texts(prompt: str | None, prompts: str | None) -> list[str]:
@@ -142,13 +170,18 @@ def _texts(prompt: str | None, prompts: str | None) -> list[str]:
 
 
 def load_model(
-    reference: str | None, guidance: float | None, device: str | None, dtype: str | None, quiet: bool
+    reference: str | None,
+    guidance: float | None,
+    device: str | None,
+    dtype: str | None,
+    quiet: bool,
+    checkpoint: str | None = None,
 ) -> tuple[Source, Model]:
     """Find and open what `--from` names; says on stderr what was chosen."""
     from rtdmd_cli.engine.compute.device import resolve_device, resolve_dtype
     from rtdmd_cli.engine.sampling.model_source import open_model, refuse_guidance, resolve
 
-    source = resolve(reference, RUNS)
+    source = resolve(reference, RUNS, checkpoint)
     for note in source.notes:
         console.say(note, quiet)
     refuse_guidance(source, guidance)

@@ -409,7 +409,7 @@ def test_quiet_silences_the_libraries_remarks_on_a_prompt_that_is_cut(tmp_path: 
     spoken = run(*command, RTDMD_CACHE=str(tmp_path / "first"))  # a prompt in the cache is not encoded again
     silent = run(*command, "--quiet", RTDMD_CACHE=str(tmp_path / "second"))
     assert spoken.returncode == silent.returncode == 0
-    assert spoken.stderr.count("longer than the model's text encoders read") == 1 and silent.stderr == ""
+    assert "their ends are cut off" in spoken.stderr and silent.stderr == ""
     assert "truncated" not in spoken.stderr and "knows plain shapes only" in spoken.stderr
 
 

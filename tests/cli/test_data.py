@@ -50,9 +50,11 @@ def test_a_set_without_a_pinned_hash_says_so(tmp_path: Path) -> None:
     file = tmp_path / "train.txt"
     file.write_text("a dog\na cat\n")
     result = call("data", "fetch", "pickscore-train", "--file", str(file), "--json")
-    assert result.exit_code == 0 and "not pinned yet" in result.stderr
+    assert result.exit_code == 0 and "kept as your own" in result.stderr
     found = json.loads(result.stdout)
-    assert not found["pinned"] and found["sha256"] in result.stderr
+    assert not found["pinned"] and found["own"]
+    rows = {each["name"]: each for each in json.loads(call("data", "list", "--json").stdout)}
+    assert rows["pickscore-train"]["here"] == "yes, your own file"
     plan = call("distill", "--preset", "sd3-4step", "--dry-run", "--json", "--out", str(tmp_path))
     assert json.loads(plan.stdout)["prompts"] == 2
 
@@ -62,6 +64,8 @@ def test_a_preset_names_what_has_to_be_fetched(tmp_path: Path) -> None:
     failure = failures.explain(call(*arguments).exception)
     assert failure.exit_code == 3 and "rtdmd data fetch pickscore-train" in failure.hint
     dry = call(*arguments, "--dry-run", "--json")
-    assert dry.exit_code == 0 and json.loads(dry.stdout)["prompts"] is None
-    assert "rtdmd data fetch pickscore-train" in dry.stderr
+    planned = json.loads(dry.stdout)
+    assert planned["prompts"] is None and "pickscore-train" in planned["findings"][0]
+    ended = failures.explain(dry.exception)
+    assert ended.exit_code == 3 and "rtdmd data fetch pickscore-train" in ended.hint
     assert not (tmp_path / "runs").exists()

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from rtdmd_cli.cli.presets import app
-from rtdmd_cli.config import list_presets, load_preset, preset_text
+from rtdmd_cli.config import keys, list_presets, load_preset, preset_text
 from rtdmd_cli.errors import UsageError
 
 
@@ -55,12 +55,35 @@ def test_show_a_file_without_a_last_line_end(tmp_path: Path) -> None:
 def test_show_resolved(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RTDMD_SET_DISTILL__BATCH", "4")
     result = run("show", "shapes-4step", "--resolved", "--set", "distill.seed=1", "--set", "distill.keep=9")
-    rows = {line.split()[0]: line.split(maxsplit=2)[1:] for line in result.stdout.splitlines()}
+    lines = [line for line in result.stdout.splitlines() if not line.startswith(" ")]
+    rows = {line.split()[0]: line.split(maxsplit=2)[1:] for line in lines}
+    assert "    checkpoints kept, newest first" in result.stdout.splitlines()
     assert rows["distill.seed"] == ["1", "--set"] and rows["distill.keep"] == ["9", "--set"]
     assert rows["distill.batch"] == ["4", "environment"]
     assert rows["model.resolution"] == ["32", "preset shapes-4step"]
     assert rows["distill.eps"] == ["1e-08", "default"]
     assert set(rows) == set(load_preset("shapes-4step").sources)
+
+
+def test_keys_are_listed_with_default_range_and_sentence() -> None:
+    text = run("keys").stdout
+    names = [line.split()[0] for line in text.splitlines() if not line.startswith(" ")]
+    assert names == [".".join(path) for path in keys()] and all(
+        len(line) <= 200 for line in text.splitlines()
+    )
+    assert (
+        "distill.batch  (default: 72)\n    images per optimiser step. Takes a whole number from 1 to 65536."
+        in text
+    )
+    assert "model.path  (default: none, it must be given)" in text
+    found = json.loads(run("keys", "warm-up", "--json").stdout)
+    assert [each["key"] for each in found] == [
+        "distill.lr_warmup",
+        "tune_reward.lr_warmup",
+        "hardware.compile",
+    ]
+    assert found[0]["default"] == 0 and found[0]["allowed"].startswith("a whole number")
+    assert "rtdmd presets keys" in failed("keys", "nonsense").hint
 
 
 def test_show_resolved_json() -> None:

@@ -67,6 +67,11 @@ class MemoryPictures:
         self.held[key] = image
 
 
+def picture_path(root: Path, key: Key) -> Path:
+    """Where the picture (prompt, image) of an evaluation's folder lies."""
+    return root / f"{key[0]:05d}" / SAMPLES / f"{key[1]:04d}.png"
+
+
 @dataclass(frozen=True)
 class FolderPictures:
     """An evaluation's own pictures. exact: keep and read them unrounded."""
@@ -78,7 +83,7 @@ class FolderPictures:
 
     def path(self, key: Key) -> Path:
         """The picture's PNG."""
-        return self.root / f"{key[0]:05d}" / SAMPLES / f"{key[1]:04d}.png"
+        return picture_path(self.root, key)
 
     def has(self, key: Key) -> bool:
         """Whether it is there and was written to its end; one whose sum is not known is made again."""

@@ -168,10 +168,14 @@ def facts(summary: Summary) -> list[tuple[str, str]]:
 
 
 def best_and_worst(pictures: Sequence[Shown]) -> tuple[list[Shown], list[Shown]]:
-    """The 24 best and worst by the first judge's score, partial credit settling ties; fewer where there are few."""
+    """The 24 best and worst by the first judge's score, partial credit settling ties; fewer where there are few.
+
+    None is among the worst that has the best score of all.
+    """
     ranked = sorted(pictures, key=_rank)
     count = min(BEST, max(1, len(ranked) // 2))
-    return ranked[: -count - 1 : -1], ranked[:count]
+    top = _rank(ranked[-1])[0] if ranked else 0.0
+    return ranked[: -count - 1 : -1], [each for each in ranked[:count] if _rank(each)[0] < top]
 
 
 def _rank(shown: Shown) -> tuple[float, float]:

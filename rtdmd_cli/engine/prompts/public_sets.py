@@ -20,7 +20,8 @@ class DataSet:
 
     file: the name under which it is kept; its ending says how it is read. sha256: of the file as published; also:
     of other files that hold the same prompts. size in bytes and number of prompts, None where not known. distinct:
-    the file repeats its prompts; each is taken once, sorted.
+    the file repeats its prompts; each is taken once, sorted. ends: the first 16 digits of the sha256 of the first and the
+    last prompt, by which a set without a pinned sum is known.
     """
 
     name: str
@@ -35,6 +36,7 @@ class DataSet:
     source: str
     distinct: bool = False
     also: tuple[str, ...] = ()
+    ends: tuple[str, str] | None = None
 
     @property
     def accepted(self) -> tuple[str, ...]:
@@ -60,6 +62,7 @@ DATA = {
             prompts=None,
             licence="see Pick-a-Pic (yuvalkirstain/pickapic_v1)",
             source="yifan123/flow_grpo, dataset/pickscore/train.txt",
+            ends=("44221b46651c6cd3", "5d9707843517858c"),
         ),
         DataSet(
             name="geneval-train",

@@ -1,7 +1,7 @@
 """Where a public set of prompts lies on this machine, and how it gets there.
 
 <cache>/data/<name>/<file>         as published, whole or not at all
-                    .source.json   url, sha256, size, and whether the sha256 was pinned
+                    .source.json   url, sha256, size, whether the sha256 was pinned, and whether it is a person's own file
 """
 
 import hashlib
@@ -9,9 +9,10 @@ import http.client
 import os
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 from huggingface_hub import constants
 
@@ -30,14 +31,25 @@ MAX_BYTES = 100_000_000  # of a set; the largest known one has less than a tenth
 TIMEOUT = 30.0  # seconds without an answer
 
 
+class Prompts(Protocol):
+    """What the prompts of a set are read as."""
+
+    @property
+    def texts(self) -> Sequence[str]:
+        """The prompts, in their order."""
+        ...
+
+
 @dataclass(frozen=True)
 class Stored:
-    """A set on disk. sha256: of its file; fresh: whether it has only now been put there."""
+    """A set on disk. sha256: of its file; fresh: whether it has only now been put there. own: whether it was taken from a
+    person's file that could not be told to be the published set."""
 
     data: DataSet
     path: Path
     sha256: str
     fresh: bool = False
+    own: bool = False
 
     @property
     def pinned(self) -> bool:
@@ -71,7 +83,7 @@ def stored(data: DataSet) -> Stored | None:
         raise DataError(
             f"{path} is damaged: its sha256 is another.", f"Fetch it again: {command(data)} --force"
         )
-    return Stored(data, path, found)
+    return Stored(data, path, found, own=bool(_record(data).get("own")))
 
 
 def require(data: DataSet) -> Stored:
@@ -90,7 +102,7 @@ def made_here(data: DataSet) -> list[Requirement]:
 
 
 def fetch(
-    data: DataSet, check: Callable[[Stored], object], file: Path | None = None, force: bool = False
+    data: DataSet, check: Callable[[Stored], Prompts], file: Path | None = None, force: bool = False
 ) -> Stored:
     """Bring a set into the cache: from `file`, from the network, or made here; one that is there is left alone.
 
@@ -108,10 +120,19 @@ def fetch(
         content = as_text(made_here(data)).encode()
     else:
         content = _download(data)
-    return _install(data, content, str(file) if file else data.url or "made here", check)
+    origin = str(file) if file else data.url or "made here"
+    return _install(data, content, origin, check, given=file is not None)
 
 
-def _install(data: DataSet, content: bytes, origin: str, check: Callable[[Stored], object]) -> Stored:
+def recognised(data: DataSet, texts: Sequence[str]) -> bool:
+    """Whether prompts are those of a set, by what is known of it without a pinned sum: number, first and last one."""
+    ends = tuple(hashlib.sha256(text.encode()).hexdigest()[:16] for text in (texts[0], texts[-1]))
+    return data.prompts in (None, len(texts)) and data.ends is not None and ends == data.ends
+
+
+def _install(
+    data: DataSet, content: bytes, origin: str, check: Callable[[Stored], Prompts], given: bool
+) -> Stored:
     """Check a set's content and make it the cached one."""
     found = hashlib.sha256(content).hexdigest()
     if data.accepted and found not in data.accepted:
@@ -123,19 +144,27 @@ def _install(data: DataSet, content: bytes, origin: str, check: Callable[[Stored
     files.remove_leftovers(final.parent, final.name)
     with files.building(final) as temporary:
         files.write_bytes(temporary / data.file, content)
-        check(Stored(data, temporary / data.file, found))
+        prompts = check(Stored(data, temporary / data.file, found))
+        own = given and not data.accepted and not recognised(data, prompts.texts)
         record = {"url": data.url, "sha256": found, "size": len(content), "pinned": bool(data.accepted)}
+        record["own"] = own
         files.write_json(temporary / RECORD, record)
         files.replace_folder(temporary, final)
-    return Stored(data, final / data.file, found, fresh=True)
+    return Stored(data, final / data.file, found, fresh=True, own=own)
 
 
 def _recorded(data: DataSet) -> str:
     """The sha256 that was found when the set was fetched, "" if that is lost."""
+    return str(_record(data).get("sha256", ""))
+
+
+def _record(data: DataSet) -> dict[str, Any]:
+    """What was noted when the set was fetched; nothing if that is lost."""
     try:
-        return str(strict_json.read(folder(data) / RECORD)["sha256"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
+        found = strict_json.read(folder(data) / RECORD)
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _read(file: Path) -> bytes:

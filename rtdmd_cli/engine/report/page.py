@@ -54,10 +54,11 @@ def page(title: str, body: str, css: str = "", script: str = "") -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n<meta name="referrer" content="no-referrer">\n'
         f"<title>{escape(title)}</title>\n<style>{PAGE_CSS}{CHART_CSS}{css}</style>\n</head>\n"
-        f"<body>\n<main>\n<h1>{escape(title)}</h1>\n{body}\n</main>\n{own}</body>\n</html>\n"
+        f"<body>\n<main>\n<h1>{escape(title)}</h1>\n{body}\n</main>\n</body>\n</html>\n"
     )
     # A file name that is not UTF-8 reaches Python as lone surrogates, which no file can hold.
-    return scrub_page(text.encode("utf-8", "replace").decode("utf-8"))
+    whole = scrub_page(text.encode("utf-8", "replace").decode("utf-8"))
+    return f"{own}</body>".join(whole.rsplit("</body>", 1))  # as its hash has it
 
 
 def table_html(table: Table) -> str:

@@ -1,13 +1,15 @@
 """What `--from` names, and the model it stands for.
 
 A name is looked up in this order: a path (a run folder, a checkpoint folder, an exported folder), the name of a run, a
-preset (its untouched base model). Without `--from` it is the newest finished run, or else the built-in model.
+preset (its untouched base model). Without `--from` it is the newest finished run, or else the built-in model. Of a run
+the best checkpoint by its own held-out rewards is taken, where it names one, else the newest.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -21,19 +23,29 @@ from rtdmd_cli.config.schema import SHARED_BASE, Preset
 from rtdmd_cli.engine.backbones.base import Backbone
 from rtdmd_cli.engine.backbones.families import load_backbone
 from rtdmd_cli.engine.backbones.two_bases import TwoBases, bases_of
+from rtdmd_cli.engine.rewards import needed
 from rtdmd_cli.engine.roles.adapters import Roles
 from rtdmd_cli.engine.roles.base import GENERATOR, STAGE1_GENERATOR
 from rtdmd_cli.engine.roles.full import replace_weights
 from rtdmd_cli.engine.sampling.sample import Kind, SamplingPlan, sampling_plan
-from rtdmd_cli.engine.storage.checkpoint import Checkpoint, load_checkpoint, newest_valid, verify_checkpoint
+from rtdmd_cli.engine.storage.checkpoint import (
+    Checkpoint,
+    checkpoint_steps,
+    load_checkpoint,
+    newest_valid,
+    step_name,
+    verify_checkpoint,
+)
 from rtdmd_cli.engine.storage.exported import Exported, is_exported, read_exported
 from rtdmd_cli.engine.storage.files import os_errors
+from rtdmd_cli.engine.storage.hub import REPOSITORY
 from rtdmd_cli.engine.storage.lora_files import add_lora, read_lora
 from rtdmd_cli.engine.storage.run_folder import RunFolder, find_newest_finished, is_run, open_run, resolve_run
 from rtdmd_cli.errors import DataError, UsageError
 
 DEFAULT_PRESET = "shapes-4step"
 EMA = "ema"  # the checkpoint's group that a generator's pictures are made with
+BEST, LAST = "best", "last"
 LONGEST_NAME = 255  # characters of a file name
 
 
@@ -83,14 +95,22 @@ class Model:
         return sampling_plan(self.source.kind, self.backbone, model, sampler, steps, guidance, size)
 
 
-def resolve(reference: str | None, out: Path) -> Source:
+def resolve(reference: str | None, out: Path, checkpoint: str | None = None) -> Source:
     """Find what `reference` names; `out` is the folder of the runs. Loads no model.
 
-    UsageError where it names nothing. DataError for a damaged run or checkpoint, or a run without any.
+    checkpoint: of a run, "best", "last" or a step; None for the best where the run names one.
+    UsageError where it names nothing, for an unknown checkpoint, and for a checkpoint of what is no run. DataError for a
+    damaged run or checkpoint, or a run without any.
     """
+    if checkpoint is not None and checkpoint not in (BEST, LAST) and not checkpoint.isdecimal():
+        raise UsageError(f"`{checkpoint}` names no checkpoint.", "Give --checkpoint best, last or a step.")
     if reference is None:
-        return _default(out)
-    found = _in_folders(reference, out)
+        return _default(out, checkpoint)
+    found = _in_folders(reference, out, checkpoint)
+    if found is None and checkpoint is not None:
+        raise UsageError(
+            f"`{reference}` is no run, so that it has no checkpoints.", "Leave --checkpoint out."
+        )
     if found is None:
         return _from_preset(reference, out)
     return replace(found, notes=(*_namesake(reference), *found.notes))
@@ -103,17 +123,19 @@ def _namesake(reference: str) -> list[str]:
     return [f"`{reference}` is a run here; the base model of the preset is --from {preset_path(reference)}"]
 
 
-def _in_folders(reference: str, out: Path) -> Source | None:
+def _in_folders(reference: str, out: Path, checkpoint: str | None) -> Source | None:
     """The run or checkpoint of that path or name; None if there is none."""
     path, there = Path(reference), bool(reference) and os.path.exists(reference)
     if not there and (path.name != reference or len(reference) > LONGEST_NAME):
         return None
     with os_errors(path, "read"):
         found = resolve_run(reference, out)
+    if found is not None and found.checkpoint is None and found.run is not None:
+        return _from_run(found.run, checkpoint)
+    if checkpoint is not None and (found is not None or (there and is_exported(path))):
+        raise UsageError(f"{reference} is no run, so that it has no checkpoints.", "Leave --checkpoint out.")
     if found is not None and found.checkpoint is not None:
         return _from_checkpoint(found.checkpoint, found.run)
-    if found is not None and found.run is not None:
-        return _from_run(found.run)
     if there and is_exported(path):
         exported = read_exported(path)
         label = f"{path.resolve().name} (export)"
@@ -126,19 +148,34 @@ def _in_folders(reference: str, out: Path) -> Source | None:
     return None
 
 
-def _default(out: Path) -> Source:
+def _default(out: Path, checkpoint: str | None) -> Source:
     run = find_newest_finished(out)
+    if run is None and checkpoint is not None:
+        raise UsageError(
+            f"There is no finished run under {out}/.", "Name one with --from, or leave --checkpoint out."
+        )
     if run is None:
         source = _from_preset(DEFAULT_PRESET, out)
         note = f"no finished run under {out}/: using the built-in model, untrained for few steps"
     else:
-        source = _from_run(run)
+        source = _from_run(run, checkpoint)
         note = f"using {source.label}, the newest finished run under {out}/"
     return replace(source, notes=(note, *source.notes))
 
 
-def _from_run(run: RunFolder) -> Source:
-    """The newest good checkpoint of a run; damaged ones that are newer are named in the notes."""
+def _from_run(run: RunFolder, checkpoint: str | None) -> Source:
+    """The checkpoint of a run that is asked for; damaged ones that are newer than the newest good one are named."""
+    if checkpoint is not None and checkpoint.isdecimal():
+        return _from_checkpoint(_at_step(run, int(checkpoint)), run)
+    best = None if checkpoint == LAST else run.best_checkpoint
+    if checkpoint == BEST and best is None:
+        raise UsageError(
+            f"{run.path} names no best checkpoint: no held-out reward was measured on the way.",
+            "Leave --checkpoint out, or give --checkpoint last.",
+        )
+    if best is not None:
+        verify_checkpoint(best)
+        return _generator(best, run, _why(best, run))
     newest, skipped = newest_valid(run.checkpoints)
     if newest is None and skipped:
         raise DataError(
@@ -150,15 +187,23 @@ def _from_run(run: RunFolder) -> Source:
             "Wait for its first one, or sample its base model by the preset's name.",
         )
     notes = tuple(f"skipped a damaged checkpoint: {reason}" for _, reason in skipped)
-    return _generator(newest, run, (*notes, *_better(newest, run)))
+    return _generator(newest, run, notes)
 
 
-def _better(newest: Path, run: RunFolder) -> list[str]:
-    """A line where the run itself names another of its checkpoints as the best by held-out rewards."""
-    best = run.best_checkpoint
-    if best is None or best.name == newest.name:
-        return []
-    return [f"by the held-out rewards {best.name} is better: --from {best}"]
+def _why(best: Path, run: RunFolder) -> tuple[str, ...]:
+    """A line where the best checkpoint is not the newest."""
+    if checkpoint_steps(run.checkpoints)[-1:] == [int(best.name.removeprefix("step-"))]:
+        return ()
+    return (f"taking {best.name}, the best by the held-out rewards; the newest: --checkpoint last",)
+
+
+def _at_step(run: RunFolder, step: int) -> Path:
+    """The checkpoint of that step; UsageError, naming those there are, without it."""
+    steps = checkpoint_steps(run.checkpoints)
+    if step not in steps:
+        there = ", ".join(str(each) for each in steps) or "none"
+        raise UsageError(f"{run.path} has no checkpoint of step {step}.", f"There are: {there}.")
+    return run.checkpoints / step_name(step)
 
 
 def _from_checkpoint(path: Path, run: RunFolder | None) -> Source:
@@ -180,6 +225,9 @@ def _generator(checkpoint: Path, run: RunFolder, notes: tuple[str, ...]) -> Sour
 
 
 def _from_preset(reference: str, out: Path) -> Source:
+    named = _of_hub(reference)
+    if named is not None:
+        return named
     try:
         path = preset_path(reference)
     except UsageError as error:
@@ -190,12 +238,34 @@ def _from_preset(reference: str, out: Path) -> Source:
     return Source("teacher", preset, None, f"{preset.name} (base model)")
 
 
+def _of_hub(reference: str) -> Source | None:
+    """The base model that a hub id names, by the first shipped preset of it; None where there is none."""
+    if not _is_hub_id(reference):
+        return None
+    for info in list_presets():
+        preset = load_preset(info.name, environ={}).preset
+        if preset.model.path == reference:
+            note = f"{reference} as the preset {info.name} has it"
+            return Source("teacher", preset, None, f"{reference} (base model)", (note,))
+    return None
+
+
+def _is_hub_id(reference: str) -> bool:
+    file = reference.endswith((".yaml", ".yml")) or os.path.exists(reference)
+    return re.fullmatch(REPOSITORY, reference) is not None and not file
+
+
 def _unknown(reference: str, out: Path) -> UsageError:
     shown = reference if len(reference) <= 80 else reference[:77] + "..."
     names = [info.name for info in list_presets()]
     if out.is_dir():
         with os_errors(out, "list"):
             names += [path.name for path in out.iterdir() if is_run(path)]
+    if _is_hub_id(reference):
+        return UsageError(
+            f"`{shown}` is neither a folder nor a model of a shipped preset.",
+            f"For another hub model copy a preset of its family: --set model.path={shown} (rtdmd presets list).",
+        )
     near = get_close_matches(reference, sorted(names), n=1)
     return UsageError(
         f"`{shown}` is no run or checkpoint folder, no exported folder, no run under {out}/, and no preset.",
@@ -225,6 +295,7 @@ def open_model(source: Source, device: torch.device, dtype: torch.dtype) -> Mode
     config = source.preset.model
     if loaded is None:  # the generator's own base is of no use to the teacher
         config = config.model_copy(update={"generator_init": SHARED_BASE})
+    needed.require(needed.models(config))
     backbone = load_backbone(config, device, dtype, source.preset.hardware)
     base = backbone.model_id.hash
     if loaded is None:

@@ -173,3 +173,25 @@ def test_the_text_links_pictures(tmp_path: Path) -> None:
     assert "(<a%20b/00001/samples/0000.png>)" in text and "    rtdmd eval x" in text
     assert "| hpsv2 | 0.3000 | 0.2000 to 0.4000 | 100 | 100 of 200 prompts |" in text
     assert "<img" not in text.replace("\\<img", "")
+
+
+def test_none_of_the_worst_has_the_best_score(tmp_path: Path) -> None:
+    pictures = shown(tmp_path, 60)
+    for number, each in enumerate(pictures):
+        each.record["scores"]["hpsv2"] = 1.0 if number > 2 else 0.0
+    best, worst = best_and_worst(pictures)
+    assert len(best) == 24 and [each.path for each in worst] == [each.path for each in pictures[:3]]
+    assert "The 3 worst" in Page(report_page(summary(), pictures, "", [])).words
+    for each in pictures:
+        each.record["scores"]["hpsv2"] = 1.0
+    assert best_and_worst(pictures)[1] == []
+    assert "worst" not in Page(report_page(summary(), pictures, "", [])).words
+
+
+def test_the_other_models_pictures_stand_beside_this_ones(tmp_path: Path) -> None:
+    mine, other = shown(tmp_path / "mine", 2), shown(tmp_path / "other", 2)
+    compared = summary(compare={"other": {"model": NASTY}, "pairs": [], "stamp": ""})
+    text = report_page(compared, mine, "", [], list(zip(mine, other, strict=True)))
+    part = text[text.index('<section id="beside">') :].partition("</section>")[0]
+    assert part.count("<img") == 4 and "Where the two differ most" in part and NASTY not in part
+    assert 'id="beside"' not in report_page(summary(), mine, "", [])

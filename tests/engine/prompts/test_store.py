@@ -82,7 +82,8 @@ def test_without_a_pinned_hash_the_one_found_is_recorded(server: str) -> None:
     found = store.fetch(toy, read_stored)
     assert found.fresh and not found.pinned and found.sha256 == SHA
     record = json.loads((found.path.parent / store.RECORD).read_bytes())
-    assert record == {"pinned": False, "sha256": SHA, "size": len(TEXT), "url": f"{server}/good"}
+    known = {"pinned": False, "own": False, "sha256": SHA, "size": len(TEXT), "url": f"{server}/good"}
+    assert record == known
     assert store.require(toy).sha256 == SHA
     assert read_prompt_set(str(found.path.parent)).texts == ["a red ring", "a blue cross"]
     found.path.write_bytes(b"other")
@@ -186,3 +187,14 @@ def test_generated_prompts_need_no_fetching() -> None:
     assert store.stored(DATA["geneval-train"]) is None
     again = store.fetch(DATA["geneval-train"], read_stored)
     assert again.fresh and read_stored(again) == made
+
+
+def test_a_set_without_a_pinned_hash_is_known_by_its_ends() -> None:
+    texts = ["the first", "another", "the last"]
+    ends = tuple(hashlib.sha256(text.encode()).hexdigest()[:16] for text in (texts[0], texts[-1]))
+    data = replace(find_data("pickscore-train"), ends=ends)
+    assert store.recognised(data, texts) and not store.recognised(data, texts[:2])
+    assert store.recognised(replace(data, prompts=3), texts) and not store.recognised(
+        replace(data, prompts=4), texts
+    )
+    assert not store.recognised(replace(data, ends=None), texts)

@@ -241,3 +241,33 @@ def test_a_folder_that_may_not_be_read(runs: Path) -> None:
 def test_a_source_is_plain_data(runs: Path) -> None:
     make_run(runs, "a")
     assert isinstance(resolve("a", runs), Source) and resolve("a", runs) == resolve("runs/a", runs)
+
+
+def test_the_best_checkpoint_is_taken_where_the_run_names_one(runs: Path) -> None:
+    run = make_run(runs, "a", (10, 20), stage="tune-reward")
+    assert resolve("a", runs).label == "a/step-000020" and resolve("a", runs).notes == ()
+    with pytest.raises(UsageError, match="names no best checkpoint"):
+        resolve("a", runs, "best")
+    run.set_status("finished", best="step-000010")
+    for source in (resolve("a", runs), resolve(None, runs), resolve("a", runs, "best")):
+        assert source.label == "a/step-000010" and "--checkpoint last" in source.notes[-1]
+    assert resolve("a", runs, "last").label == "a/step-000020" and resolve("a", runs, "last").notes == ()
+    assert resolve("a", runs, "20").label == "a/step-000020"
+    run.set_status("finished", best="step-000020")
+    assert resolve("a", runs).label == "a/step-000020" and resolve("a", runs).notes == ()
+    for reference, checkpoint, word in (
+        ("a", "30", "10, 20"), ("a", "newest", "best, last"), ("shapes-4step", "last", "Leave --checkpoint out"),
+        (str(run.checkpoints / "step-000010"), "last", "Leave --checkpoint out"),
+    ):  # fmt: skip
+        with pytest.raises(UsageError) as caught:
+            resolve(reference, runs, checkpoint)
+        assert word in caught.value.hint
+
+
+def test_a_hub_id_names_the_base_model_of_a_shipped_preset(runs: Path) -> None:
+    source = resolve("stabilityai/stable-diffusion-3.5-medium", runs)
+    assert source.kind == "teacher" and source.preset.model.path == "stabilityai/stable-diffusion-3.5-medium"
+    assert "sd35-4step" in source.notes[0]
+    with pytest.raises(UsageError, match="neither a folder nor a model of a shipped preset") as caught:
+        resolve("some/model", runs)
+    assert "--set model.path=some/model" in caught.value.hint
