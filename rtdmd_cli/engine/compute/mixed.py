@@ -70,15 +70,15 @@ def cast_forward(module: nn.Module, wanted: Callable[[], torch.dtype | None]) ->
     module.register_forward_hook(leave, always_call=True)
 
 
-def take_contiguous(module: nn.Module, wanted: Callable[[], torch.dtype | None]) -> None:
-    """Make inputs of linear layers in `module` contiguous on the CPU, in all later passes where `wanted()` is a dtype.
+def take_contiguous(module: nn.Module, wanted: Callable[[], bool]) -> None:
+    """Make inputs of linear layers in `module` contiguous on the CPU, in all later passes where `wanted()`.
 
     Without gradients torch multiplies a slice (such as the picture's part of a joint attention's output) one picture at a
     time, each with a copy of the weights, which costs a tenth of a forward pass on the CPU.
     """
 
     def gather(_: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        if wanted() is None or given[0].device.type != "cpu":
+        if not wanted() or given[0].device.type != "cpu":
             return given
         return given[0].contiguous(), *given[1:]
 
@@ -88,14 +88,18 @@ def take_contiguous(module: nn.Module, wanted: Callable[[], torch.dtype | None])
 
 
 class MixedPrecision:
-    """Products of `modules` in `dtype`, in their forward passes while `active` is entered; of none by default."""
+    """Products of `modules` in `dtype`, in their forward passes while `active` is entered; of none by default.
 
-    def __init__(self, modules: Iterable[nn.Module] = (), dtype: torch.dtype = torch.bfloat16) -> None:
+    dtype: None to keep their format, and only gather slices for them (`take_contiguous`).
+    """
+
+    def __init__(self, modules: Iterable[nn.Module] = (), dtype: torch.dtype | None = torch.bfloat16) -> None:
         self.dtype = dtype
         self._active = False
         for module in modules:
-            cast_forward(module, self._wanted)
-            take_contiguous(module, self._wanted)
+            if dtype is not None:
+                cast_forward(module, self._wanted)
+            take_contiguous(module, lambda: self._active)
 
     def _wanted(self) -> torch.dtype | None:
         return self.dtype if self._active else None

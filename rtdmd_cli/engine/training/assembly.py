@@ -9,6 +9,7 @@ from rtdmd_cli.config.schema import DistillConfig, HardwareConfig, Preset
 from rtdmd_cli.engine.backbones.base import Backbone, Conditioning
 from rtdmd_cli.engine.compute import optim
 from rtdmd_cli.engine.compute.blocks import compile_blocks
+from rtdmd_cli.engine.compute.device import useful_matmul
 from rtdmd_cli.engine.compute.mixed import MixedPrecision, resolve_mixed_precision
 from rtdmd_cli.engine.prompts.ahead import AheadEncoder
 from rtdmd_cli.engine.prompts.embeddings import open_cache
@@ -156,7 +157,11 @@ def assemble(
         )
         for role, lr in ((FAKE, config.fake_lr), (GENERATOR, config.generator_lr))
     )
+    matmul, networks = preset.hardware.float32_matmul, (backbone.transformer, backbone.decoder)
     mixed = resolve_mixed_precision(preset.hardware, backbone.device, backbone.dtype)
+    rounded = (
+        mixed is not None or matmul != "highest"
+    )  # with highest, results are to the last digit what they were
     return Trainer(
         backbone=backbone,
         roles=roles,
@@ -171,6 +176,6 @@ def assemble(
         fake_optimizer=fake,
         generator_optimizer=generator,
         ema=optim.ema_start(roles.named_parameters(GENERATOR)),
-        matmul=preset.hardware.float32_matmul,
-        mixed=MixedPrecision((backbone.transformer, backbone.decoder), mixed) if mixed else MixedPrecision(),
+        matmul=matmul if mixed else useful_matmul(matmul, backbone.device),
+        mixed=MixedPrecision(networks, mixed) if rounded else MixedPrecision(),
     )

@@ -25,6 +25,8 @@ TELLING = (
     *("dmd_loss", "hinge_loss", "fake_loss"),
 )
 """Names of figures, or their beginnings, in the order in which they tell how a run goes."""
+SETTLED_ITERATIONS, SETTLED_SECONDS = 10, 60.0
+"""After so many iterations, or so long, the first estimate of the whole time is told."""
 Update: TypeAlias = Callable[[int, Mapping[str, float]], None]
 
 
@@ -40,7 +42,7 @@ def training_progress(
 
     Of the metrics the two most telling ones are shown, and "memory_gib" if it is there. stream: stderr by default.
     Without a terminal there is a line after the first iteration, then one every 10 s, and one after the last; of at most
-    80 columns.
+    80 columns. After 10 iterations or a minute it is told once how long the rest will take on this machine.
     """
     stream = sys.stderr if stream is None else stream
     if quiet:
@@ -85,13 +87,31 @@ def _pace(iteration: int, start: int, total: int, seconds: float) -> tuple[float
     return speed, (total - iteration) / max(speed, 1e-6)
 
 
+def _estimate(start: int, total: int, clock: Callable[[], float]) -> Callable[[int], str]:
+    """Gives, once, what is left at the speed of the first iterations; "" before and after, and at the end."""
+    began, told = clock(), False
+
+    def estimate(iteration: int) -> str:
+        nonlocal told
+        done, seconds = iteration - start, clock() - began
+        if told or iteration == total or not (done >= SETTLED_ITERATIONS or seconds >= SETTLED_SECONDS):
+            return ""
+        told = True
+        speed, left = _pace(iteration, start, total, seconds)
+        return f"about {duration(left)} more on this machine, at {1 / speed:.2g} s an iteration"
+
+    return estimate
+
+
 def _lines(stream: TextIO, total: int, start: int, clock: Callable[[], float]) -> Update:
-    began = clock()
+    began, estimate = clock(), _estimate(start, total, clock)
     printed: float | None = None
 
     def update(iteration: int, metrics: Mapping[str, float]) -> None:
         nonlocal printed
         now = clock()
+        if told := estimate(iteration):
+            print(told, file=stream, flush=True)
         if printed is not None and now - printed < LINE_SECONDS and iteration != total:
             return
         printed = now
@@ -111,12 +131,14 @@ def _bar(console: Console, total: int, start: int, clock: Callable[[], float]) -
         TextColumn("{task.fields[pace]}", style="cyan"),
         TextColumn("{task.fields[losses]}", table_column=Column()),  # the one that wraps where it is narrow
     )
-    began = clock()
+    began, estimate = clock(), _estimate(start, total, clock)
     # Standard output stays what it is: it carries data.
     with Progress(*columns, console=console, redirect_stdout=False, refresh_per_second=4) as progress:
         task = progress.add_task("", total=total, completed=start, pace="", losses="")
 
         def update(iteration: int, metrics: Mapping[str, float]) -> None:
+            if told := estimate(iteration):
+                progress.console.print(told)
             speed, left = _pace(iteration, start, total, clock() - began)
             pace = f"left {duration(left)}  {speed_text(speed)}"
             progress.update(task, completed=iteration, pace=pace, losses="  ".join(telling(metrics)))

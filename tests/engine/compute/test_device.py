@@ -8,7 +8,13 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from rtdmd_cli.engine.compute import device
-from rtdmd_cli.engine.compute.device import device_name, float32_matmul, resolve_device, resolve_dtype
+from rtdmd_cli.engine.compute.device import (
+    device_name,
+    float32_matmul,
+    resolve_device,
+    resolve_dtype,
+    useful_matmul,
+)
 from rtdmd_cli.errors import EnvironmentFailure, UsageError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -88,6 +94,22 @@ def test_the_precision_of_float32_products() -> None:
     with pytest.raises(RuntimeError, match="inside"), float32_matmul("medium", CPU):
         raise RuntimeError("inside")
     assert torch.get_float32_matmul_precision() == before
+
+
+@pytest.mark.parametrize(
+    ("precision", "device", "capability", "taken"),
+    [
+        ("medium", "cpu", "AVX2", "highest"),
+        ("medium", "cpu", "AVX512_BF16", "medium"),
+        ("high", "cpu", "AVX2", "high"),
+        ("medium", "cuda", "AVX2", "medium"),
+    ],
+)
+def test_medium_is_for_processors_with_avx_512(
+    monkeypatch: pytest.MonkeyPatch, precision: str, device: str, capability: str, taken: str
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert useful_matmul(precision, torch.device(device)) == taken
 
 
 def test_medium_takes_the_plain_attention_on_the_cpu() -> None:

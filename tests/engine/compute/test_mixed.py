@@ -150,16 +150,19 @@ def test_attention_recomputed_in_a_backward_pass_is_the_same() -> None:
     assert found[0] is not None and found[0].any() and torch.equal(found[0], found[1])
 
 
-def test_a_slice_is_no_product_for_each_picture() -> None:
+@pytest.mark.parametrize("dtype", [BF16, None])
+def test_a_slice_is_no_product_for_each_picture(dtype: torch.dtype | None) -> None:
     plain, module = (Attention().requires_grad_(False) for _ in range(2))
     x = torch.randn(2, 12, 64)
-    mixed = MixedPrecision([module], BF16)
+    mixed = MixedPrecision([module], dtype)
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         assert "aten::bmm" in operations(plain, x) & operations(module, x)
         assert torch.equal(module(x), plain(x))
     with mixed.active(), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         assert "aten::bmm" not in operations(module, x)
-        torch.testing.assert_close(module(x).float(), plain(x), rtol=0.02, atol=0.02)
+        assert module(x).dtype == (dtype or FP32)
+        near = 0.02 if dtype else 1e-6
+        torch.testing.assert_close(module(x).float(), plain(x), rtol=near, atol=near)
 
 
 def gradient(module: nn.Module, x: Tensor, checkpointed: bool = False) -> Tensor:

@@ -34,9 +34,32 @@ def test_lines_come_after_the_first_iteration_then_every_ten_seconds_and_at_the_
                 assert (
                     stream.getvalue() == "iteration 101/130  left 0:29  1.00 it/s  fake 0.123  generator 2\n"
                 )
-    lines = stream.getvalue().splitlines()
+    lines = [line for line in stream.getvalue().splitlines() if line.startswith("iteration")]
     assert [line.split()[1] for line in lines] == ["101/130", "111/130", "121/130", "130/130"]
     assert "left 0:00" in lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "total", "said"),
+    [
+        (2.0, 100, "about 3:00 more on this machine, at 2 s an iteration"),  # after ten iterations
+        (25.0, 100, "about 40:25 more on this machine, at 25 s an iteration"),  # after more than a minute
+        (2.0, 10, ""),  # nothing is left to be told
+    ],
+)
+@pytest.mark.parametrize("terminal", [False, True])
+def test_the_whole_time_is_told_once_after_the_first_iterations(
+    seconds: float, total: int, said: str, terminal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("TERM", "xterm")
+    stream, clock = Terminal() if terminal else io.StringIO(), Clock()
+    with training_progress(total + 50, 50, False, stream, clock) as update:
+        for iteration in range(51, min(total, 30) + 51):
+            clock.now += seconds
+            update(iteration, {})
+    assert stream.getvalue().count("more on this machine") == (1 if said else 0)
+    assert said in stream.getvalue()
 
 
 def test_the_default_stream_is_stderr(capsys: pytest.CaptureFixture[str]) -> None:
