@@ -50,7 +50,7 @@ def refused(name: str, *overrides: str, **environ: str) -> UsageError:
 
 def test_shipped_presets() -> None:
     found = {info.name: info for info in list_presets()}
-    assert {*SHAPES, *PUBLISHED, *SMALL} == set(found)
+    assert {*SHAPES, *PUBLISHED, *SMALL, *NIGHT} == set(found)
     for name, info in found.items():
         preset = load(name).preset
         assert preset.name == name == info.path.stem
@@ -95,6 +95,7 @@ PUBLISHED = {  # method.md, section 5
 }
 PUBLISHED_SIZE = 1024  # px
 SMALL = {f"{name}-24gb": name for name in PUBLISHED} | {"sd3-4step-16gb": "sd3-4step"}
+NIGHT = {f"{name}-overnight": f"{name}-24gb" for name in PUBLISHED if "9b" not in name}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -129,6 +130,22 @@ def test_a_small_card_changes_nothing_but_size_length_and_storage(name: str) -> 
     rest |= {"distill.save_every", "distill.sample_every", "tune_reward.rewards_in_memory", "evaluate.batch"}
     assert differing == rest | ({"model.resolution"} if SMALL[name] == "sd3-4step" else set())
     assert own["model.resolution"] == 512 and own["distill.iterations"] == 3000
+
+
+@pytest.mark.parametrize("name", NIGHT)
+def test_a_night_changes_length_batches_and_what_held_in_the_built_in_world(name: str) -> None:
+    own, parent = (preset_values(load(each).preset) for each in (name, NIGHT[name]))
+    differing = {key for key in own if own[key] != parent[key]}
+    kept = {
+        "distill.save_every",
+        "tune_reward.consistency_weight",
+        "tune_reward.images_per_prompt",
+    }  # of some alike
+    means = {f"distill.{key}" for key in ("boundaries", "boundary_weight", "consistency_weight")}
+    means |= {"tune_reward.matching", "tune_reward.matching_images", "tune_reward.backprop_steps"}
+    sizes = {"name", "description", "distill.iterations", "distill.batch", "distill.fake_per_generator"}
+    sizes |= {"distill.sample_every", "tune_reward.epochs", "tune_reward.images_per_epoch"}
+    assert means | sizes <= differing <= means | sizes | kept
 
 
 def test_an_installed_package_uses_its_own_presets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -377,7 +394,7 @@ def test_the_hash_follows_the_values_and_not_the_name(tmp_path: Path) -> None:
     assert load(write(tmp_path, dump_resolved(base.preset))).sha256 == base.sha256
 
 
-@pytest.mark.parametrize("name", [*SHAPES, *PUBLISHED, *SMALL])
+@pytest.mark.parametrize("name", [*SHAPES, *PUBLISHED, *SMALL, *NIGHT])
 def test_resolved_presets_are_read_back(tmp_path: Path, name: str) -> None:
     preset = load(name).preset
     assert load(write(tmp_path, dump_resolved(preset))).preset == preset

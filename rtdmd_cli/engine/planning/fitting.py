@@ -7,10 +7,10 @@ The images of an update stay, so that the step is the same up to rounding; a bas
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from rtdmd_cli.config import strict_yaml
 from rtdmd_cli.config.loader import load_preset, preset_values
@@ -80,7 +80,11 @@ def peak_of(plans: Sequence[StagePlan]) -> StagePlan:
     return max(plans, key=lambda plan: plan.card)
 
 
-def fit(preset: Preset, stages: Sequence[StageName], memory: float) -> Fitted:
+Planner: TypeAlias = Callable[[Preset, StageName], StagePlan]
+"""`plan.plan_stage`, or what stands for it."""
+
+
+def fit(preset: Preset, stages: Sequence[StageName], memory: float, plan: Planner = plan_stage) -> Fitted:
     """The quickest settings whose plan leaves SPARE of `memory` GB free.
 
     EnvironmentFailure, saying by how much, where none fits.
@@ -89,7 +93,7 @@ def fit(preset: Preset, stages: Sequence[StageName], memory: float) -> Fitted:
     current, reasons = changed(preset, start_of(preset)), list[str]()
 
     def planned(candidate: Preset) -> StagePlan:
-        return peak_of([plan_stage(candidate, stage) for stage in stages])
+        return peak_of([plan(candidate, stage) for stage in stages])
 
     worst = planned(current)
     for saving in savings_of(current):
@@ -107,7 +111,7 @@ def fit(preset: Preset, stages: Sequence[StageName], memory: float) -> Fitted:
             f"{worst.deciding.name}, {gib(worst.card - limit)} GiB too much ({SPARE:.0%} are kept free).",
             "Lower model.resolution, train with smaller adapters (distill.lora.rank), or use a larger card.",
         )
-    current, more = grown(current, stages, limit)
+    current, more = grown(current, stages, limit, plan)
     reasons += more
     worst = planned(current) if more else worst
     reasons.append(f"{gib(worst.card)} GiB of {memory:g}, in the {worst.deciding.name} of {worst.stage}")
@@ -131,7 +135,9 @@ def savings_of(preset: Preset) -> list[Saving]:
     return [saving for saving in SAVINGS if saving.key not in never]
 
 
-def grown(preset: Preset, stages: Sequence[StageName], limit: float) -> tuple[Preset, list[str]]:
+def grown(
+    preset: Preset, stages: Sequence[StageName], limit: float, plan: Planner
+) -> tuple[Preset, list[str]]:
     """The largest micro-batch of each stage that fits: activations grow with it in a straight line."""
     reasons = []
     for stage in stages:
@@ -140,9 +146,9 @@ def grown(preset: Preset, stages: Sequence[StageName], limit: float) -> tuple[Pr
             if stage == "distill"
             else ("tune_reward.micro_batch", preset.tune_reward.images_per_epoch)
         )
-        one, two = (plan_stage(changed(preset, {key: size}), stage) for size in (1, 2))
         if images % 2:
             continue
+        one, two = (plan(changed(preset, {key: size}), stage) for size in (1, 2))
         step = [b.peak - a.peak for a, b in zip(one.phases, two.phases, strict=True)]
         fits = [
             size
