@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -128,9 +129,8 @@ def test_nohup_goes_on_without_a_terminal(folder: Path) -> None:
         stderr=subprocess.DEVNULL,
     )
     run = RunFolder(folder / "runs" / "nohup")
-    while process.poll() is None:
-        if newest(run) >= 1:
-            process.send_signal(signal.SIGHUP)
-            break
+    while process.poll() is None and newest(run) < 1:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGHUP)
     assert process.wait(LIMIT) == 0
     assert run.status()["state"] == "finished"
