@@ -1,5 +1,6 @@
 """The program `rtdmd`: its commands, imported when they are called, and its exit codes."""
 
+import errno
 import io
 import os
 import sys
@@ -16,7 +17,7 @@ from rtdmd_cli.cli import failures
 from rtdmd_cli.cli.helping import first_sentence, polished
 from rtdmd_cli.cli.quiet import no_telemetry, quiet_libraries
 from rtdmd_cli.cli.streams import open_streams
-from rtdmd_cli.engine.compute.signals import Stopped, stop_on_signals
+from rtdmd_cli.engine.compute.signals import Stopped, StopRequest, stop_on_signals
 
 PROGRAM = "rtdmd"
 COMPLETION = "_RTDMD_COMPLETE"  # set by the shell while it completes a line
@@ -201,8 +202,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     _escape_what_has_no_code()
     no_telemetry()
     quiet_libraries()
+    stop = StopRequest()
     try:
-        with stop_on_signals():
+        with stop_on_signals() as stop:
             code = _execute(sys.argv[1:] if argv is None else argv)
             print(end="", flush=True)  # a full disk or a reader that left shows here
             return code
@@ -213,6 +215,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if isinstance(error, OSError):
             _discard_output()
+            if stop.received is not None and error.errno in (errno.EIO, errno.EPIPE):
+                return stop.exit_code  # the terminal is gone, and with it the place for the result
         return failures.report(error)
 
 

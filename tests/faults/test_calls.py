@@ -155,6 +155,8 @@ def test_after_the_power_went_the_same_command_goes_on(
 ) -> None:
     draw = random.Random(f"{SEED} {name} on")
     for moment in sample(list(moments(reference.disk)), 1, name, "on"):
-        folder = tmp_path / str(moment)
+        folder = reference.disk.root  # a run keeps the path of its prompts
+        folder.parent.mkdir(exist_ok=True)
         lay_out(after_crash(reference.disk, moment, 0.5, draw), folder)
         goes_on(folder, name, reference)
+        shutil.rmtree(folder)
