@@ -190,6 +190,24 @@ def test_text_is_read_for_real() -> None:
     assert [line["read"].replace(" ", "") for line in saved[1:]] == ["OpenDaily", "Closed"]
 
 
+def test_pictures_of_a_size(tmp_path: Path) -> None:
+    """As asked, else as `evaluate.resolution` says, else as the model was trained."""
+    made = make_run(Path("runs"), "mine")
+    Path("own.txt").write_text("a ring\n")
+    common = ("own.txt", "--rewards", "shapes-clip", "--from", "mine", "--images-only")
+    for name, options, side in (("asked", ("--size", "16"), 16), ("preset", (), 24), ("trained", (), 32)):
+        if name == "preset":
+            text = made.preset.read_text()
+            made.preset.write_text(
+                text.replace("evaluate:\n  resolution: null", "evaluate:\n  resolution: 24")
+            )
+        if name == "trained":
+            made.preset.write_text(text)
+        assert run(*common, *options, "--out", name).exit_code == 0
+        with Image.open(f"{name}/00000/samples/0000.png") as image:
+            assert image.size == (side, side), name
+
+
 def test_two_models_compared_at_equal_seeds() -> None:
     make_run(Path("runs"), "mine")
     make_run(Path("runs"), "other", steps=(20,))
