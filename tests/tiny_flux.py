@@ -92,7 +92,7 @@ def build_flux2_pipeline(seed: int = 0, is_distilled: bool = False) -> Any:
     """FLUX.2-klein with random weights and random statistics of the VAE's batch norm, drawn from `seed`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        tokenizer = _qwen_tokenizer()
+        tokenizer = qwen_tokenizer()
         config = Qwen3Config(
             vocab_size=len(tokenizer),
             hidden_size=QWEN_WIDTH,
@@ -151,10 +151,10 @@ def _flux2_vae() -> AutoencoderKLFlux2:
     )
 
 
-def _qwen_tokenizer() -> Any:
-    """All bytes, and the special tokens of Qwen3's chat template."""
+def qwen_tokenizer(length: int = 64) -> Any:
+    """All bytes, and the special tokens of Qwen3's chat template; prompts of `length` tokens."""
     vocab = {character: index for index, character in enumerate(sorted(ByteLevel.alphabet()))}
-    made: Any = Qwen2Tokenizer(vocab=vocab, merges=[], model_max_length=64)
+    made: Any = Qwen2Tokenizer(vocab=vocab, merges=[], model_max_length=length)
     special = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
     made.add_tokens([AddedToken(token, special=True) for token in special])
     made.chat_template = CHAT

@@ -43,8 +43,8 @@ _WORDS = ("red", "blue", "green", "circle", "ring", "cross", "star", "photo", "l
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
-def clip_tokenizer() -> CLIPTokenizer:
-    """A byte-level alphabet of letters and the merges that make up `_WORDS`; length `CLIP_LENGTH`."""
+def clip_tokenizer(length: int = CLIP_LENGTH) -> CLIPTokenizer:
+    """A byte-level alphabet of letters and the merges that make up `_WORDS`; prompts of `length` tokens."""
     tokens = [*_LETTERS, *(letter + "</w>" for letter in _LETTERS)]
     merges: list[Any] = []
     for word in _WORDS:
@@ -57,7 +57,7 @@ def clip_tokenizer() -> CLIPTokenizer:
             left += right
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     vocab = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=CLIP_LENGTH)
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=length)
 
 
 def t5_tokenizer() -> T5Tokenizer:

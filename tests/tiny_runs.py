@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rtdmd_cli.config.loader import load_preset
-from rtdmd_cli.engine.backbones.loading import folder_hash
+from rtdmd_cli.engine.backbones.layout import folder_hash
 from rtdmd_cli.engine.backbones.sd3 import LAYOUT
 from rtdmd_cli.engine.roles.adapters import Roles
 from rtdmd_cli.engine.roles.base import GENERATOR

@@ -16,7 +16,8 @@ from rtdmd_cli.config.loader import load_preset
 from rtdmd_cli.config.schema import Preset
 from rtdmd_cli.engine.backbones import flux1, flux2, sd3
 from rtdmd_cli.engine.backbones.base import Backbone, Conditioning
-from rtdmd_cli.engine.backbones.loading import Loaded, Sources
+from rtdmd_cli.engine.backbones.layout import Sources
+from rtdmd_cli.engine.backbones.loading import Loaded
 from rtdmd_cli.engine.backbones.two_bases import TwoBases
 from rtdmd_cli.engine.compute.blocks import repeated_blocks
 from rtdmd_cli.engine.compute.quantise import Base, place, swap_linears

@@ -252,7 +252,7 @@ def _settings(
     request: Request, row: Row, seed: int, resolved: Resolved, stage_1: Cell | None
 ) -> dict[str, Any]:
     from rtdmd_cli.engine.backbones.families import FAMILIES, locate_model
-    from rtdmd_cli.engine.backbones.loading import folder_hash  # imports diffusers
+    from rtdmd_cli.engine.backbones.layout import folder_hash  # imports diffusers
 
     preset = resolved.preset
     schedule = {f"{section}.{key}" for section in ("distill", "tune_reward") for key in _SCHEDULE}

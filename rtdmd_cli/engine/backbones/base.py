@@ -86,15 +86,20 @@ class Backbone(Protocol):
     """A frozen base model: what training and sampling need of it.
 
     `transformer` is the network that `roles.adapters.Roles` puts adapters on; `device` and `dtype` are its own.
+    `encode` loads the text encoders: call `drop_text_encoders` before `transformer` where both don't fit into the memory.
     `encoder_device` is where `encode` computes; it may be changed between calls, and starts as `device`.
     `embedded_guidance`: whether guidance is an input of the network (FLUX.1-dev), and so costs no second evaluation.
     """
 
-    transformer: nn.Module
     device: torch.device
     dtype: torch.dtype
     encoder_device: torch.device
     embedded_guidance: bool
+
+    @property
+    def transformer(self) -> nn.Module:
+        """The network; its weights may be loaded at the first call."""
+        ...
 
     @property
     def decoder(self) -> nn.Module:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rtdmd_cli.engine.backbones.base import Conditioning, ModelId, concatenate
-from rtdmd_cli.engine.backbones.loading import Layout, Loaded
-from rtdmd_cli.engine.backbones.two_bases import bases_of
-from rtdmd_cli.errors import RtdmdError, UsageError
+from rtdmd_cli.engine.backbones.layout import Layout
+from rtdmd_cli.engine.backbones.loading import Loaded
+from rtdmd_cli.errors import UsageError
 
 
 class PipelineBackbone:
@@ -23,7 +23,6 @@ class PipelineBackbone:
     embedded_guidance = False
 
     def __init__(self, layout: Layout, loaded: Loaded, device: torch.device, dtype: torch.dtype) -> None:
-        self.transformer: nn.Module = loaded.transformer
         self.device = device
         self.encoder_device = device
         self.dtype = dtype
@@ -32,6 +31,11 @@ class PipelineBackbone:
         self._loaded = loaded
         self._pipe = loaded.pipe
         self._kept: dict[tuple[str, int, int, int], Tensor] = {}
+
+    @property
+    def transformer(self) -> nn.Module:
+        """The network; loaded at the first call."""
+        return self._loaded.transformer
 
     @property
     def decoder(self) -> nn.Module:
@@ -48,7 +52,7 @@ class PipelineBackbone:
 
     @property
     def text_fits(self) -> dict[str, str | int]:
-        config: Any = bases_of(self.transformer)[0].config
+        config: Any = self._pipe.transformer.config  # known before the weights are loaded
         pooled = config.get("pooled_projection_dim")
         known: dict[str, str | int] = {"family": self._layout.pipeline.__name__}
         known["embeds"] = config["joint_attention_dim"]
@@ -68,7 +72,23 @@ class PipelineBackbone:
         return found
 
     def drop_text_encoders(self) -> None:
-        drop_encoders(self._pipe, self._layout.encoders, self.device)
+        self._loaded.drop_encoders(self.device)
+
+    def encode_in_parts(
+        self, prompts: Sequence[str], size: int, encode: Callable[[list[str]], Conditioning]
+    ) -> Conditioning:
+        """`encode` on `size` prompts at a time. RtdmdError after `drop_text_encoders`.
+
+        The encoders are loaded and move to `encoder_device` only now: with every prompt in the cache they are not needed.
+        """
+        assert prompts, "no prompts to encode"
+        self._loaded.open_encoders()
+        for name in self._layout.encoders:
+            encoder = self._pipe.components[name]
+            if encoder is not None:
+                encoder.to(self.encoder_device)
+        parts = [list(prompts[start : start + size]) for start in range(0, len(prompts), size)]
+        return concatenate([encode(part) for part in parts])
 
     def kept(self, what: str, sizes: tuple[int, int, int], make: Callable[[], Tensor]) -> Tensor:
         """A constant of the network's input, made once for each triple of sizes: bringing it over would stall the queue."""
@@ -79,7 +99,8 @@ class PipelineBackbone:
 
     def pictures(self, vae_latents: Tensor) -> Tensor:
         """Decode the VAE's own latents [B,C,H,W]: pictures [B,3,height,width], float32 in 0..1; differentiable."""
-        images = self._pipe.vae.decode(vae_latents.to(self.dtype), return_dict=False)[0]
+        vae = self._pipe.vae
+        images = vae.decode(vae_latents.to(vae.dtype), return_dict=False)[0]
         shown: Tensor = self._pipe.image_processor.postprocess(images.float(), output_type="pt")
         return shown
 
@@ -95,39 +116,6 @@ def _as_chat(tokenizer: Any, prompts: Sequence[str]) -> list[str]:
         )
         for prompt in prompts
     ]
-
-
-def encode_in_parts(
-    pipe: Any,
-    encoders: Iterable[str],
-    device: torch.device,
-    prompts: Sequence[str],
-    size: int,
-    encode: Callable[[list[str]], Conditioning],
-) -> Conditioning:
-    """`encode` on `size` prompts at a time. RtdmdError after `drop_encoders`.
-
-    The encoders move to `device` only now: with every prompt in the cache they are never needed.
-    """
-    assert prompts, "no prompts to encode"
-    if pipe.text_encoder is None:
-        raise RtdmdError(
-            "The text encoders have been freed, so prompts can't be encoded any more.",
-            "Encode all prompts before training starts.",
-        )
-    for name in encoders:
-        encoder = pipe.components[name]
-        if encoder is not None:
-            encoder.to(device)
-    parts = [list(prompts[start : start + size]) for start in range(0, len(prompts), size)]
-    return concatenate([encode(part) for part in parts])
-
-
-def drop_encoders(pipe: Any, encoders: Iterable[str], device: torch.device) -> None:
-    """Free the memory of the text encoders."""
-    pipe.register_modules(**dict.fromkeys(encoders))
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def check_size(height: int, width: int, multiple: int, largest: int) -> None:

@@ -14,7 +14,7 @@ from rtdmd_cli.engine.compute.importing import quick_imports
 
 if TYPE_CHECKING:
     from rtdmd_cli.engine.backbones.common import PipelineBackbone
-    from rtdmd_cli.engine.backbones.loading import Layout, Sources
+    from rtdmd_cli.engine.backbones.layout import Layout, Sources
 
 
 class FamilyModule(Protocol):
@@ -85,6 +85,6 @@ def locate_model(config: ModelConfig) -> Sources:
 
     Nothing is loaded. Errors as `load_backbone`.
     """
-    from rtdmd_cli.engine.backbones.loading import locate
+    from rtdmd_cli.engine.backbones.locating import locate
 
     return locate(FAMILIES[config.family].module().LAYOUT, config)

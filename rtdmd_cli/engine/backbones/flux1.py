@@ -21,12 +21,12 @@ from rtdmd_cli.engine.backbones.base import PLAIN, Conditioning
 from rtdmd_cli.engine.backbones.common import (
     PipelineBackbone,
     check_size,
-    encode_in_parts,
     evenly_spaced,
     require_unguided,
     schedule,
 )
-from rtdmd_cli.engine.backbones.loading import Layout, Loaded, load_pipeline
+from rtdmd_cli.engine.backbones.layout import Layout
+from rtdmd_cli.engine.backbones.loading import Loaded, load_pipeline
 
 LAYOUT = Layout(
     FluxPipeline,
@@ -63,7 +63,7 @@ class Flux1Backbone(PipelineBackbone):
             )
             return Conditioning(embeds, pooled)
 
-        return encode_in_parts(self._pipe, LAYOUT.encoders, self.encoder_device, prompts, ENCODE_BATCH, part)
+        return self.encode_in_parts(prompts, ENCODE_BATCH, part)
 
     def velocity(
         self, x: Tensor, sigma: Tensor, cond: Conditioning, guidance: float | Tensor = 1.0

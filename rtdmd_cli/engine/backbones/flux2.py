@@ -20,12 +20,12 @@ from rtdmd_cli.engine.backbones.base import PLAIN, Conditioning
 from rtdmd_cli.engine.backbones.common import (
     PipelineBackbone,
     check_size,
-    encode_in_parts,
     evenly_spaced,
     require_unguided,
     schedule,
 )
-from rtdmd_cli.engine.backbones.loading import Layout, load_pipeline
+from rtdmd_cli.engine.backbones.layout import Layout
+from rtdmd_cli.engine.backbones.loading import load_pipeline
 from rtdmd_cli.errors import UsageError
 
 LAYOUT = Layout(
@@ -58,7 +58,7 @@ class Flux2Backbone(PipelineBackbone):
             )
             return Conditioning(embeds)
 
-        return encode_in_parts(self._pipe, LAYOUT.encoders, self.encoder_device, prompts, ENCODE_BATCH, part)
+        return self.encode_in_parts(prompts, ENCODE_BATCH, part)
 
     def velocity(
         self, x: Tensor, sigma: Tensor, cond: Conditioning, guidance: float | Tensor = 1.0

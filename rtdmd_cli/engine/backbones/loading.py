@@ -1,4 +1,4 @@
-"""What every family's loader does: find or download the folders, check them, load the networks, name the weights.
+"""What every family's loader does: check the folder, load each network when it is needed, name the weights.
 
 A family says with a `Layout` what its pipeline's folder holds; nothing here knows one family from another.
 """
@@ -6,112 +6,168 @@ A family says with a `Layout` what its pipeline's folder holds; nothing here kno
 from __future__ import annotations
 
 import hashlib
-import re
-from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HFValidationError,
-    HTTPError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-    RevisionResolutionError,
-)
-from safetensors import SafetensorError
+from accelerate import init_empty_weights
 from torch import nn
 
-from rtdmd_cli.config.schema import SHARED_BASE, HardwareConfig, ModelConfig
+from rtdmd_cli.config.schema import HardwareConfig, ModelConfig
 from rtdmd_cli.engine.backbones.base import ModelId
-from rtdmd_cli.engine.backbones.single_file import (
-    DAMAGED,
-    is_single_file,
-    read_transformer,
-    refuse_lora,
-    refuse_other_kinds,
+from rtdmd_cli.engine.backbones.layout import (
+    Layout,
+    Sources,
+    check_layout,
+    check_names,
+    check_pair,
+    first_line,
+    folder_hash,
+    incomplete,
+    readable_model,
+    transformer_hash,
+    weight_names,
 )
+from rtdmd_cli.engine.backbones.locating import locate
+from rtdmd_cli.engine.backbones.single_file import DAMAGED, read_transformer
 from rtdmd_cli.engine.backbones.two_bases import TwoBases, bases_of
+from rtdmd_cli.engine.compute.float32_products import CPU, emulates_bf16, multiply_in_float32
 from rtdmd_cli.engine.compute.quantise import place, shrink_encoder
 from rtdmd_cli.engine.compute.quiet import quiet_loading
 from rtdmd_cli.engine.compute.tiling import enable_tiling
-from rtdmd_cli.engine.storage import strict_json
-from rtdmd_cli.errors import DataError, EnvironmentFailure, UsageError
-
-VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")
-BUILTIN = {"builtin:shapes": "shapes/weights/sd3"}  # folder inside the package
-SINGLE_FILE = ".safetensors"
-SCHEDULER = "FlowMatchEulerDiscreteScheduler"
-TRANSFORMER_FILES = ("transformer/*.json", f"transformer/*{SINGLE_FILE}")
-DAMAGE = (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError)
-"""What the libraries raise over damaged files."""
+from rtdmd_cli.engine.storage.digests import file_digest
+from rtdmd_cli.errors import DataError, RtdmdError
 
 
 @dataclass(frozen=True)
-class Layout:
-    """What the folder of a family's pipeline holds.
+class Opener:
+    """How the networks of a pipeline are loaded, each when it is asked for: frozen, in eval mode, as `dtype`.
 
-    pipeline: the class in diffusers. networks: component -> class; one is called "transformer", the text encoders
-    begin with "text_encoder". tokenizers: names. optional: components that a pipeline may lack.
+    present: components that the folder holds. hardware: of it, in which format the base and the encoders are kept.
     """
 
-    pipeline: Any  # the libraries' classes carry no types
-    networks: Mapping[str, Any]
-    tokenizers: tuple[str, ...]
-    optional: tuple[str, ...] = ()
+    layout: Layout
+    sources: Sources
+    present: frozenset[str]
+    device: torch.device
+    dtype: torch.dtype
+    hardware: HardwareConfig
 
-    @property
-    def encoders(self) -> tuple[str, ...]:
-        """Names of the text encoders."""
-        return tuple(name for name in self.networks if name.startswith("text_encoder"))
+    def network(self, name: str, folder: Path | None = None) -> Any:
+        """One network of the pipeline's folder, or of another one."""
+        where = folder or self.sources.folder
+        with readable_model(self.layout, where), quiet_loading():
+            if name == "transformer" and self.sources.file and folder is None:
+                made = load_file(self.layout, self.sources.file, where, self.dtype)
+            else:
+                made = load_network(self.layout, where, name, self.dtype)
+        return made.eval().requires_grad_(False)
 
-    @property
-    def renew(self) -> str:
-        """The hint for a folder that is damaged or foreign."""
-        return f"Fetch or save the model again, in the layout of diffusers' {self.pipeline.__name__}."
+    def encoder(self, name: str) -> Any:
+        """A text encoder on the CPU, but for the layers in 8 bits, which are on `device`."""
+        encoder = self.network(name)
+        if self.hardware.text_encoder == "int8":
+            shrink_encoder(encoder, self.device)
+        elif emulates_bf16(CPU, self.dtype):
+            multiply_in_float32(encoder)
+        return encoder
 
+    def vae(self) -> Any:
+        """The VAE on `device`; in float32 on a CPU that emulates bf16."""
+        vae = self.network("vae").to(self.device)
+        if emulates_bf16(self.device, self.dtype):
+            vae.float()
+        if self.hardware.vae_tiling:
+            enable_tiling(vae)
+        return vae
 
-@dataclass(frozen=True)
-class Sources:
-    """Where the weights lie.
+    def transformer(self) -> nn.Module:
+        """The transformer on `device`, or the pair with the generator's own base, each loaded and quantised in turn."""
+        teacher = self._placed(self.network("transformer"))
+        if self.sources.generator is None:
+            return teacher
+        return TwoBases(teacher, self._placed(self.network("transformer", self.sources.generator)))
 
-    folder: the pipeline. file: a transformer that takes the place of the folder's. generator: a folder whose
-    `transformer/` is the generator's own base.
-    """
-
-    folder: Path
-    file: Path | None = None
-    generator: Path | None = None
+    def _placed(self, transformer: nn.Module) -> nn.Module:
+        place(transformer, self.hardware.base, self.device)
+        if emulates_bf16(self.device, self.dtype):
+            multiply_in_float32(transformer)
+        return transformer
 
 
 class Loaded:
-    """A pipeline in eval mode, frozen; `transformer` is its own, or a pair with the generator's own base."""
+    """A pipeline, frozen and in eval mode.
 
-    def __init__(self, layout: Layout, config: ModelConfig, sources: Sources, pipe: Any) -> None:
+    With an `opener` the pipeline holds the VAE and the tokenizers; text encoders and transformer come when they are
+    first asked for, so that the former can leave before the latter comes. Until then `pipe.transformer` has its
+    configuration and no weights. `transformer` is the pipeline's own, or a pair with the generator's own base.
+    """
+
+    def __init__(
+        self, layout: Layout, config: ModelConfig, sources: Sources, pipe: Any, opener: Opener | None = None
+    ) -> None:
         self.layout = layout
         self.config = config
         self.sources = sources
         self.pipe = pipe
-        self.transformer: nn.Module = pipe.transformer
-        self.encoders_in_8_bit = False
+        self.encoders_dropped = False
+        self._opener = opener
+        self._transformer: nn.Module | None = None if opener else pipe.transformer
+        self._hashing: Future[str] | None = None
 
-    @cached_property
-    def _components(self) -> str:
+    @property
+    def transformer(self) -> nn.Module:
+        """Loaded at the first call. DataError for damaged weights."""
+        if self._transformer is None:
+            assert self._opener is not None
+            self._transformer = self._opener.transformer()
+            self.pipe.register_modules(transformer=bases_of(self._transformer)[0])
+        return self._transformer
+
+    @transformer.setter
+    def transformer(self, transformer: nn.Module) -> None:
+        self._transformer = transformer
+
+    def open_encoders(self) -> None:
+        """Load the text encoders that are not there; RtdmdError after `drop_encoders`."""
+        if self.encoders_dropped:
+            raise RtdmdError(
+                "The text encoders have been freed, so prompts can't be encoded any more.",
+                "Encode all prompts before training starts.",
+            )
+        for name in self.layout.encoders:
+            if self._opener and name in self._opener.present and self.pipe.components[name] is None:
+                self.pipe.register_modules(**{name: self._opener.encoder(name)})
+
+    def drop_encoders(self, device: torch.device) -> None:
+        """Free the memory of the text encoders, on `device` too."""
+        self.encoders_dropped = True
+        self.pipe.register_modules(**dict.fromkeys(self.layout.encoders))
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def hash_ahead(self) -> None:
+        """Begin to read what `model_id` needs, while the networks load."""
+        pool = ThreadPoolExecutor(1, thread_name_prefix="sha256")
+        self._hashing = pool.submit(self._components_hash)
+        pool.shutdown(wait=False)
+
+    def _components_hash(self) -> str:
         return folder_hash(self.layout, self.sources.folder, self.sources.file is None)
 
     @cached_property
+    def _components(self) -> str:
+        return self._hashing.result() if self._hashing else self._components_hash()
+
+    @cached_property
     def model_id(self) -> ModelId:
-        """One hash over everything that was loaded; a plain pipeline's is that of its folder."""
+        """One hash over everything that is loaded; a plain pipeline's is that of its folder."""
         parts, sources = [self._components], self.sources
         if sources.file is not None:
-            parts.append(_file_hash(sources.file))
+            parts.append(file_digest(sources.file))
         if sources.generator is not None:
             parts.append(transformer_hash(sources.generator))
         total = parts[0] if len(parts) == 1 else hashlib.sha256(" ".join(parts).encode()).hexdigest()
@@ -119,208 +175,55 @@ class Loaded:
 
     def encoder_key(self, dtype: torch.dtype) -> str:
         """Names what the text encoders' results depend on besides prompt and text length."""
-        stored = ":int8" if self.encoders_in_8_bit else ""
-        return f"{self._components}:{self.config.revision}:{dtype}{stored}"
+        in_8_bit = self._opener is not None and self._opener.hardware.text_encoder == "int8"
+        return f"{self._components}:{self.config.revision}:{dtype}{':int8' if in_8_bit else ''}"
 
 
 def load_pipeline(
     layout: Layout, config: ModelConfig, device: torch.device, dtype: torch.dtype, hardware: HardwareConfig
 ) -> Loaded:
-    """Load the pipeline that `config` names: frozen, in eval mode, as `dtype`, the transformer and the VAE on
-    `device` (the text encoders follow when they are first used).
+    """The pipeline that `config` names: checked, its VAE loaded; the other networks follow, see `Loaded`.
 
     `config.path`: a built-in model's name, a .safetensors file with the transformer alone, an existing folder and a
     hub id are tried in that order; `revision` is the hub's. With a file, everything else comes from
-    `config.components`. `config.generator_init`: see `TwoBases`. hardware: as `base.load_backbone`.
+    `config.components`, and the transformer is loaded at once: its keys are known only then. `config.generator_init`:
+    see `TwoBases`. hardware: as `base.load_backbone`.
     EnvironmentFailure where the hub can't deliver it, DataError where a folder is missing, damaged or holds
     something else, UsageError for an unknown built-in model, and for a file without `components`.
     """
     sources = locate(layout, config)
     folder, present = sources.folder, check_layout(layout, sources.folder)
-    try:
-        with quiet_loading():
-            networks = {
-                name: load_network(layout, folder, name, dtype)
-                for name in layout.networks
-                if name in present and not (name == "transformer" and sources.file)
-            }
-            if sources.file:
-                networks["transformer"] = load_file(layout, sources.file, folder, dtype)
-            absent = dict.fromkeys(name for name in layout.optional if name not in present)
-            pipe = layout.pipeline.from_pretrained(folder, dtype=dtype, **networks, **absent)
-            loaded = Loaded(layout, config, sources, pipe)
-            if sources.generator:
-                generator = load_network(layout, sources.generator, "transformer", dtype)
-                check_pair(pipe.transformer, generator, sources.generator)
-                networks["generator"] = generator
-                loaded.transformer = TwoBases(pipe.transformer, generator)
-    except DAMAGE as error:
-        raise DataError(
-            f"The model in {folder} can't be loaded: {first_line(error)}", layout.renew
-        ) from error
-    for network in networks.values():
-        network.eval().requires_grad_(False)
-    if hardware.text_encoder == "int8":
-        loaded.encoders_in_8_bit = True
+    opener = Opener(layout, sources, frozenset(present), device, dtype, hardware)
+    with readable_model(layout, folder), quiet_loading():
         for name in layout.encoders:
-            if name in networks:
-                shrink_encoder(networks[name], device)
-    for transformer in bases_of(loaded.transformer):
-        place(transformer, hardware.base, device)
-    pipe.vae.to(device)
-    if hardware.vae_tiling:
-        enable_tiling(pipe.vae)
+            if name in present:
+                weight_names(folder / name)
+        transformer = empty_transformer(layout, folder)
+        if sources.file is None:
+            check_names(layout, folder, transformer)
+        absent = dict.fromkeys(
+            name
+            for name in (*layout.encoders, *layout.optional)
+            if name in layout.networks or name not in present
+        )
+        given = {"transformer": transformer, "vae": opener.vae()}
+        pipe = layout.pipeline.from_pretrained(folder, dtype=dtype, **given, **absent)
+    if sources.generator:
+        own = empty_transformer(layout, sources.generator)
+        check_pair(transformer, own, sources.generator)
+        check_names(layout, sources.generator, own)
+    loaded = Loaded(layout, config, sources, pipe, opener)
+    if sources.file:
+        _ = loaded.transformer
+    loaded.hash_ahead()
     return loaded
 
 
-def locate(layout: Layout, config: ModelConfig) -> Sources:
-    """Find the folders and files that `config` names; what the hub has and this machine lacks is downloaded.
-
-    Errors as `load_pipeline`, but nothing is read yet.
-    """
-    generator = None
-    if config.generator_init != SHARED_BASE:
-        generator = find_transformer(config.generator_init, config.generator_revision)
-    if not is_single_file(config.path):
-        return Sources(find_folder(layout, config.path, config.revision), None, generator)
-    file = Path(config.path).expanduser()
-    if file.is_file():
-        try:
-            refuse_lora(file)
-        except DAMAGED as error:
-            raise DataError(f"{file} can't be read: {first_line(error)}", "Fetch the file again.") from error
-    else:
-        raise DataError(f"There is no model file {config.path}.", "Check model.path.")
-    if config.components is None:
-        raise UsageError(
-            f"{config.path} holds a transformer, and nothing says where the rest of the model is.",
-            "Name the model it was tuned from, as in --set model.components=FOLDER_OR_HUB_ID",
-        )
-    rest = find_folder(layout, config.components, config.revision, "model.components", transformer=False)
-    return Sources(rest, file, generator)
-
-
-def find_folder(
-    layout: Layout, path: str, revision: str | None, key: str = "model.path", transformer: bool = True
-) -> Path:
-    """The folder that holds a pipeline; downloads what is missing of a hub model. Errors as `load_pipeline`.
-
-    key: the preset's key that names it. transformer: False to leave out the transformer's weights.
-    """
-    if path.startswith("builtin:"):
-        if path not in BUILTIN:
-            raise UsageError(f"There is no built-in model {path}.", f"Built in: {', '.join(BUILTIN)}.")
-        return Path(str(files("rtdmd_cli"))) / BUILTIN[path]
-
-    def download() -> str:
-        if transformer:
-            return str(layout.pipeline.download(path, revision=revision, use_safetensors=True))
-        there = layout.pipeline.download(path, revision=revision, use_safetensors=True, transformer=None)
-        hf_hub_download(path, "transformer/config.json", revision=revision)
-        return str(there)
-
-    return _folder_or_download(path, revision, key, download)
-
-
-def find_transformer(path: str, revision: str | None) -> Path:
-    """The folder whose `transformer/` is the generator's own base; of a hub model only that is downloaded."""
-
-    def download() -> str:
-        return snapshot_download(path, revision=revision, allow_patterns=list(TRANSFORMER_FILES))
-
-    folder = _folder_or_download(path, revision, "model.generator_init", download)
-    if not (folder / "transformer/config.json").is_file():
-        raise DataError(f"The folder {folder} lacks transformer/config.json.", "Check model.generator_init.")
-    return folder
-
-
-def _folder_or_download(path: str, revision: str | None, key: str, download: Callable[[], str]) -> Path:
-    refuse_other_kinds(path, key)
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        return folder
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", path):
-        moved = " If it was moved, set the new place." if Path(path).is_absolute() else ""
-        raise DataError(f"There is no model folder {path}.", f"Check {key}.{moved}")
-    try:
-        return Path(download())
-    except (OSError, HTTPError, RevisionResolutionError, HFValidationError) as error:
-        raise _hub_failure(path, revision, key, error) from error
-
-
-def _hub_failure(path: str, revision: str | None, key: str, error: Exception) -> EnvironmentFailure:
-    """What went wrong with the hub and what to do about it."""
-    cause = error.__cause__ or error  # diffusers wraps the hub's own error
-    if isinstance(cause, GatedRepoError):
-        return EnvironmentFailure(
-            f"The model {path} is gated: its licence has to be accepted first.",
-            f"Accept it on https://huggingface.co/{path}, then run `hf auth login`.",
-        )
-    if isinstance(cause, RepositoryNotFoundError):
-        return EnvironmentFailure(
-            f"There is no folder {path} here, and no public model of that name on the hub.",
-            f"Check {key}; for a private model run `hf auth login`.",
-        )
-    if isinstance(cause, RevisionNotFoundError):
-        return EnvironmentFailure(
-            f"The model {path} has no revision {revision}.", f"Check {_revision_key(key)}."
-        )
-    if isinstance(cause, LocalEntryNotFoundError):
-        return EnvironmentFailure(
-            f"The model {path} is not in the local cache, and the hub can't be reached.",
-            f"Check the network, unset HF_HUB_OFFLINE, or set {key} to a folder that holds the model.",
-        )
-    if isinstance(cause, OfflineModeIsEnabled):
-        return EnvironmentFailure(
-            f"The model {path} is not in the local cache, and the hub is switched off.",
-            f"Unset HF_HUB_OFFLINE, or set {key} to a folder that holds the model.",
-        )
-    return EnvironmentFailure(
-        f"The model {path} could not be fetched from the hub: {first_line(cause)}",
-        f"Check network and disk space and try again, or set {key} to a folder that holds the model.",
-    )
-
-
-def _revision_key(key: str) -> str:
-    return "model.generator_revision" if key == "model.generator_init" else "model.revision"
-
-
-def check_layout(layout: Layout, folder: Path) -> set[str]:
-    """Names of the pipeline's components in `folder`; DataError where it is no complete pipeline of the family.
-
-    The libraries make up what is missing of a tokenizer or of the weights, in silence; hence this check, and
-    the one in `load_network`.
-    """
-    try:
-        index = strict_json.read(folder / "model_index.json")
-    except FileNotFoundError:
-        raise DataError(
-            f"The folder {folder} holds no model: model_index.json is missing.", layout.renew
-        ) from None
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"{folder / 'model_index.json'} can't be read: {first_line(error)}", layout.renew
-        ) from error
-    found = index.get("_class_name") if isinstance(index, dict) else None
-    if found != layout.pipeline.__name__:
-        raise DataError(
-            f"The folder {folder} holds a {found}, not a {layout.pipeline.__name__}.", layout.renew
-        )
-    scheduler = (index.get("scheduler") or [None, None])[-1]
-    if scheduler != SCHEDULER:
-        raise DataError(
-            f"The scheduler in {folder} is a {scheduler}, whose noise levels are others than a {SCHEDULER}'s.",
-            "Use the model with the scheduler it was published with.",
-        )
-    components = (*layout.networks, *layout.tokenizers)
-    present = {name for name in components if index.get(name) not in (None, [None, None])}
-    for name in components:
-        needed = ("config.json",) if name in layout.networks else VOCABULARIES
-        if name not in present and name in layout.optional:
-            continue
-        if not any((folder / name / file).is_file() for file in needed):
-            raise DataError(f"The model in {folder} lacks {name}/{' or '.join(needed)}.", layout.renew)
-    return present
+def empty_transformer(layout: Layout, folder: Path) -> Any:
+    """The transformer that a folder's configuration describes, without memory for its weights."""
+    kind = layout.networks["transformer"]
+    with init_empty_weights(include_buffers=False):
+        return kind.from_config(kind.load_config(folder, subfolder="transformer")).eval()
 
 
 def load_network(layout: Layout, folder: Path, name: str, dtype: torch.dtype) -> Any:
@@ -330,9 +233,7 @@ def load_network(layout: Layout, folder: Path, name: str, dtype: torch.dtype) ->
     )
     missing = sorted(info["missing_keys"])
     if missing:
-        raise DataError(
-            f"The weights in {folder / name} are incomplete: {missing[0]} is missing.", layout.renew
-        )
+        raise incomplete(layout, folder / name, missing[0])
     return network
 
 
@@ -350,62 +251,3 @@ def load_file(layout: Layout, file: Path, folder: Path, dtype: torch.dtype) -> A
             f"{file} holds no transformer like that of {folder}: {first_line(error)}",
             "Check model.path and model.components: the file must be a fine-tune of that very model.",
         ) from error
-
-
-def check_pair(teacher: Any, generator: Any, folder: Path) -> None:
-    """DataError unless both transformers take the same latents and the same prompts."""
-    for key in ("in_channels", "joint_attention_dim"):
-        own, other = teacher.config[key], generator.config[key]
-        if own != other:
-            raise DataError(
-                f"The transformer in {folder} doesn't go with the teacher's: {key} is {other}, not {own}.",
-                "Set model.generator_init to a model of the same family and size, or to teacher.",
-            )
-
-
-def folder_hash(layout: Layout, folder: Path, transformer: bool = True) -> str:
-    """The commit of a snapshot in the hub's cache, else sha256 of names and contents of the model's files.
-
-    transformer: False to leave the transformer out.
-    """
-    names = [name for name in layout.networks if transformer or name != "transformer"]
-    return _hash(folder, ["model_index.json"], [*names, *layout.tokenizers, "scheduler"])
-
-
-def transformer_hash(folder: Path) -> str:
-    """The same for a folder of which the transformer alone is used."""
-    return _hash(folder, [], ["transformer"])
-
-
-def hub_commit(folder: Path) -> str | None:
-    """The commit of a snapshot in a cache of the hub; None for every other folder, whatever its name.
-
-    ModelScope and others lay out downloads likewise, but under names such as `master`, which say nothing of the contents.
-    """
-    model = folder.parent.parent
-    inside = folder.parent.name == "snapshots" and model.name.startswith("models--")
-    known = inside and (model / "blobs").is_dir() and re.fullmatch("[0-9a-f]{40}", folder.name)
-    return folder.name if known else None
-
-
-def _hash(folder: Path, single: list[str], folders: list[str]) -> str:
-    if hub_commit(folder) is not None:
-        return folder.name
-    total = hashlib.sha256()
-    inside = [folder / name for name in single]
-    for name in folders:
-        inside += sorted(path for path in (folder / name).rglob("*") if path.is_file())
-    for path in inside:
-        total.update(f"{path.relative_to(folder).as_posix()} {_file_hash(path)}\n".encode())
-    return total.hexdigest()
-
-
-def _file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def first_line(error: BaseException) -> str:
-    """An error's own words, one line of at most 300 characters."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__

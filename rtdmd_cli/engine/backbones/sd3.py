@@ -17,11 +17,11 @@ from rtdmd_cli.engine.backbones.base import PLAIN, Conditioning
 from rtdmd_cli.engine.backbones.common import (
     PipelineBackbone,
     check_size,
-    encode_in_parts,
     require_unguided,
     schedule,
 )
-from rtdmd_cli.engine.backbones.loading import Layout, load_pipeline
+from rtdmd_cli.engine.backbones.layout import Layout
+from rtdmd_cli.engine.backbones.loading import load_pipeline
 from rtdmd_cli.errors import DataError
 
 LAYOUT = Layout(
@@ -61,7 +61,7 @@ class SD3Backbone(PipelineBackbone):
             )
             return Conditioning(embeds, pooled)
 
-        return encode_in_parts(self._pipe, LAYOUT.encoders, self.encoder_device, prompts, ENCODE_BATCH, part)
+        return self.encode_in_parts(prompts, ENCODE_BATCH, part)
 
     def velocity(
         self, x: Tensor, sigma: Tensor, cond: Conditioning, guidance: float | Tensor = 1.0

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from rtdmd_cli.config.schema import HardwareConfig, ModelConfig
 from rtdmd_cli.engine.backbones import families
 from rtdmd_cli.engine.backbones.base import Backbone, Conditioning
-from rtdmd_cli.engine.backbones.loading import Loaded, Sources
+from rtdmd_cli.engine.backbones.layout import Sources
+from rtdmd_cli.engine.backbones.loading import Loaded
 from rtdmd_cli.engine.backbones.two_bases import TwoBases
 from rtdmd_cli.engine.compute.tiling import enable_tiling
 

@@ -174,7 +174,7 @@ def _component_is_whole(folder: Path) -> bool:
 def _download_model(wanted: Wanted) -> None:
     from diffusers import DiffusionPipeline  # takes seconds
 
-    from rtdmd_cli.engine.backbones.loading import find_transformer
+    from rtdmd_cli.engine.backbones.locating import find_transformer
 
     if wanted.part == "transformer":
         find_transformer(wanted.source, wanted.revision)

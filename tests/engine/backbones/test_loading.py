@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from rtdmd_cli.config.schema import Preset
 from rtdmd_cli.config.section import LoraConfig
-from rtdmd_cli.engine.backbones import flux1, flux2, loading, sd3
+from rtdmd_cli.engine.backbones import flux1, flux2, layout, locating, sd3
 from rtdmd_cli.engine.backbones.base import Conditioning
 from rtdmd_cli.engine.backbones.families import locate_model
 from rtdmd_cli.engine.backbones.two_bases import TwoBases
@@ -209,7 +209,7 @@ def test_gradients_on_two_bases(klein: Path, checkpointing: bool) -> None:
 
 def test_who_a_model_with_two_bases_is(klein: Path, tmp_path: Path) -> None:
     shared, two = load_tiny("flux2"), load_tiny("flux2", generator_init=str(klein))
-    assert shared.model_id.hash == loading.folder_hash(flux2.LAYOUT, tiny_folder("flux2"))
+    assert shared.model_id.hash == layout.folder_hash(flux2.LAYOUT, tiny_folder("flux2"))
     assert two.model_id.hash != shared.model_id.hash
     assert two.encoder_key == shared.encoder_key  # the text encoder is the same
     other = Path(shutil.copytree(klein, tmp_path / "other"))
@@ -300,7 +300,7 @@ def test_hub_failures(
 ) -> None:
     """For the model, for what goes with a single file, and for the generator's base."""
     monkeypatch.setattr(LAYOUTS[name].pipeline, "download", refusal(kind))
-    monkeypatch.setattr(loading, "snapshot_download", refusal(kind))
+    monkeypatch.setattr(locating, "snapshot_download", refusal(kind))
     file = tmp_path / "tuned.safetensors"
     save_file({"x": torch.zeros(1)}, file)
     for changes, key in (
@@ -330,8 +330,8 @@ def test_a_cached_second_base_is_known_by_its_commit(
     snapshot = next((root / "models--someone--klein/snapshots").iterdir())
     shutil.copytree(klein / "transformer", snapshot / "transformer")
     sources = locate_model(tiny_config("flux2", generator_init="someone/klein"))
-    assert sources == loading.Sources(tiny_folder("flux2"), None, snapshot)
-    assert loading.transformer_hash(snapshot) == snapshot.name == "a" * 40
+    assert sources == layout.Sources(tiny_folder("flux2"), None, snapshot)
+    assert layout.transformer_hash(snapshot) == snapshot.name == "a" * 40
 
 
 def test_what_is_downloaded_with_a_single_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -343,7 +343,7 @@ def test_what_is_downloaded_with_a_single_file(monkeypatch: pytest.MonkeyPatch, 
         return str(tiny_folder("flux1"))
 
     monkeypatch.setattr(diffusers.FluxPipeline, "download", download)
-    monkeypatch.setattr(loading, "hf_hub_download", lambda path, file, revision: asked.append((file, {})))
+    monkeypatch.setattr(locating, "hf_hub_download", lambda path, file, revision: asked.append((file, {})))
     file = tmp_path / "tuned.safetensors"
     shutil.copy(tiny_folder("flux1") / WEIGHTS, file)
     load_tiny("flux1", path=file, components="someone/model", revision="v1")

@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
 from safetensors.torch import load_file, save_file
 
 from rtdmd_cli.config.schema import ModelConfig
-from rtdmd_cli.engine.backbones import loading, sd3
+from rtdmd_cli.engine.backbones import layout, locating, sd3
 from rtdmd_cli.engine.backbones.base import Backbone, Conditioning
 from rtdmd_cli.engine.backbones.families import FAMILIES, load_backbone
 from rtdmd_cli.engine.sampling.sample import euler, guided
@@ -178,8 +178,10 @@ def test_bf16_takes_and_returns_float32() -> None:
 
 
 def test_everything_is_frozen_and_in_eval_mode(backbone: Backbone) -> None:
-    pipe = load_sd3()._pipe
-    for module in (pipe.transformer, pipe.vae, pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3):
+    opened = load_sd3()
+    opened.encode(["a ring"])
+    pipe = opened._pipe
+    for module in (opened.transformer, pipe.vae, pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3):
         assert not module.training
         assert not any(parameter.requires_grad for parameter in module.parameters())
     assert torch.equal(backbone.encode(PROMPTS).embeds, backbone.encode(PROMPTS).embeds)
@@ -238,10 +240,10 @@ def test_the_table_of_families_matches_the_presets() -> None:
 def test_model_hash_follows_the_contents(tmp_path: Path) -> None:
     first, same, other = (save_sd3(tmp_path / str(i), seed) for i, seed in enumerate((0, 0, 1)))
     (same / "README.md").write_text("not part of the model")
-    hashes = [loading.folder_hash(sd3.LAYOUT, folder) for folder in (first, same, other)]
+    hashes = [layout.folder_hash(sd3.LAYOUT, folder) for folder in (first, same, other)]
     assert hashes[0] == hashes[1] != hashes[2] and len(hashes[0]) == 64
     (first / "scheduler/scheduler_config.json").write_text("{}")
-    assert loading.folder_hash(sd3.LAYOUT, first) != hashes[0]
+    assert layout.folder_hash(sd3.LAYOUT, first) != hashes[0]
 
 
 def test_encoder_key_tells_dtypes_apart() -> None:
@@ -319,8 +321,22 @@ def test_a_damaged_folder_is_a_data_error(tmp_path: Path, name: str) -> None:
     folder = Path(shutil.copytree(sd3_folder(), tmp_path / "model"))
     apply(folder)
     with pytest.raises(DataError, match=message) as caught:
-        sd3.load(sd3_config(folder), CPU, torch.float32)
+        backbone = sd3.load(sd3_config(folder), CPU, torch.float32)
+        assert "encoder" in message  # all else is known before anything is encoded
+        backbone.encode(["a ring"])
     assert str(folder) in caught.value.message and caught.value.hint
+
+
+def test_the_transformer_comes_when_it_is_asked_for() -> None:
+    """Until then it has its configuration alone, and the encoders can be freed before."""
+    backbone = load_sd3()
+    assert all(parameter.is_meta for parameter in backbone._pipe.transformer.parameters())
+    assert backbone._pipe.text_encoder is None and backbone.latent_shape(32, 32) == (4, 8, 8)
+    backbone.encode(["a ring"])
+    assert backbone._pipe.text_encoder is not None and next(backbone._pipe.transformer.parameters()).is_meta
+    backbone.drop_text_encoders()
+    assert not any(parameter.is_meta for parameter in backbone.transformer.parameters())
+    assert backbone.transformer is backbone._pipe.transformer is backbone.transformer
 
 
 def test_a_model_without_t5_loads_as_in_the_stock_pipeline(tmp_path: Path) -> None:
@@ -344,7 +360,7 @@ def test_missing_folder_and_unknown_built_in() -> None:
 
 
 def test_the_built_in_model_lies_in_the_package() -> None:
-    folder = loading.find_folder(sd3.LAYOUT, "builtin:shapes", None)
+    folder = locating.find_folder(sd3.LAYOUT, "builtin:shapes", None)
     assert folder.parts[-4:] == ("rtdmd_cli", "shapes", "weights", "sd3")
 
 

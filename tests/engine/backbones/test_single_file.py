@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rtdmd_cli.engine.backbones.loading import hub_commit
+from rtdmd_cli.engine.backbones.layout import hub_commit
 from rtdmd_cli.errors import DataError
 from tests.tiny_flux import load_tiny, tiny_folder
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rtdmd_cli.config.loader import Resolved, preset_sha256
-from rtdmd_cli.engine.backbones.loading import folder_hash
+from rtdmd_cli.engine.backbones.layout import folder_hash
 from rtdmd_cli.engine.backbones.sd3 import LAYOUT
 from rtdmd_cli.engine.prompts.reading import PromptSet, evenly_chosen, known_by
 from rtdmd_cli.engine.rewards import registry
