@@ -122,7 +122,7 @@ def random_backbone(case: Case, device: torch.device, dtype: torch.dtype) -> Bac
     loaded = Loaded(layout, preset.model, Sources(Path()), pipe)
     if case.two_bases:
         loaded.transformer = TwoBases(transformer, random_transformer(case, base, device, dtype))
-    made: Backbone = backbone(loaded, device, dtype)
+    made: Backbone = backbone(layout, loaded, device, dtype)
     return made
 
 

@@ -20,8 +20,8 @@ from scripts.rehearsal.models import REHEARSALS, Network
 from scripts.rehearsal.report import table
 
 BILLIONS = {
-    "sd3": {"transformer": 2.08, "text_encoder": 0.124, "text_encoder_2": 0.695, "text_encoder_3": 4.76},
-    "sd35": {"transformer": 2.47},
+    "sd3": {"transformer": 2.03, "text_encoder": 0.124, "text_encoder_2": 0.695, "text_encoder_3": 4.76},
+    "sd35": {"transformer": 2.24},
     "flux2-klein-4b": {"transformer": 3.88, "text_encoder": 4.02},
     "flux1": {"transformer": 11.9, "text_encoder": 0.123, "text_encoder_2": 4.76, "vae": 0.084},
 }

@@ -23,6 +23,7 @@ from rtdmd_cli.engine.roles.adapters import Roles
 from rtdmd_cli.engine.roles.base import FAKE, GENERATOR, RoleSet
 from rtdmd_cli.engine.roles.full import FullRoles
 from rtdmd_cli.engine.storage.run_folder import RunFolder, State, create_run
+from rtdmd_cli.engine.training import memory
 from rtdmd_cli.engine.training import previews as pictures
 from rtdmd_cli.engine.training.assembly import (
     assemble,
@@ -135,8 +136,11 @@ def _run(
         if processes.main:
             pictures.save_reference(shown, run.samples)
         plan = stage(trainer, shown, judge)
-        session = Session(run, resolved, trainer, plan, tracker, done, seconds, {}, known_by(prompts))
+        records = dict(saved.state["records"]) if saved else {}
+        session = Session(run, resolved, trainer, plan, tracker, done, seconds, records, known_by(prompts))
         session.last, session.stop = saved.path if start.run and saved else None, stop
+        session.say = say
+        memory.keep_size(session.stage.sizes, records)
         with failing(session):
             return finish(session, train(session, stop.quiet))
 
@@ -172,12 +176,23 @@ def stage(trainer: Trainer, previews: pictures.Previews, judge: HeldOut) -> Stag
     return Stage(
         name=STAGE,
         schedule=schedule(trainer.config, settings),
+        sizes=sizes(trainer),
         advance=advance,
         grid=grid,
         baseline=baseline if settings.baseline and trainer.config.sample_every else None,
         report=report,
         finish=end,
     )
+
+
+def sizes(trainer: Trainer) -> memory.Sizes:
+    """Stage 1's micro-batch."""
+
+    def resize(size: int) -> None:
+        trainer.config = trainer.config.model_copy(update={"micro_batch": size})
+
+    batch = trainer.config.batch
+    return memory.Sizes("distill", batch, lambda: trainer.config.micro_batch or batch, resize)
 
 
 def schedule(config: DistillConfig, previews: PreviewsConfig) -> Schedule:

@@ -31,11 +31,12 @@ from rtdmd_cli.engine.storage.checkpoint import (
 )
 from rtdmd_cli.engine.storage.run_folder import RunFolder, State
 from rtdmd_cli.engine.storage.scrubbing import scrub_text
+from rtdmd_cli.engine.training import memory
 from rtdmd_cli.engine.training.clock import Clock
 from rtdmd_cli.engine.training.progress import training_progress
 from rtdmd_cli.engine.training.start import Start
 from rtdmd_cli.engine.training.trackers import Tracker, open_tracker
-from rtdmd_cli.engine.training.trainer import ROLES, Trainer
+from rtdmd_cli.engine.training.trainer import ROLES, Trainer, optimizer_of
 from rtdmd_cli.errors import DataError, EnvironmentFailure, PictureFailure, UsageError
 
 STATE_KEYS = {"stage", "generator_updates", "optimizers", "seconds", "records"}
@@ -89,10 +90,12 @@ class Stage:
     after(session): measured by the stage after an iteration; a metric line is written where there is any. It may set
     the records `stopped` and `best`, see `Session`.
     frozen: adapters that belong into every checkpoint although they don't change. unit: what `advance` does one of.
+    sizes: its micro-batch.
     """
 
     name: str
     schedule: Schedule
+    sizes: memory.Sizes
     advance: Callable[[int], None]
     grid: Callable[[Path, int], Mapping[str, float]]
     report: Callable[["Session", State, Row], None]
@@ -108,9 +111,10 @@ class Session:
     """A run in progress. newest: the last value of every figure, for the line of progress.
 
     `seconds` counts training time of all parts, `last` is the newest checkpoint, `records` are JSON values of the
-    stage's own that survive a resume, `prompts` is what `prompts.reading.known_by` says of the prompts. Three records have a
+    stage's own that survive a resume, `prompts` is what `prompts.reading.known_by` says of the prompts. Four records have a
     meaning here: with `stopped` (true) the run ends before its time; `best` is the step of a checkpoint that is
-    made out of turn and never removed; `rewards_after`, mean rewards measured at the end, go into the status.
+    made out of turn and never removed; `rewards_after`, mean rewards measured at the end, go into the status. `micro_batch`
+    is what a full memory has brought it down to. say: prints a line for people.
     """
 
     run: RunFolder
@@ -126,6 +130,7 @@ class Session:
     stop: StopRequest = field(default_factory=StopRequest)
     clock: Clock = field(default_factory=Clock)
     newest: dict[str, float] = field(default_factory=dict)
+    say: Callable[[str], None] = lambda line: None
 
     @property
     def stopped(self) -> bool:
@@ -250,11 +255,6 @@ def rewind(
     return done
 
 
-def optimizer_of(trainer: Trainer, role: str) -> torch.optim.Optimizer:
-    """The optimiser of "fake" or "generator"."""
-    return trainer.fake_optimizer if role == "fake" else trainer.generator_optimizer
-
-
 def train(session: Session, quiet: bool) -> StopRequest:
     """Iterate to the end or to the first signal; every save, metric line and grid on the way."""
     stage, total, processes, stop = (
@@ -274,7 +274,7 @@ def train(session: Session, quiet: bool) -> StopRequest:
         while session.iteration < total and not ended(session, stop):
             began = time.monotonic()
             with stop.during(ending(stage.unit, recent), session.kept):
-                stage.advance(session.iteration)
+                advance(session)
             session.iteration += 1
             took = time.monotonic() - began
             session.seconds += took
@@ -307,6 +307,26 @@ def ending(unit: str, seconds: Collection[float]) -> str:
 def in_words(seconds: float) -> str:
     """About that time: 40 s, 3 min."""
     return f"{max(1, round(seconds))} s" if seconds < 100 else f"{round(seconds / 60)} min"
+
+
+def advance(session: Session) -> None:
+    """One iteration, within the memory there is: see `memory`. A run that finds no way is saved as it was before."""
+    sizes, iteration = session.stage.sizes, session.iteration
+
+    def tell(line: str) -> None:
+        session.run.log(f"iteration {iteration + 1}: {line}")
+        session.say(line)
+
+    try:
+        smaller = memory.advance_within_memory(
+            session.trainer, sizes, lambda: session.stage.advance(iteration), session.resolved.preset, tell
+        )
+    except memory.MemoryFull:
+        if iteration:
+            save_unsaved(session)
+        raise
+    if smaller:
+        session.records[memory.RECORD] = sizes.micro_batch()
 
 
 def ended(session: Session, stop: StopRequest) -> bool:

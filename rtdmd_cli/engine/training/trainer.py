@@ -40,6 +40,7 @@ class Trainer:
     metrics: the figures of an iteration, on the host. pending: those that are still on the device, and checked: the
     losses that gradients came from, summed by their names; `move_role` reads both, in one transfer, before a role moves.
     read: that transfer, the one place where a turn waits for the device. boundary: see `drawn_boundary`.
+    before_move: is given the name of a role that is about to move.
     """
 
     backbone: Backbone
@@ -64,6 +65,7 @@ class Trainer:
     checked: dict[str, Tensor] = field(default_factory=dict)
     read: Callable[[Tensor], list[float]] = on_host
     boundary: Callable[["Trainer", str, int], int] = drawn_boundary
+    before_move: Callable[[str], None] = lambda role: None
 
     def begin(self) -> None:
         """Forget the figures of the iteration before."""
@@ -74,6 +76,11 @@ class Trainer:
         """Within the block, products as `hardware.float32_matmul` and `hardware.mixed_precision` say."""
         with float32_matmul(self.matmul, self.backbone.device), self.mixed.active():
             yield
+
+
+def optimizer_of(trainer: Trainer, role: str) -> torch.optim.Optimizer:
+    """The optimiser of "fake" or "generator"."""
+    return trainer.fake_optimizer if role == "fake" else trainer.generator_optimizer
 
 
 @dataclass(frozen=True)
@@ -158,6 +165,7 @@ def move_role(
         norm / trainer.processes.count
     )  # figures are summed over the processes
     optim.clip(parameters, trainer.config.grad_clip, total)
+    trainer.before_move(role)
     optim.set_learning_rate(optimizer, rate)
     optimizer.step()
 

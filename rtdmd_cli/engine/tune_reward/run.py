@@ -25,6 +25,7 @@ from rtdmd_cli.engine.roles.base import FAKE, GENERATOR, RoleSet
 from rtdmd_cli.engine.roles.full import FullRoles
 from rtdmd_cli.engine.storage.checkpoint import Checkpoint
 from rtdmd_cli.engine.storage.run_folder import RunFolder, create_run
+from rtdmd_cli.engine.training import memory
 from rtdmd_cli.engine.training import previews as pictures
 from rtdmd_cli.engine.training.assembly import assemble, encode_prompts, model_line, training_sigmas
 from rtdmd_cli.engine.training.session import (
@@ -116,6 +117,8 @@ def _run(
             stop.check()
         session = Session(run, resolved, core, stage, tracker, done, seconds, records, known)
         session.last, session.stop = saved.path if start.run and saved else None, stop
+        session.say = say
+        memory.keep_size(stage.sizes, records)
         with failing(session):
             return finish(session, train_watched(session, measurement, loaded.mixture, say, stop.quiet))
 

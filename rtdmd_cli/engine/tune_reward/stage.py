@@ -8,6 +8,7 @@ from rtdmd_cli.config.tune_reward import TuneRewardConfig
 from rtdmd_cli.engine.report.run_facts import live_now
 from rtdmd_cli.engine.rewards.mixture import RewardMixture
 from rtdmd_cli.engine.storage.run_folder import State
+from rtdmd_cli.engine.training import memory
 from rtdmd_cli.engine.training import previews as pictures
 from rtdmd_cli.engine.training.assembly import prepare_prompts
 from rtdmd_cli.engine.training.session import Row, Schedule, Session, Stage
@@ -56,6 +57,7 @@ def tune_stage(
             config.keep,
             settings.minutes,
         ),
+        sizes=sizes(tuner),
         advance=advance,
         grid=grid,
         baseline=baseline if settings.baseline and config.sample_every else None,
@@ -65,6 +67,17 @@ def tune_stage(
         frozen=core.roles.frozen,
         unit="epoch",
     )
+
+
+def sizes(tuner: Tuner) -> memory.Sizes:
+    """Stage 2's micro-batch: of the rollouts, and of what stage 1's functions do in it."""
+
+    def resize(size: int) -> None:
+        for part in (tuner, tuner.core):
+            part.config = part.config.model_copy(update={"micro_batch": size})  # type: ignore[assignment]
+
+    batch = tuner.config.images_per_epoch
+    return memory.Sizes("tune_reward", batch, lambda: tuner.config.micro_batch or batch, resize)
 
 
 @dataclass

@@ -1,0 +1,111 @@
+"""What happens when the card's memory is full in the middle of an iteration.
+
+The iteration is undone and made again with half the micro-batch: the same images, the same random numbers, the same step.
+At a micro-batch of 1 nothing is left to halve: the run saves and ends with the settings that need less.
+"""
+
+import gc
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rtdmd_cli.config.schema import HardwareConfig, Preset
+from rtdmd_cli.engine.training.trainer import Trainer
+from rtdmd_cli.engine.training.undo import Undo
+from rtdmd_cli.errors import EnvironmentFailure
+
+RECORD = "micro_batch"
+"""Of a run's records: the micro-batch that it has come down to."""
+
+
+class MemoryFull(EnvironmentFailure):
+    """The memory is full at a micro-batch of 1. Nothing of the iteration has moved."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A stage's batch, and how its micro-batch is read and set, in images."""
+
+    section: str
+    batch: int
+    micro_batch: Callable[[], int]
+    resize: Callable[[int], None]
+
+    def halved(self) -> int:
+        """The largest part of the batch that is at most half the micro-batch; 0 where that is 1."""
+        half = self.micro_batch() // 2
+        return next((size for size in range(half, 0, -1) if self.batch % size == 0), 0)
+
+
+def advance_within_memory(
+    trainer: Trainer, sizes: Sizes, advance: Callable[[], None], preset: Preset, tell: Callable[[str], None]
+) -> bool:
+    """Make an iteration, again and again with a smaller micro-batch where the memory is full; whether it was made smaller.
+
+    tell: is given a line each time. `MemoryFull` where the micro-batch is 1. One of several processes can't make an
+    iteration again on its own: there the error is the library's.
+    """
+    undo, smaller = Undo(trainer), False
+    while True:
+        undo.begin()
+        try:
+            advance()
+            return smaller
+        except torch.OutOfMemoryError as error:
+            if trainer.processes.count > 1:
+                raise
+            reason = str(error).partition(". ")[0].partition("\n")[0].rstrip(".")
+        # out of the handler: until here the error holds the frames in which it was raised, and their tensors
+        undo.restore()
+        free(trainer.backbone.device)
+        before, size = sizes.micro_batch(), sizes.halved()
+        if not size:
+            raise MemoryFull(f"The memory is full at a micro-batch of 1: {reason}.", hint(preset))
+        sizes.resize(size)
+        smaller = True
+        tell(
+            f"the memory is full at {sizes.section}.micro_batch={before}: this iteration is made again with {size}, "
+            "and so are all that follow; the step stays the same"
+        )
+
+
+def keep_size(sizes: Sizes, records: Mapping[str, Any]) -> None:
+    """Go on with the micro-batch that a run has come down to, unless the preset's is smaller still."""
+    if RECORD in records and records[RECORD] < sizes.micro_batch():
+        sizes.resize(records[RECORD])
+
+
+def free(device: torch.device) -> None:
+    """Give back what nothing holds any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def hint(preset: Preset) -> str:
+    """The settings that need less memory and are not taken yet, in the order in which they cost the least."""
+    left = less_memory(preset)
+    if not left:
+        return "Every setting that saves memory is taken: lower model.resolution, or use a card with more memory."
+    chosen = " ".join(f"--set {each}" for each in left)
+    return f"Saved. Settings that need less, the cheapest first: {chosen}; go on with --resume."
+
+
+def less_memory(preset: Preset) -> list[str]:
+    """Settings, as KEY=VALUE, that save memory while the images per update stay; those that are taken are left out."""
+    hardware, distill = preset.hardware, preset.distill
+    smaller: dict[str, str] = {"plain": "int8", "int8": "nf4"}
+    wanted = [
+        (not hardware.gradient_checkpointing, "hardware.gradient_checkpointing=true"),
+        (distill.boundaries_batched and distill.backprop_steps == 1, "distill.boundaries_batched=false"),
+        (
+            hardware.base in smaller and distill.train != "full",
+            f"hardware.base={smaller.get(hardware.base, '')}",
+        ),
+        (hardware.optimizer == HardwareConfig().optimizer, "hardware.optimizer=adamw8bit"),
+        (preset.tune_reward.rewards_in_memory != "one", "tune_reward.rewards_in_memory=one"),
+        (not hardware.vae_tiling, "hardware.vae_tiling=true"),
+    ]
+    return [setting for possible, setting in wanted if possible]

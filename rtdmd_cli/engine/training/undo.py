@@ -1,0 +1,84 @@
+"""An iteration as if it had not begun: what moved in it is put back, bit by bit."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rtdmd_cli.engine.roles.base import GENERATOR
+from rtdmd_cli.engine.training.trainer import ROLES, Trainer, optimizer_of
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A role before it moved, on the host: weights, each weight's optimiser state, and of the generator the average."""
+
+    weights: list[Tensor]
+    states: list[dict[str, Any]]
+    average: Mapping[str, Tensor]
+
+
+class Undo:
+    """Remembers the roles of one iteration from the moment before each moves. A role that stays costs nothing.
+
+    What is kept lies in the host's memory: three times the trained weights of the roles that move, for the iteration.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self._kept: dict[str, Kept] = {}
+        self._updates = 0
+
+    def begin(self) -> None:
+        """A new iteration: what has happened before is not undone."""
+        self._kept.clear()
+        self._updates = self._trainer.generator_updates
+        self._trainer.before_move = self._keep
+
+    @torch.no_grad()
+    def _keep(self, role: str) -> None:
+        trainer, optimizer = self._trainer, optimizer_of(self._trainer, role)
+        parameters = [parameter for _, parameter in trainer.roles.named_parameters(role)]
+        average = trainer.ema if role == GENERATOR else {}
+        self._kept[role] = Kept(
+            [_on_host(parameter) for parameter in parameters],
+            [{key: _on_host(value) for key, value in optimizer.state[p].items()} for p in parameters],
+            {name: _on_host(tensor) for name, tensor in average.items()},
+        )
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put everything back as it was at `begin`, and free the gradients."""
+        trainer = self._trainer
+        for role in ROLES:
+            optimizer = optimizer_of(trainer, role)
+            optimizer.zero_grad(set_to_none=True)
+            if role not in self._kept:
+                continue
+            kept = self._kept[role]
+            parameters = [parameter for _, parameter in trainer.roles.named_parameters(role)]
+            for parameter, weight, state in zip(parameters, kept.weights, kept.states, strict=True):
+                parameter.copy_(weight)
+                _put_back(optimizer.state[parameter], state)
+            for name, tensor in kept.average.items():
+                trainer.ema[name].copy_(tensor)
+        trainer.generator_updates = self._updates
+        self._kept.clear()
+
+
+def _on_host(value: Any) -> Any:
+    """A copy of a tensor on the CPU; other values, numbers say, as they are."""
+    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
+
+
+def _put_back(state: dict[str, Any], kept: dict[str, Any]) -> None:
+    """Make an optimiser's state what it was, in its own tensors; what has come since is dropped."""
+    for key in state.keys() - kept.keys():
+        del state[key]
+    for key, value in kept.items():
+        if isinstance(value, Tensor):
+            state[key].copy_(value)
+        else:
+            state[key] = value
