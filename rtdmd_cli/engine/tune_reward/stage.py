@@ -74,7 +74,7 @@ def sizes(tuner: Tuner) -> memory.Sizes:
 
     def resize(size: int) -> None:
         for part in (tuner, tuner.core):
-            part.config = part.config.model_copy(update={"micro_batch": size})  # type: ignore[assignment]
+            part.config = part.config.model_copy(update={"micro_batch": size})
 
     batch = tuner.config.images_per_epoch
     return memory.Sizes("tune_reward", batch, lambda: tuner.config.micro_batch or batch, resize)
