@@ -116,7 +116,8 @@ def sample(
             write_pictures,
         )
 
-    source, model = load_model(from_, guidance, device, dtype, quiet, checkpoint)
+    sides = (height, width)
+    source, model = load_model(from_, guidance, device, dtype, quiet, checkpoint, texts, sides)
     preset = source.preset
     if preset.model.path.startswith("builtin:"):
         _say_foreign(texts, quiet)
@@ -176,10 +177,13 @@ def load_model(
     dtype: str | None,
     quiet: bool,
     checkpoint: str | None = None,
+    texts: Sequence[str] = (),
+    size: tuple[int | None, int | None] = (None, None),
 ) -> tuple[Source, Model]:
-    """Find and open what `--from` names; says on stderr what was chosen."""
+    """Find and open what `--from` names; says on stderr what was chosen. texts, size: prompts and sides of the pictures."""
     from rtdmd_cli.engine.compute.device import resolve_device, resolve_dtype
     from rtdmd_cli.engine.sampling.model_source import open_model, refuse_guidance, resolve
+    from rtdmd_cli.engine.sampling.pictures import encoding_ahead
 
     source = resolve(reference, RUNS, checkpoint)
     for note in source.notes:
@@ -188,7 +192,9 @@ def load_model(
     hardware = source.preset.hardware
     _limit_threads(source.preset)
     where = resolve_device(device or hardware.device)
-    return source, open_model(source, where, resolve_dtype(dtype or hardware.dtype, where))
+    side = source.preset.model.resolution
+    prepare = encoding_ahead(texts, (size[0] or side, size[1] or side))
+    return source, open_model(source, where, resolve_dtype(dtype or hardware.dtype, where), prepare)
 
 
 def _limit_threads(preset: Preset) -> None:

@@ -42,6 +42,7 @@ from rtdmd_cli.engine.export.stock import stock_here, stock_there
 from rtdmd_cli.engine.report.grid import GridRow, picture_grid, save_png
 from rtdmd_cli.engine.roles.adapters import DTYPES
 from rtdmd_cli.engine.sampling.model_source import EMA, Source, open_model
+from rtdmd_cli.engine.sampling.pictures import encoding_ahead
 from rtdmd_cli.engine.storage import files, strict_json
 from rtdmd_cli.engine.storage.checkpoint import Checkpoint, load_checkpoint
 from rtdmd_cli.engine.storage.exported import (
@@ -208,7 +209,7 @@ def picture_prompts(source: Source) -> list[str]:
 
 def draw_own(request: Request, prompts: Sequence[str]) -> Own:
     """Open the run's generator, draw, and let it go again."""
-    model = open_model(request.source, request.device, request.dtype)
+    model = open_model(request.source, request.device, request.dtype, encoding_ahead(prompts))
     plan = model.plan()
     pictures, euler = own_pictures(model, plan, prompts, (plan.eta, 0.0))
     side = request.source.preset.model.resolution

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -279,13 +279,19 @@ def refuse_guidance(source: Source, guidance: float | None) -> None:
         raise UsageError("A generator is sampled without guidance.", "Leave --guidance out, or give 1.")
 
 
-def open_model(source: Source, device: torch.device, dtype: torch.dtype) -> Model:
+def open_model(
+    source: Source,
+    device: torch.device,
+    dtype: torch.dtype,
+    prepare: Callable[[Backbone], None] = lambda backbone: None,
+) -> Model:
     """Load the base model and, for a generator, put the EMA weights of the checkpoint on it.
 
+    prepare: is given the backbone of a generator before its transformer is loaded, so that text encoders can come and go.
     DataError for a checkpoint that is damaged or doesn't fit the model; other errors as `load_backbone`.
     """
     if source.exported is not None:
-        return _open_exported(source, source.exported, device, dtype)
+        return _open_exported(source, source.exported, device, dtype, prepare)
     loaded = load_checkpoint(source.checkpoint) if source.checkpoint is not None else None
     if loaded is not None and EMA not in loaded.tensors:
         raise DataError(
@@ -305,11 +311,18 @@ def open_model(source: Source, device: torch.device, dtype: torch.dtype) -> Mode
             f"The checkpoint {loaded.path} was trained on another version of {source.preset.model.path}.",
             "Sample it with the very base model it was trained on.",
         )
+    prepare(backbone)
     roles, hashed = open_generator(backbone, source.preset, loaded)
     return Model(source, backbone, roles, hashed)
 
 
-def _open_exported(source: Source, exported: Exported, device: torch.device, dtype: torch.dtype) -> Model:
+def _open_exported(
+    source: Source,
+    exported: Exported,
+    device: torch.device,
+    dtype: torch.dtype,
+    prepare: Callable[[Backbone], None],
+) -> Model:
     """A merged pipeline as it is, or the base model with the exported LoRA on the generator's base."""
     model = exported.preset.model
     if exported.merged or exported.lora is None:
@@ -323,6 +336,7 @@ def _open_exported(source: Source, exported: Exported, device: torch.device, dty
             f"{exported.folder} belongs to another version of {model.path}.",
             "Use the base model that its README.md names.",
         )
+    prepare(backbone)
     base = backbone.transformer
     if isinstance(base, TwoBases):
         base.active = "generator"

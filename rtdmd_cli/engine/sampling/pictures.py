@@ -221,6 +221,21 @@ def encode(
     return cache.fetch(prompts), uncond
 
 
+def encoding_ahead(prompts: Sequence[str], size: tuple[int, int] | None = None) -> Callable[[Backbone], None]:
+    """For `open_model`: encodes the prompts into the cache, and frees the text encoders before the transformer is loaded.
+
+    size: (height, width) of the pictures, px; UsageError, before anything is encoded, where the model can't do it.
+    """
+
+    def prepare(backbone: Backbone) -> None:
+        if size is not None:
+            backbone.latent_shape(*size)
+        open_cache(backbone).ensure(prompts, backbone.encode)
+        backbone.drop_text_encoders()
+
+    return prepare
+
+
 def encode_to_cache(
     backbone: Backbone, prompts: Sequence[str], plan: SamplingPlan
 ) -> tuple[EmbeddingCache, Conditioning | None]:

@@ -6,11 +6,13 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from rtdmd_cli.engine.sampling.model_source import Source, model_hash, open_model, refuse_guidance, resolve
+from rtdmd_cli.engine.sampling.pictures import encoding_ahead
 from rtdmd_cli.engine.storage.checkpoint import save_checkpoint
 from rtdmd_cli.errors import DataError, RtdmdError, UsageError
 from tests.tiny_runs import add_checkpoint, generator_weights, make_run, write_preset
@@ -166,6 +168,25 @@ def test_a_generator_is_opened_with_its_ema_weights(runs: Path) -> None:
         assert torch.equal(model.roles.state("generator")[name], tensor)
     assert (model.plan().kind, model.plan().steps, model.plan().evaluations) == ("generator", 4, 4)
     assert model.label == "a/step-000010"
+
+
+def test_a_generators_text_encoders_leave_before_its_transformer_comes(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RTDMD_CACHE", str(tmp_path / "cache"))
+    make_run(runs, "a", (10,))
+    encode, seen = encoding_ahead(["a red ring"], (32, 32)), []
+
+    def prepare(backbone: Any) -> None:
+        encode(backbone)
+        seen.append(
+            next(backbone._pipe.transformer.parameters()).is_meta and backbone._pipe.text_encoder is None
+        )
+
+    model = open_model(resolve("a", runs), CPU, F32, prepare)
+    assert seen == [True] and not any(p.is_meta for p in model.backbone.transformer.parameters())
+    with pytest.raises(UsageError, match="can't make pictures of 36 x 32 px"):
+        open_model(resolve("a", runs), CPU, F32, encoding_ahead(["a red ring"], (32, 36)))
 
 
 def test_a_preset_is_opened_without_adapters(runs: Path) -> None:
