@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -180,7 +181,10 @@ def load_model(
     texts: Sequence[str] = (),
     size: tuple[int | None, int | None] = (None, None),
 ) -> tuple[Source, Model]:
-    """Find and open what `--from` names; says on stderr what was chosen. texts, size: prompts and sides of the pictures."""
+    """Find and open what `--from` names; says on stderr what was chosen.
+
+    texts, size: prompts and sides of the pictures; without prompts the text encoders come later, beside the transformer.
+    """
     from rtdmd_cli.engine.compute.device import resolve_device, resolve_dtype
     from rtdmd_cli.engine.sampling.model_source import open_model, refuse_guidance, resolve
     from rtdmd_cli.engine.sampling.pictures import encoding_ahead
@@ -193,8 +197,8 @@ def load_model(
     _limit_threads(source.preset)
     where = resolve_device(device or hardware.device)
     side = source.preset.model.resolution
-    prepare = encoding_ahead(texts, (size[0] or side, size[1] or side))
-    return source, open_model(source, where, resolve_dtype(dtype or hardware.dtype, where), prepare)
+    ahead = [encoding_ahead(texts, (size[0] or side, size[1] or side))] if texts else []
+    return source, open_model(source, where, resolve_dtype(dtype or hardware.dtype, where), *ahead)
 
 
 def _limit_threads(preset: Preset) -> None:
