@@ -57,7 +57,7 @@ def main(
 
 def check(device: torch.device, compiled: bool) -> dict[str, Any]:
     """Everything, printed as it comes; the record."""
-    from scripts.gpu.measure import STATED, agreement, measure
+    from scripts.gpu.measure import STATED, agreement, measure, planned
     from scripts.gpu.models import CASES, COMPILED
     from scripts.gpu.small import FAMILIES, both_stages
 
@@ -74,7 +74,8 @@ def check(device: torch.device, compiled: bool) -> dict[str, Any]:
     for case in (*CASES, *([COMPILED] if compiled else [])):
         _say(f"{time.monotonic() - began:.0f} s: {case.name}")
         late = time.monotonic() - began + case.seconds > LIMIT
-        rows.append({"model": case.name, "note": "no time left"} if late else attempt(measure, case, device))
+        row = {"model": case.name, "note": "no time left"} if late else attempt(measure, case, device)
+        rows.append(row | planned(case.settings(device)))
     print(table(rows))
     return {
         "environment": describe_environment(["scripts/gpu_check"], device),

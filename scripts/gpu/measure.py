@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from rtdmd_cli.config.loader import load_preset
-from rtdmd_cli.config.schema import HardwareConfig
+from rtdmd_cli.config.schema import HardwareConfig, Preset
 from rtdmd_cli.engine.backbones.base import Backbone, Conditioning
 from rtdmd_cli.engine.backbones.families import load_backbone
 from rtdmd_cli.engine.compute.blocks import compile_blocks
 from rtdmd_cli.engine.distill.recipe import update_fake_score, update_generator
 from rtdmd_cli.engine.distill.run import build_trainer
+from rtdmd_cli.engine.planning.plan import plan_stage
 from rtdmd_cli.engine.training.trainer import Trainer
 from scripts.gpu.models import Case, empty_transformer, random_backbone, random_prompts
 
@@ -53,6 +54,12 @@ def measure(case: Case, device: torch.device, dtype: torch.dtype = torch.bfloat1
         row[f"{role}_first_seconds"] = first
         row[f"{role}_peak_gib"] = torch.cuda.max_memory_allocated() / GIB if device.type == "cuda" else None
     return row
+
+
+def planned(preset: Preset) -> dict[str, float]:
+    """What `rtdmd plan` says of the same two turns: peaks in GiB, as torch would count them."""
+    peaks = {phase.name: phase.peak / GIB for phase in plan_stage(preset, "distill").phases}
+    return {f"{role}_planned_gib": peaks[f"{role} turn"] for role in ("fake", "generator")}
 
 
 def _allocated(device: torch.device) -> float | None:

@@ -6,7 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 Row = Mapping[str, Any]
-HEADINGS = ("model", "parameters", "weights, GiB", "fake score, s", "peak, GiB", "generator, s", "peak, GiB")
+HEADINGS = (
+    "model",
+    "parameters",
+    "weights, GiB",
+    *("fake score, s", "peak, GiB", "planned, GiB"),
+    *("generator, s", "peak, GiB", "planned, GiB"),
+)
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -23,9 +29,9 @@ def _cells(row: Row) -> tuple[str, ...]:
         f"{row['parameters'] / 1e9:.2f} B",
         _number(row["weights_gib"], 1),
         *(
-            _number(row[f"{role}_{key}"], n)
+            _number(row.get(f"{role}_{key}"), n)
             for role in ("fake", "generator")
-            for key, n in (("seconds", 2), ("peak_gib", 1))
+            for key, n in (("seconds", 2), ("peak_gib", 1), ("planned_gib", 1))
         ),
     )
 

@@ -105,6 +105,15 @@ def test_an_update_of_each_role_is_measured(family: str, monkeypatch: pytest.Mon
     assert row["model"] in table([row]) and row["parameters"] > 10_000
 
 
+def test_the_plan_stands_beside_what_was_measured() -> None:
+    found = measuring.planned(CASES[0].settings(CPU))
+    assert 4 < found["fake_planned_gib"] < 24 and 4 < found["generator_planned_gib"] < 24
+    row = {"model": "x", "parameters": 2e9, "weights_gib": 4.0, "fake_seconds": 1.0, "fake_peak_gib": 6.0}
+    row |= {"generator_seconds": 2.0, "generator_peak_gib": 7.0}
+    shown = table([row | {"fake_planned_gib": 6.1, "generator_planned_gib": 7.2}])
+    assert "| 1.00 | 6.0 | 6.1 | 2.00 | 7.0 | 7.2 |" in shown
+
+
 def test_a_random_backbone_is_finite_and_whole() -> None:
     backbone = random_backbone(tiny("flux2"), CPU, torch.bfloat16)
     parameters = list(backbone.transformer.parameters())

@@ -12,7 +12,8 @@ from huggingface_hub import try_to_load_from_cache
 
 from rtdmd_cli.config.schema import ModelConfig
 from rtdmd_cli.engine.backbones import families
-from rtdmd_cli.engine.backbones.loading import BUILTIN, SINGLE_FILE, Layout
+from rtdmd_cli.engine.backbones.layout import SINGLE_FILE, Layout
+from rtdmd_cli.engine.backbones.locating import BUILTIN
 from rtdmd_cli.engine.storage import strict_json
 from rtdmd_cli.errors import DataError, EnvironmentFailure
 

@@ -11,7 +11,7 @@ import torch
 
 from rtdmd_cli.config.schema import Preset
 from rtdmd_cli.config.tune_reward import split_weights
-from rtdmd_cli.engine.backbones.loading import BUILTIN
+from rtdmd_cli.engine.backbones.locating import BUILTIN
 from rtdmd_cli.engine.compute.device import DTYPES, resolve_device, resolve_dtype
 from rtdmd_cli.engine.planning.configs import find_configs
 from rtdmd_cli.engine.planning.depth import depths, extrapolated, with_depths

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from rtdmd_cli.config.schema import HardwareConfig, Preset
+from rtdmd_cli.config.schema import Preset
 from rtdmd_cli.engine.training.trainer import Trainer
 from rtdmd_cli.engine.training.undo import Undo
 from rtdmd_cli.errors import EnvironmentFailure
@@ -62,7 +62,9 @@ def advance_within_memory(
         free(trainer.backbone.device)
         before, size = sizes.micro_batch(), sizes.halved()
         if not size:
-            raise MemoryFull(f"The memory is full at a micro-batch of 1: {reason}.", hint(preset))
+            raise MemoryFull(
+                f"The memory is full at a micro-batch of 1: {reason}.", hint(preset, sizes.section)
+            )
         sizes.resize(size)
         smaller = True
         tell(
@@ -84,28 +86,34 @@ def free(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def hint(preset: Preset) -> str:
-    """The settings that need less memory and are not taken yet, in the order in which they cost the least."""
-    left = less_memory(preset)
+def hint(preset: Preset, section: str) -> str:
+    """The settings that need less memory and are not taken yet, in the order in which `rtdmd plan --fit` takes them."""
+    left = less_memory(preset, section)
     if not left:
         return "Every setting that saves memory is taken: lower model.resolution, or use a card with more memory."
     chosen = " ".join(f"--set {each}" for each in left)
-    return f"Saved. Settings that need less, the cheapest first: {chosen}; go on with --resume."
+    return f"In the order of `rtdmd plan --fit`, which counts them beforehand: {chosen}; go on with --resume."
 
 
-def less_memory(preset: Preset) -> list[str]:
-    """Settings, as KEY=VALUE, that save memory while the images per update stay; those that are taken are left out."""
-    hardware, distill = preset.hardware, preset.distill
-    smaller: dict[str, str] = {"plain": "int8", "int8": "nf4"}
+def less_memory(preset: Preset, section: str) -> list[str]:
+    """Settings, as KEY=VALUE, that save memory while the images per update stay; those that are taken are left out.
+
+    section: "distill" or "tune_reward", the stage that needs it.
+    """
+    hardware, distill, tuned = preset.hardware, preset.distill, preset.tune_reward
+    joined = max(distill.backprop_steps, tuned.matching_backprop_steps or 1) > 1
+    bases = (
+        () if distill.train == "full" else {"plain": ("int8", "nf4"), "int8": ("nf4",)}.get(hardware.base, ())
+    )
     wanted = [
-        (not hardware.gradient_checkpointing, "hardware.gradient_checkpointing=true"),
-        (distill.boundaries_batched and distill.backprop_steps == 1, "distill.boundaries_batched=false"),
         (
-            hardware.base in smaller and distill.train != "full",
-            f"hardware.base={smaller.get(hardware.base, '')}",
+            section == "tune_reward" and tuned.rewards_in_memory != "one",
+            "tune_reward.rewards_in_memory=one",
         ),
-        (hardware.optimizer == HardwareConfig().optimizer, "hardware.optimizer=adamw8bit"),
-        (preset.tune_reward.rewards_in_memory != "one", "tune_reward.rewards_in_memory=one"),
+        (hardware.optimizer == "adamw", "hardware.optimizer=adamw8bit"),
         (not hardware.vae_tiling, "hardware.vae_tiling=true"),
+        (not hardware.gradient_checkpointing, "hardware.gradient_checkpointing=true"),
+        (distill.boundaries_batched and not joined, "distill.boundaries_batched=false"),
+        *((True, f"hardware.base={base}") for base in bases),
     ]
     return [setting for possible, setting in wanted if possible]

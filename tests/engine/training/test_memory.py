@@ -15,6 +15,7 @@ from rtdmd_cli.config.section import LoraConfig
 from rtdmd_cli.engine.compute import optim
 from rtdmd_cli.engine.distill import run as distill
 from rtdmd_cli.engine.distill.recipe import iterate
+from rtdmd_cli.engine.planning.fitting import SAVINGS, savings_of
 from rtdmd_cli.engine.training import memory
 from rtdmd_cli.engine.training.memory import MemoryFull, Sizes, advance_within_memory, keep_size, less_memory
 from rtdmd_cli.engine.training.trainer import ROLES, Trainer, optimizer_of
@@ -190,11 +191,13 @@ def test_a_run_goes_on_with_what_it_came_down_to() -> None:
     assert trainer.config.micro_batch == 1
 
 
-def test_settings_that_need_less() -> None:
-    assert less_memory(PRESETS["distill"])[:2] == [
-        "hardware.gradient_checkpointing=true",
-        "hardware.base=int8",
-    ]
+def test_settings_that_need_less_are_those_of_the_plan_in_its_order() -> None:
+    every = DistillConfig(boundaries="every", boundaries_batched=True)
+    preset = tune_preset().model_copy(update={"distill": every})
+    expected = [f"{saving.key}={str(saving.value).lower()}" for saving in savings_of(preset)]
+    assert less_memory(preset, "tune_reward") == expected and len(expected) == len(SAVINGS)
+    assert less_memory(preset, "distill") == expected[1:]  # no rewards there
     taken = HardwareConfig(gradient_checkpointing=True, base="nf4", optimizer="adamw8bit", vae_tiling=True)
     least = tune_preset(hardware=taken.model_dump(), rewards_in_memory="one")
-    assert less_memory(least) == [] and "model.resolution" in memory.hint(least)
+    assert less_memory(least, "tune_reward") == []
+    assert "model.resolution" in memory.hint(least, "tune_reward")
