@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rtdmd_cli.config.schema import Preset
 from rtdmd_cli.engine.backbones.base import Backbone, Conditioning
-from rtdmd_cli.engine.backbones.loading import BUILTIN as BUILTIN_MODELS
+from rtdmd_cli.engine.backbones.locating import BUILTIN as BUILTIN_MODELS
 from rtdmd_cli.engine.judges.features import ClipScorer
 from rtdmd_cli.engine.prompts.reading import BUILTIN_BENCHMARK, PromptSet, evenly_chosen, read_prompt_set
 from rtdmd_cli.engine.rewards import shapes_clip
