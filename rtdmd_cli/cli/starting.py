@@ -293,7 +293,7 @@ def require_same_recipe(
         and (key in PRECISION or not key.startswith(stage.free_sections))
         and not (
             key == "hardware.dtype" and AUTO in (before[key], now[key])
-        )  # `session.accepted` knows which it is
+        )  # `restoring.accepted` knows which it is
     ]
     differing = [key for key in changed if key in PRECISION and key not in allow]
     if changed and changed == differing:

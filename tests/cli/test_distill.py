@@ -23,7 +23,7 @@ from rtdmd_cli.cli.starting import DISTILL, find_start
 from rtdmd_cli.config.loader import Resolved, load_preset
 from rtdmd_cli.engine.storage.checkpoint import load_checkpoint, save_checkpoint
 from rtdmd_cli.engine.storage.run_folder import RunFolder
-from rtdmd_cli.engine.training.session import accepted
+from rtdmd_cli.engine.training.restoring import accepted
 from rtdmd_cli.engine.training.start import Start
 from rtdmd_cli.errors import DataError, UsageError
 from tests.commands import ENDLESS, Done, World, contents, launch, newest, signalled, steps, timeless, wait

@@ -33,6 +33,8 @@ from rtdmd_cli.engine.training.assembly import (
     training_sigmas,
 )
 from rtdmd_cli.engine.training.held_out import HeldOut, open_held_out, scored_prompts
+from rtdmd_cli.engine.training.opening import opened
+from rtdmd_cli.engine.training.restoring import accepted, restore
 from rtdmd_cli.engine.training.session import (
     DRAWING,
     LOADING,
@@ -41,12 +43,9 @@ from rtdmd_cli.engine.training.session import (
     Schedule,
     Session,
     Stage,
-    accepted,
     failing,
     finish,
     kept_by,
-    opened,
-    restore,
     train,
 )
 from rtdmd_cli.engine.training.start import Start

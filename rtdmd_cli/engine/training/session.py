@@ -1,4 +1,4 @@
-"""What surrounds a recipe, for both stages: restoring, the loop, checkpoints, metric lines, grids, signals.
+"""What surrounds a recipe, for both stages: the loop, checkpoints, metric lines, grids, signals.
 
 The recipes themselves are `distill.recipe.iterate` and `tune_reward.recipe.tune`.
 """
@@ -6,26 +6,20 @@ The recipes themselves are `distill.recipe.iterate` and `tune_reward.recipe.tune
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 
 from rtdmd_cli import __version__
-from rtdmd_cli.config.loader import Resolved, dump_resolved, preset_values
+from rtdmd_cli.config.loader import Resolved
 from rtdmd_cli.engine.compute import optim
-from rtdmd_cli.engine.compute.processes import Processes
 from rtdmd_cli.engine.compute.signals import StopRequest
-from rtdmd_cli.engine.roles.base import RoleSet, require_fit
-from rtdmd_cli.engine.storage import files
 from rtdmd_cli.engine.storage.checkpoint import (
-    Checkpoint,
-    newest_valid,
     rotate,
     save_checkpoint,
-    set_aside_after,
     step_name,
     step_of,
 )
@@ -33,21 +27,20 @@ from rtdmd_cli.engine.storage.run_folder import RunFolder, State
 from rtdmd_cli.engine.storage.scrubbing import scrub_text
 from rtdmd_cli.engine.training import memory
 from rtdmd_cli.engine.training.clock import Clock
+from rtdmd_cli.engine.training.opening import note_end
 from rtdmd_cli.engine.training.progress import training_progress
+from rtdmd_cli.engine.training.restoring import STATE_KEYS, groups
 from rtdmd_cli.engine.training.start import Start
-from rtdmd_cli.engine.training.trackers import Tracker, open_tracker
+from rtdmd_cli.engine.training.trackers import Tracker
 from rtdmd_cli.engine.training.trainer import ROLES, Trainer, optimizer_of
-from rtdmd_cli.errors import DataError, EnvironmentFailure, PictureFailure, UsageError
+from rtdmd_cli.errors import EnvironmentFailure, PictureFailure
 
-STATE_KEYS = {"stage", "generator_updates", "optimizers", "seconds", "records"}
 RECENT = 10  # iterations whose times tell how long one takes: some do more than others
 LOADING, DRAWING = "stopping when the model is loaded", "stopping when the first pictures are drawn"
-DTYPE = "hardware.dtype"
 REPORT_SECONDS = 300.0
 """Longest time between two writings of a live report, where an iteration takes less."""
 Row: TypeAlias = Mapping[str, Any]
 """A metric line, or nothing."""
-OTHER_HINT = "Resume from another checkpoint, or start another run with --name OTHER."
 
 
 @dataclass(frozen=True)
@@ -172,87 +165,6 @@ def kept(checkpoint: Path | None) -> str:
 def kept_by(start: Start) -> str:
     """What is left of a run that is stopped before it trains, half a sentence."""
     return kept(start.checkpoint.path) if start.checkpoint else "nothing is lost, as nothing was trained yet"
-
-
-def groups(frozen: tuple[str, ...]) -> set[str]:
-    """Names of a checkpoint's groups of tensors."""
-    return {"ema", *ROLES, *frozen, *(f"optimizer_{role}" for role in ROLES)}
-
-
-def restore(trainer: Trainer, checkpoint: Checkpoint, stage: str, frozen: tuple[str, ...] = ()) -> None:
-    """Put a checkpoint's weights, optimiser states and EMA into a trainer; DataError if one doesn't fit."""
-    if checkpoint.tensors.keys() != groups(frozen) or STATE_KEYS - {"records"} - checkpoint.state.keys():
-        raise DataError(f"{checkpoint.path} is no full checkpoint of rtdmd {stage}.", OTHER_HINT)
-    require_base(trainer, checkpoint)
-    for adapter in frozen:
-        trainer.roles.load(adapter, checkpoint.tensors[adapter])
-    trainer.ema = checked_average(trainer.roles, checkpoint.tensors["ema"])
-    for role in ROLES:
-        trainer.roles.load(role, checkpoint.tensors[role])
-        names = [name for name, _ in trainer.roles.named_parameters(role)]
-        group = checkpoint.tensors[f"optimizer_{role}"]
-        optim.load_optimizer(optimizer_of(trainer, role), names, group, checkpoint.state["optimizers"][role])
-    trainer.generator_updates = checkpoint.state["generator_updates"]
-
-
-def accepted(start: Start, dtype: torch.dtype) -> Start:
-    """`start`, with a change of the base's dtype noted, which `auto` may bring on another machine.
-
-    DataError where that is not allowed.
-    """
-    now = str(dtype).removeprefix("torch.")
-    before = start.checkpoint.meta.get("dtype", now) if start.checkpoint else now
-    if start.checkpoint is None or before == now or DTYPE in {key for key, _, _ in start.changes}:
-        return start
-    if DTYPE not in start.allowed:
-        raise DataError(
-            f"{start.checkpoint.path} was trained on the base model in {before}, now it is in {now}.",
-            f"Give --dtype as before, or accept it: --allow-change {DTYPE}",
-        )
-    return replace(start, changes=(*start.changes, (DTYPE, before, now)))
-
-
-def require_base(trainer: Trainer, checkpoint: Checkpoint) -> None:
-    """Raise DataError if a checkpoint was made on other weights of the base model."""
-    base, made_on = trainer.backbone.model_id, checkpoint.meta.get("base_hash")
-    if made_on != base.hash:
-        raise DataError(f"{checkpoint.path} was trained on another version of {base.path}.", OTHER_HINT)
-
-
-def checked_average(roles: RoleSet, ema: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A copy of an EMA on the model's device; DataError if a name, shape or format differs."""
-    own = dict(roles.named_parameters("generator"))
-    require_fit("generator", own, ema)
-    return {name: ema[name].to(parameter.device, copy=True) for name, parameter in own.items()}
-
-
-def rewind(
-    run: RunFolder,
-    resolved: Resolved,
-    checkpoint: Checkpoint | None,
-    total: int,
-    say: Callable[[str], None],
-) -> int:
-    """Make the run folder look as it did at a checkpoint (None: at the start); the iterations done.
-
-    Newer checkpoints are moved aside, which is said. The run is locked.
-
-    UsageError if another process has continued it since the checkpoint was chosen.
-    """
-    newest, _ = newest_valid(run.checkpoints)
-    if newest and (checkpoint is None or newest.resolve() != checkpoint.path.resolve()):
-        raise UsageError(f"{run.path} has been continued by another process.", "Look at it, then try again.")
-    done = checkpoint.step if checkpoint else 0
-    run.metrics.truncate_after(done if checkpoint else -1)
-    aside = set_aside_after(run.checkpoints, done)
-    if aside is not None:
-        told = f"newer checkpoints than the one of iteration {done} are kept in {aside}"
-        run.log(told)
-        say(told)
-    files.write_text(run.preset, dump_resolved(resolved.preset))
-    run.set_status("running", iteration=done)
-    run.log(f"start at iteration {done} of {total}")
-    return done
 
 
 def train(session: Session, quiet: bool) -> StopRequest:
@@ -489,51 +401,6 @@ def set_end(session: Session, state: State) -> None:
 
 
 @contextmanager
-def opened(
-    start: Start,
-    place: Path,
-    make: Callable[[], RunFolder],
-    resolved: Resolved,
-    total: int,
-    processes: Processes,
-    say: Callable[[str], None],
-) -> Iterator[tuple[RunFolder, Tracker, int]]:
-    """The run folder, locked and as it was at the start's checkpoint, its tracker, and the iterations done.
-
-    place: of a new run; make: makes it; say: prints a line for people.
-    Only the main process touches the disk; the others go on when it is ready.
-    """
-    run, done = start.run or RunFolder(place), start.checkpoint.step if start.checkpoint else 0
-    with ExitStack() as stack:
-        name = resolved.preset.hardware.tracker if processes.main else "none"
-        with processes.agreeing():
-            if processes.main:
-                run = start.run or make()
-                stack.enter_context(run.lock())
-        begun = start.run is None
-        try:
-            with processes.agreeing():
-                if processes.main:
-                    done, begun = rewind(run, resolved, start.checkpoint, total, say), True
-                    run.note_changes(start.changes, done)
-                settings = preset_values(resolved.preset)
-                tracker = stack.enter_context(open_tracker(name, run.path, settings))
-            yield run, tracker, done
-        except BaseException as error:  # raised again; `failing` has said it where the training had begun
-            if processes.main and begun and run.status()["state"] == "running":
-                end_start(run, error, done, total, new=start.run is None)
-            raise
-
-
-def end_start(run: RunFolder, error: BaseException, done: int, total: int, new: bool) -> None:
-    """After a start that failed: a new run leaves nothing behind, but for one that a signal ended, which can go on."""
-    if new and not isinstance(error, KeyboardInterrupt):
-        files.remove_folder(run.path)
-    else:
-        note_end(run, error, done, total)
-
-
-@contextmanager
 def failing(session: Session) -> Iterator[None]:
     """What is raised within becomes the status of the run; a signal's, that of its last checkpoint."""
     try:
@@ -552,17 +419,3 @@ def failing(session: Session) -> Iterator[None]:
 def saved_step(session: Session) -> int:
     """The step of the newest checkpoint, where a run goes on that was stopped at once; 0 without one."""
     return step_of(session.last) if session.last else 0
-
-
-def note_end(run: RunFolder, error: BaseException, iteration: int, total: int) -> State:
-    """Set and return the state of a run that `error` ends: interrupted by a signal, else failed.
-
-    One that has come to its end stays finished where only its pictures failed.
-    """
-    if isinstance(error, KeyboardInterrupt):
-        run.set_status("interrupted", iteration=iteration)
-        run.log(f"stopped at once; a resume goes on at iteration {iteration}")
-        return "interrupted"
-    state: State = "finished" if isinstance(error, PictureFailure) and iteration >= total else "failed"
-    run.set_status(state, iteration=iteration, reason=str(error))
-    return state

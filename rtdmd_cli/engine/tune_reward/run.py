@@ -28,19 +28,17 @@ from rtdmd_cli.engine.storage.run_folder import RunFolder, create_run
 from rtdmd_cli.engine.training import memory
 from rtdmd_cli.engine.training import previews as pictures
 from rtdmd_cli.engine.training.assembly import assemble, encode_prompts, model_line, training_sigmas
+from rtdmd_cli.engine.training.opening import opened
+from rtdmd_cli.engine.training.restoring import accepted, require_base, restore
 from rtdmd_cli.engine.training.session import (
     DRAWING,
     LOADING,
     Outcome,
     Session,
     Stage,
-    accepted,
     failing,
     finish,
     kept_by,
-    opened,
-    require_base,
-    restore,
     save_unsaved,
     train,
 )

@@ -25,7 +25,8 @@ from rtdmd_cli.engine.storage.checkpoint import Checkpoint, load_checkpoint, new
 from rtdmd_cli.engine.storage.run_folder import RunFolder
 from rtdmd_cli.engine.training import previews as pictures
 from rtdmd_cli.engine.training import trackers
-from rtdmd_cli.engine.training.session import Outcome, restore
+from rtdmd_cli.engine.training.restoring import restore
+from rtdmd_cli.engine.training.session import Outcome
 from rtdmd_cli.engine.training.start import Start
 from rtdmd_cli.engine.training.trainer import Trainer
 from rtdmd_cli.errors import DataError, EnvironmentFailure, PictureFailure, UsageError

@@ -7,7 +7,8 @@ import pytest
 from rtdmd_cli.engine.compute.signals import Stopped
 from rtdmd_cli.engine.storage.checkpoint import step_of
 from rtdmd_cli.engine.storage.run_folder import RunFolder
-from rtdmd_cli.engine.training.session import ending, in_words, kept, note_end
+from rtdmd_cli.engine.training.opening import note_end
+from rtdmd_cli.engine.training.session import ending, in_words, kept
 from rtdmd_cli.errors import PictureFailure
 
 

@@ -22,7 +22,8 @@ from rtdmd_cli.engine.sampling.sample import decode_all, generate
 from rtdmd_cli.engine.storage.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from rtdmd_cli.engine.storage.run_folder import RunFolder
 from rtdmd_cli.engine.training.assembly import encode_prompts
-from rtdmd_cli.engine.training.session import Outcome, restore
+from rtdmd_cli.engine.training.restoring import restore
+from rtdmd_cli.engine.training.session import Outcome
 from rtdmd_cli.engine.training.start import Start
 from rtdmd_cli.engine.tune_reward import checks as tune_checks
 from rtdmd_cli.engine.tune_reward import measure as tune_measure
