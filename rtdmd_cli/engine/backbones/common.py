@@ -17,7 +17,7 @@ from rtdmd_cli.errors import UsageError
 class PipelineBackbone:
     """The parts of `base.Backbone` that are alike for every pipeline of diffusers; a family's class adds the rest.
 
-    layout: what the pipeline's folder holds; loaded: the pipeline and its weights; dtype: that of the network.
+    layout: what the pipeline's folder holds; loaded: the pipeline and its weights; dtype: the network's.
     """
 
     embedded_guidance = False

@@ -75,7 +75,7 @@ def load_backbone(
 ) -> Backbone:
     """Load the model a preset names. EnvironmentFailure: can't be fetched; DataError: damaged or foreign.
 
-    hardware: of it, whether the base is quantised and how pictures are decoded; device and dtype are resolved ones.
+    hardware: tells whether the base is quantised and how pictures are decoded. device and dtype are resolved already.
     """
     return FAMILIES[config.family].module().load(config, device, dtype, hardware)
 

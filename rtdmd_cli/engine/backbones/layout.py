@@ -163,7 +163,7 @@ def folder_hash(layout: Layout, folder: Path, transformer: bool = True) -> str:
 
 
 def transformer_hash(folder: Path) -> str:
-    """The same for a folder of which the transformer alone is used."""
+    """The same for a folder whose transformer alone is used."""
     return _hash(folder, [], ["transformer"])
 
 

@@ -46,7 +46,7 @@ from rtdmd_cli.errors import DataError, RtdmdError
 class Opener:
     """How the networks of a pipeline are loaded, each when it is asked for: frozen, in eval mode, as `dtype`.
 
-    present: components that the folder holds. hardware: of it, in which format the base and the encoders are kept.
+    present: components that the folder holds. hardware: tells in which format the base and the encoders are kept.
     """
 
     layout: Layout
@@ -164,7 +164,7 @@ class Loaded:
 
     @cached_property
     def model_id(self) -> ModelId:
-        """One hash over everything that is loaded; a plain pipeline's is that of its folder."""
+        """One hash over everything that is loaded; a plain pipeline has its folder's hash."""
         parts, sources = [self._components], self.sources
         if sources.file is not None:
             parts.append(file_digest(sources.file))
@@ -240,7 +240,7 @@ def load_network(layout: Layout, folder: Path, name: str, dtype: torch.dtype) ->
 def load_file(layout: Layout, file: Path, folder: Path, dtype: torch.dtype) -> Any:
     """The transformer in a single file, with the keys of diffusers or of the original release.
 
-    Its shape is that of `folder/transformer/config.json`. DataError for a file that holds no such transformer.
+    Its shape is given by `folder/transformer/config.json`. DataError for a file that holds no such transformer.
     """
     network = layout.networks["transformer"]
     try:

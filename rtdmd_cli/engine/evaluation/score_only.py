@@ -41,7 +41,7 @@ class Found:
 def find_pictures(
     benchmark: Benchmark, root: Path, images: int | None, limit: int | None, file: str | None
 ) -> Found:
-    """What `root` holds; `images` of each prompt and `limit` prompts of it, or all.
+    """What `root` holds; `images` of each prompt and `limit` prompts, or all.
 
     Prompts are compared with the benchmark's where these are on this machine, or in `file`; the stamp says what they
     are. Errors as `scan_folder`, and DataError for an evaluation whose pictures are not all made yet.
@@ -77,7 +77,7 @@ def find_pictures(
 
 
 def _check(benchmark: Benchmark, prompts: EvalPrompts, file: str | None) -> tuple[str, ...]:
-    """The stamp of a foreign folder's prompts. DataError where they aren't those of the file that was named."""
+    """The stamp of a foreign folder's prompts. DataError where they aren't the prompts of the file that was named."""
     if benchmark.file and file is None:
         file = benchmark.file
     try:

@@ -56,7 +56,7 @@ class Judged:
 
 
 def open_judge(device: torch.device) -> ClipScorer | None:
-    """The independent CLIP of the package; None where it isn't part of it. Errors as `ClipScorer.load`."""
+    """The independent CLIP of the package; None where the package lacks it. Errors as `ClipScorer.load`."""
     folder = Path(str(files("rtdmd_cli"))) / "shapes/weights/clip-judge"
     return ClipScorer.load(folder, device) if folder.is_dir() else None
 

@@ -70,7 +70,7 @@ def euler_workflow(scene: Scene) -> Workflow:
 
 
 def cps_workflow(scene: Scene, eta: float) -> Workflow:
-    """A node a step, each with fresh noise, as in training. The first node's seed is that of the picture. As above."""
+    """A node a step, each with fresh noise, as in training. The first node's seed is the picture's. As above."""
     nodes, links = _common(scene)
     latent: Link = ["empty", 0]
     for step, (sigma, sigma_next) in enumerate(pairwise(scene.sigmas)):

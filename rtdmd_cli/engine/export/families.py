@@ -235,7 +235,7 @@ def licence_of(base: str) -> Licence:
 
 
 def row(table: Mapping[str, Any], base: str) -> Any:
-    """The row of a base model, or that of any other ("")."""
+    """The row of a base model, or the row for any other ("")."""
     return table.get(base.lower(), table[""])
 
 

@@ -48,7 +48,7 @@ def fold(stacks: Mapping[str, Sequence[Part]], rank: int | None = None) -> Folde
     """The sum of the parts of each layer as one adapter whose layers all have the same rank.
 
     The same rank everywhere, smaller layers filled up with zeros, because loaders without an alpha take the rank of
-    one layer for that of all. rank: at most that; None for no limit.
+    one layer for the rank of all. rank: at most that; None for no limit.
     """
     summed = {name: _concatenated(parts) for name, parts in stacks.items()}
     exact = max((a.shape[0] for a, _ in summed.values()), default=0) or 1

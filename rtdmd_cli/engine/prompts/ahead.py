@@ -1,6 +1,6 @@
 """Encoded prompts of a set that does not fit the cache: encoded in blocks, ahead of the iterations that need them.
 
-The text encoders stay for it. A window of prompts is on disk at a time: those of the coming iterations, in their order,
+The text encoders stay for it. A window of prompts is on disk at a time: the prompts of the coming iterations, in their order,
 as many as the cache's bound takes; when an iteration asks for one beyond it, the next window is encoded.
 """
 
@@ -39,7 +39,7 @@ class AheadEncoder:
         return self.encode(texts).to("cpu")
 
     def prepare(self, iteration: int, total: int, order: Order) -> None:
-        """Have the prompts of an iteration on disk; if one is missing, those of the following ones too.
+        """Have the prompts of an iteration on disk; if one is missing, also the prompts of the iterations that follow.
 
         EnvironmentFailure if the bound does not take the prompts of one iteration.
         """

@@ -165,7 +165,7 @@ class EmbeddingCache:
     ) -> Conditioning:
         """The rows of `prompts`, in their order, on the CPU, in the dtype in which they were encoded.
 
-        known: rows to look them up in, by default those of this run.
+        known: rows to look them up in, by default this run's.
         """
         rows = [(self._rows if known is None else known)[self._key(prompt)] for prompt in prompts]
         return Conditioning(

@@ -1,6 +1,6 @@
 """report.html: one self-contained page that says how a run goes, and how it went. Nothing is loaded from anywhere.
 
-The page of a run that lives has one small script, which reads the page anew; that of a run that is over has none.
+The page of a run that lives has one small script, which reads the page anew; a run that is over has none.
 
 The page takes plain data (`RunReport`); who reads the run folder decides what goes in. All text is escaped,
 pictures are data URIs, and the content security policy forbids everything else.
@@ -46,7 +46,7 @@ STATUS_WORDS: dict[Status, str] = {
 
 @dataclass(frozen=True)
 class Live:
-    """Of a run that goes on: when the page was written (UTC), the seconds left and those of an iteration, if known."""
+    """A run that goes on: when the page was written (UTC), the seconds left, and the seconds of an iteration, if known."""
 
     written: datetime
     seconds_left: float | None = None

@@ -43,7 +43,7 @@ def page(title: str, body: str, css: str = "", script: str = "") -> str:
     """A complete HTML document around `body`, which must be escaped already; `title` is escaped here. No home path, no token.
 
     css: what the body's own parts need beside the page's style. script: the one script that the page's policy lets run,
-    by its hash; no page has one but that of a run that goes on.
+    by its hash; only the page of a run that goes on has one.
     """
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"{POLICY}; script-src 'sha256-{digest}'" if script else POLICY

@@ -33,9 +33,9 @@ class Reward(Protocol):
 
 @dataclass(frozen=True)
 class Need:
-    """Weights a reward is made of: a repository of the hub, what of it, its size in bytes and its licence.
+    """Weights a reward is made of: a repository of the hub, its files that are used, their size in bytes, the licence.
 
-    `size` is that of the files named by `files` (patterns), as published; `source` "" stands for the package itself.
+    `size` is the published size of the files that `files` (patterns) name; `source` "" stands for the package itself.
     """
 
     source: str

@@ -72,7 +72,7 @@ def converted(file: Path, name: str, convert: Convert, entry: str = "") -> Path:
     convert: {published key: tensor} -> {our key: tensor}; it checks the keys and shapes (`check_tensors`) and runs
     once. entry: the key under which the pickle holds the tensors, "" where it holds nothing else.
 
-    DataError where `file` is missing (and nothing is known of it), damaged, holds anything but tensors, or code,
+    DataError where `file` is missing (and no conversion of it is known), damaged, holds anything but tensors, or code,
     or is refused by `convert`; EnvironmentFailure where it can't be read or the cache can't be written.
     """
     assert re.fullmatch(r"[a-z0-9.-]+", name), name

@@ -26,7 +26,7 @@ DETECTOR_FOLDER, CLIP_FOLDER = "detector", "clip"
 class GenEval:
     """1.0 where a picture meets its requirement, else 0.0; with `soft` the partial credit. See `base.Reward`.
 
-    metadata: the prompt's line of GenEval's file, of which `include`, `exclude` and `tag` are read.
+    metadata: the prompt's line of GenEval's file; `include`, `exclude` and `tag` are read.
     """
 
     objects: ObjectDetector
@@ -38,7 +38,7 @@ class GenEval:
     def load(cls, device: torch.device, path: str | None, soft: bool = False) -> GenEval:
         """path: a folder with two folders, `detector` (as facebook/mask2former-swin-small-coco-instance) and `clip`.
 
-        Or the hub id of another such detector; colours are then told by openai/clip-vit-large-patch14, as usual.
+        Or the hub id of another such detector; openai/clip-vit-large-patch14 then names the colours, as usual.
         Errors as `ObjectDetector.load` and `ClipScorer.load`.
         """
         where, clip = path or detector.MODEL, colours.CLIP

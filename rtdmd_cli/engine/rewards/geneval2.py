@@ -19,7 +19,7 @@ from rtdmd_cli.engine.judges.soft_tifa import geometric_mean, question, read_ato
 class GenEval2:
     """Soft-TIFA with the geometric mean, 0..1. See `base.Reward`.
 
-    metadata: the prompt's line of GenEval2's file; of it `vqa_list` is read, [[question, answer], ...].
+    metadata: the prompt's line of GenEval2's file; `vqa_list` is read: [[question, answer], ...].
     """
 
     judge: QwenVL

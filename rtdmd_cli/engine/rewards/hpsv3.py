@@ -186,7 +186,7 @@ def _build_head(width: int) -> nn.Sequential:
 
 
 def _shapes(config: Any, head: nn.Module) -> dict[str, tuple[int, ...]]:
-    """What HPSv3.safetensors has to hold, by its own names, which are those of transformers before version 4.52."""
+    """What HPSv3.safetensors has to hold, by its own names: those that transformers had before version 4.52."""
     with torch.device("meta"), quiet_loading():
         model = Qwen2VLModel(config)
     shapes = {

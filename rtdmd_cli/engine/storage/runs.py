@@ -25,7 +25,7 @@ KILLED, DAMAGED = "killed", "damaged"
 
 @dataclass(frozen=True)
 class RunSummary:
-    """One run. state: that of its status; "killed" where no process works on it any more; "damaged".
+    """One run. state: as its status says; "killed" where no process works on it any more; "damaged".
 
     stage, preset and target (iterations or epochs) are None where the folder does not tell. seconds of training.
     figures: the last value of every metric, rows: all lines of them. date: of the last change, UTC. problem: what is

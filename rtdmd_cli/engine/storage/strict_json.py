@@ -190,7 +190,7 @@ def read_list(stream: BinaryIO) -> Iterator[tuple[Any, int]]:
 
 
 class _Text:
-    """The text of a stream, of which a part is held, from `position` on still to be read."""
+    """The text of a stream: a part is held in memory, and is still to be read from `position` on."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self.stream = stream

@@ -402,7 +402,7 @@ def set_end(session: Session, state: State) -> None:
 
 @contextmanager
 def failing(session: Session) -> Iterator[None]:
-    """What is raised within becomes the status of the run; a signal's, that of its last checkpoint."""
+    """What is raised within becomes the status of the run; after a signal the status is that of the last checkpoint."""
     try:
         yield
     except BaseException as error:

@@ -1,4 +1,4 @@
-"""Where a training starts: anew, or from a checkpoint. A file of its own, because those of a run import for seconds."""
+"""Where a training starts: anew, or from a checkpoint. A file of its own, because the files of a run import for seconds."""
 
 from collections.abc import Set
 from dataclasses import dataclass

@@ -163,7 +163,7 @@ def rewards_table(before: Mapping[str, float], after: Mapping[str, float], held_
 
 
 def held_out_first(names: Iterable[str], held_out: Sequence[str]) -> list[str]:
-    """The names, those of held-out rewards first; a checkpoint's JSON keeps no order."""
+    """The names, held-out rewards first; a checkpoint's JSON keeps no order."""
     return sorted(names, key=lambda name: name not in held_out)
 
 

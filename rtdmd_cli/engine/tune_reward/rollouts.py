@@ -18,7 +18,7 @@ from rtdmd_cli.engine.rewards.scoring import Scores
 from rtdmd_cli.engine.training.trainer import Draws, Trainer, parts_of
 
 ROLLOUT = "tune/rollout"
-"""Name of the random stream; those of the turns are others."""
+"""Name of the random stream; the turns have streams of their own."""
 
 
 class Rewards(Protocol):

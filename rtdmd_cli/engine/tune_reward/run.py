@@ -145,7 +145,7 @@ def _load(
     say: Callable[[str], None],
     stop: StopRequest,
 ) -> _Loaded:
-    """Rewards, base and encoded prompts; the generator is that of stage 1."""
+    """Rewards, base and encoded prompts; the generator is stage 1's."""
     config = preset.tune_reward
     if preset.hardware.threads is not None:
         torch.set_num_threads(preset.hardware.threads)
@@ -202,7 +202,7 @@ def _begin(
 def begin_measurement(
     core: Trainer, preset: Preset, measured: PromptSet, first: int, end: int
 ) -> Measurement:
-    """What is measured: encoded prompts `first` and on are those of `measured`, then, up to `end`, those of the watch.
+    """What is measured. The encoded prompts from `first` on belong to `measured`, then, up to `end`, to the watch.
 
     The teacher's pictures of the latter are drawn here.
     """

@@ -1,6 +1,6 @@
 """Whether stage 2 exploits its rewards: a run's measurements against its start and its best one. Plain numbers.
 
-A gain is the mean over some rewards of (now - start) / std, std that of the reward over the start's pictures, so that
+A gain is the mean over some rewards of (now - start) / std, where std is the reward's over the start's pictures, so that
 rewards of unlike scales can be compared. The best measurement is that with the greatest gain of the held-out rewards.
 The diversity, of few pictures, is uncertain: it is below a limit where it is so by twice its standard error.
 """
