@@ -31,6 +31,7 @@ from rtdmd_cli.config.loader import Resolved, load_preset
 from rtdmd_cli.config.places import with_whole_paths
 
 if TYPE_CHECKING:
+    from rtdmd_cli.engine.training.session import Outcome
     from rtdmd_cli.engine.training.start import Start
 
 
@@ -90,16 +91,25 @@ def distill(
         console.say(text, quiet)
 
     outcome = run_distill(resolved, prompts, start, out, run_name, sys.argv, say, quiet)
-    result = {
+    if not silent:
+        console.show(result(outcome, resolved.preset.distill.iterations), json_output)
+    finish(outcome, quiet)
+
+
+def result(outcome: "Outcome", iterations: int) -> dict[str, object]:
+    """What is shown of a training; iterations: those that the preset asks for."""
+    return {
         "run": str(outcome.run),
         "iterations": outcome.iterations,
         "seconds": round(outcome.seconds, 1),
         "checkpoint": str(outcome.checkpoint),
         "report": str(outcome.run / "report.html"),
-        "finished": outcome.iterations >= resolved.preset.distill.iterations,
+        "finished": outcome.iterations >= iterations,
     }
-    if not silent:
-        console.show(result, json_output)
+
+
+def finish(outcome: "Outcome", quiet: bool) -> None:
+    """Say how the run goes on. Exit: a signal ended it."""
     if outcome.signal_exit_code:
         again = shlex.join(
             ["--preset", str(outcome.run / "preset.resolved.yaml"), "--resume", str(outcome.run)]

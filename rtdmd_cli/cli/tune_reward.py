@@ -107,12 +107,7 @@ def tune_reward(
     from rtdmd_cli.engine.prompts.reading import known_by
 
     config = resolved.preset.tune_reward
-    prompts = find_prompts(config.prompts, dry_run)
-    eval_prompts = find_prompts(config.eval_prompts, dry_run) if config.eval_prompts else prompts
-    if prompts:
-        check_rewards(resolved, prompts, "tune_reward.prompts")
-    if eval_prompts and eval_prompts is not prompts:
-        check_rewards(resolved, eval_prompts, "tune_reward.eval_prompts")
+    prompts, eval_prompts = prompts_of(resolved, dry_run)
     run_name = run.path.resolve().name + SUFFIX if name is None else name
     known = known_by(prompts, eval_prompts) if prompts and eval_prompts else None
     start = find_start(resume, out, name, run_name, resolved, known, quiet, TUNE_REWARD, allow_change or ())
@@ -140,6 +135,18 @@ def tune_reward(
     if not silent:
         console.show(result(outcome, resolved, json_output), json_output)
     finish(outcome, quiet)
+
+
+def prompts_of(resolved: Resolved, dry_run: bool) -> tuple["PromptSet | None", "PromptSet | None"]:
+    """The prompts of training and of measuring, checked against the rewards; None where a dry run has none at hand."""
+    config = resolved.preset.tune_reward
+    prompts = find_prompts(config.prompts, dry_run)
+    eval_prompts = find_prompts(config.eval_prompts, dry_run) if config.eval_prompts else prompts
+    if prompts:
+        check_rewards(resolved, prompts, "tune_reward.prompts")
+    if eval_prompts and eval_prompts is not prompts:
+        check_rewards(resolved, eval_prompts, "tune_reward.eval_prompts")
+    return prompts, eval_prompts
 
 
 def settings_of(

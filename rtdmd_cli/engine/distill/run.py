@@ -12,7 +12,7 @@ from rtdmd_cli.config.schema import DistillConfig, Preset
 from rtdmd_cli.engine.backbones.base import Backbone, Conditioning
 from rtdmd_cli.engine.backbones.families import load_backbone
 from rtdmd_cli.engine.compute.device import resolve_device, resolve_dtype
-from rtdmd_cli.engine.compute.processes import join, require_parts
+from rtdmd_cli.engine.compute.processes import Processes, join, require_parts
 from rtdmd_cli.engine.compute.signals import StopRequest, stop_on_signals
 from rtdmd_cli.engine.distill.recipe import chosen_prompts, iterate
 from rtdmd_cli.engine.distill.report import write_run_report
@@ -80,6 +80,22 @@ def run_distill(
         return _run(resolved, prompts, start, out, name, command, say, stop)
 
 
+def _load_model(preset: Preset, say: Callable[[str], None]) -> tuple[Processes, Backbone]:
+    """The processes of this training and its base model, after all that can be refused beforehand."""
+    hardware = preset.hardware
+    if hardware.threads is not None:
+        torch.set_num_threads(hardware.threads)
+    processes, device = join(resolve_device(hardware.device))
+    require_tracker(hardware.tracker)
+    require_parts(processes, "distill.batch", preset.distill.batch, equal=False)
+    dtype = resolve_dtype(hardware.dtype, device)
+    needed.require(needed.models(preset.model))
+    say(f"loading the model {preset.model.path}")
+    backbone = load_backbone(preset.model, device, dtype, hardware)
+    say(model_line(preset, backbone))
+    return processes, backbone
+
+
 def _run(
     resolved: Resolved,
     prompts: PromptSet,
@@ -91,16 +107,8 @@ def _run(
     stop: StopRequest,
 ) -> Outcome:
     hardware = resolved.preset.hardware
-    if hardware.threads is not None:
-        torch.set_num_threads(hardware.threads)
-    processes, device = join(resolve_device(hardware.device))
-    require_tracker(hardware.tracker)
-    require_parts(processes, "distill.batch", resolved.preset.distill.batch, equal=False)
-    dtype = resolve_dtype(hardware.dtype, device)
-    needed.require(needed.models(resolved.preset.model))
-    say(f"loading the model {resolved.preset.model.path}")
-    backbone = load_backbone(resolved.preset.model, device, dtype, hardware)
-    say(model_line(resolved.preset, backbone))
+    processes, backbone = _load_model(resolved.preset, say)
+    device = backbone.device
     stop.check()
     own, scored = resolved.preset.previews.prompts, scored_prompts(resolved.preset)
     with processes.first_here():
