@@ -19,7 +19,11 @@ SEED_KEYS = ("distill.seed", "tune_reward.seed")
 PUBLISHED_CONSISTENCY = 0.01
 DIVERSITY_IMAGES, DIVERSITY_PROMPTS = 4, 120
 _UNUSED = ("name", "description", "hardware.tracker", "hardware.threads", "hardware.gradient_checkpointing")
-_BEFORE = ("hardware.mixed_precision", "none")
+_BEFORE = (
+    ("hardware.mixed_precision", "none"),
+    ("distill.lora.dtype", "float32"),
+    ("tune_reward.lora.dtype", "float32"),
+)
 """What every cell was made with before there was a choice: not part of a key, so that those cells are still known."""
 STAGE_1_OWN = ("hardware.mixed_precision=none",)
 """Stage 1's cells (and the teacher's, which train nothing) are in float32, which came out alike on all processors that
@@ -262,7 +266,7 @@ def _settings(
         if key.startswith(_SECTIONS[row.kind])
         and key not in schedule
         and key not in _UNUSED
-        and (key, value) != _BEFORE
+        and (key, value) not in _BEFORE
     }
     limit, images = request.limit, preset.evaluate.images_per_prompt
     return {

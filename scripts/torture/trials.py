@@ -213,7 +213,8 @@ def contents(folder: Path) -> dict[str, str]:
         name = path.relative_to(folder).as_posix()
         if path.is_file() and not name.startswith("cache/") and name not in ("output.txt", "calls"):
             told = path.name in VOLATILE or (name.startswith("exports/") and path.suffix in UNROUNDED)
-            found[name] = "" if told else hashlib.sha256(_timeless(path)).hexdigest()
+            data = _timeless(path).replace(str(folder).encode(), b"HERE")  # presets hold whole paths
+            found[name] = "" if told else hashlib.sha256(data).hexdigest()
     leftovers = [path for path in (folder / "cache").rglob(".tmp-*") if path.is_dir()]
     return found | {path.relative_to(folder).as_posix(): "" for path in leftovers}
 

@@ -34,7 +34,7 @@ def complete(line: str, folder: Path) -> list[str]:
     ("line", "offered"),
     [
         ("rtdmd distill --preset sd3-4step-", ["sd3-4step-16gb", "sd3-4step-24gb", "sd3-4step-overnight"]),
-        ("rtdmd distill --set distill.lora.", ["distill.lora.alpha=", "distill.lora.rank=", "distill.lora.targets="]),
+        ("rtdmd distill --set distill.lora.", [f"distill.lora.{key}=" for key in ("alpha", "dtype", "rank", "targets")]),
         ("rtdmd sample --from fi", ["first", "first-tuned"]),
         ("rtdmd sample --from shapes-4step-l", ["shapes-4step-lora"]),
         ("rtdmd tune-reward --reward picks", ["pickscore"]),

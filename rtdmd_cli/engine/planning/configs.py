@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from importlib.resources import files
 from pathlib import Path
@@ -24,7 +23,7 @@ SCHEDULER = "scheduler"
 
 def published() -> dict[str, dict[str, dict[str, Any]]]:
     """Hub id -> component -> what of its config decides sizes; for the models of the shipped presets."""
-    models: dict[str, dict[str, dict[str, Any]]] = json.loads(
+    models: dict[str, dict[str, dict[str, Any]]] = strict_json.parse(
         (files(__package__) / TABLE).read_text(encoding="utf-8")
     )["models"]
     return models

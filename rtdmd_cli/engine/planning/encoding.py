@@ -16,6 +16,7 @@ from rtdmd_cli.engine.planning.account import Account, fused_attention
 from rtdmd_cli.engine.planning.depth import extrapolated
 from rtdmd_cli.engine.planning.skeleton import META, Configs, on_shapes, tensors_of
 from rtdmd_cli.engine.planning.stand_ins import quantise
+from rtdmd_cli.engine.storage import strict_json
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def encoder_cost(
     kind: Any, text: str, length: int, batch: int, int8: bool, dtype: torch.dtype
 ) -> dict[str, int]:
     """Of one encoder, whose config is `text`: as `Encoding`, but flops of a batch."""
-    config = json.loads(text)
+    config = strict_json.parse(text)
     key = "num_layers" if "num_layers" in config else "num_hidden_layers"
 
     def count(few: Mapping[str, int]) -> dict[str, int]:

@@ -157,7 +157,7 @@ def assemble(
         )
         for role, lr in ((FAKE, config.fake_lr), (GENERATOR, config.generator_lr))
     )
-    matmul, networks = preset.hardware.float32_matmul, (backbone.transformer, backbone.decoder)
+    matmul = preset.hardware.float32_matmul
     mixed = resolve_mixed_precision(preset.hardware, backbone.device, backbone.dtype)
     rounded = (
         mixed is not None or matmul != "highest"
@@ -177,5 +177,7 @@ def assemble(
         generator_optimizer=generator,
         ema=optim.ema_start(roles.named_parameters(GENERATOR)),
         matmul=matmul if mixed else useful_matmul(matmul, backbone.device),
-        mixed=MixedPrecision(networks, mixed) if rounded else MixedPrecision(),
+        mixed=MixedPrecision((backbone.transformer, backbone.decoder), mixed)
+        if rounded
+        else MixedPrecision(),
     )

@@ -382,7 +382,10 @@ def finish(session: Session, stop: StopRequest) -> Outcome:
             set_end(session, state)
         with stop.during("drawing the last pictures and writing the report", session.kept):
             figures: dict[str, Any] = {}
-            if session.clock.grid_of != session.iteration:
+            baseline = (
+                session.iteration == 0 and grid_path(session).exists()
+            )  # of a run that is stopped at once
+            if session.clock.grid_of != session.iteration and not baseline:
                 # Not in the metrics, so that a run that is extended goes on as if it had not ended here.
                 figures = {"iteration": session.iteration, **sample_grid(session)}
             session.stage.finish(session, state, figures)

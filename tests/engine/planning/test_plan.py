@@ -75,11 +75,12 @@ def test_a_few_blocks_tell_of_all() -> None:
 
 
 def test_figures() -> None:
-    plan = Plan(built_in(), (plan_stage(built_in(), "distill"),), rate=1e12)
+    plan = Plan(built_in(), (plan_stage(built_in(), "distill"),), rate=1e9)
     found = plan.figures()
     peaks = [row["peak_gib"] for row in found["phases"] if row["where"] == "card"]
     assert found["card_peak_gib"] == max(peaks) and found["decides"].startswith("distill: ")
-    assert found["hours"] > 0 and found["host_peak_gib"] > 1 and found["disk_gib"] > 0
+    assert found["hours"] > 0 and found["host_peak_gib"] > 1
+    assert sum(plan.stages[0].disk.values()) > 0
     for row in found["phases"]:
         if row["where"] == "card":
             assert sum(row["kinds_gib"].values()) == pytest.approx(row["peak_gib"], abs=0.05)

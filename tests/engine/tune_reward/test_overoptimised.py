@@ -216,7 +216,8 @@ def test_diversity_and_distance_are_those_of_the_pictures(done: dict[str, Done])
     chosen = evenly_chosen(read_prompt_set("builtin:shapes-benchmark"), PROMPTS).texts
     features = []
     for reference, count, many in (("runs/on", 2, None), ("shapes-4step", 1, TEACHER_STEPS)):
-        model = open_model(resolve(reference, Path("runs")), CPU, torch.float32)
+        last = "last" if reference == "runs/on" else None
+        model = open_model(resolve(reference, Path("runs"), last), CPU, torch.float32)
         plan = model.plan(many)
         cond, empty = encode(model.backbone, chosen, plan)
         keys = [(i, j) for i in range(PROMPTS) for j in range(count)]
