@@ -26,8 +26,6 @@ VOLATILE = (
     "manifest.json",
 )
 """Files with times, or hashes of them, of which only the name is compared."""
-UNROUNDED = (".safetensors", ".json", ".md")
-"""Of an export: a fold's last digits depend on where its matrices lie in memory, and its hashes on them."""
 MINE = {
     "exports/one.old/mine": "mine",
     "exports/old.old/mine": "mine",
@@ -212,9 +210,8 @@ def contents(folder: Path) -> dict[str, str]:
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_file() and not name.startswith("cache/") and name not in ("output.txt", "calls"):
-            told = path.name in VOLATILE or (name.startswith("exports/") and path.suffix in UNROUNDED)
             data = _timeless(path).replace(str(folder).encode(), b"HERE")  # presets hold whole paths
-            found[name] = "" if told else hashlib.sha256(data).hexdigest()
+            found[name] = "" if path.name in VOLATILE else hashlib.sha256(data).hexdigest()
     leftovers = [path for path in (folder / "cache").rglob(".tmp-*") if path.is_dir()]
     return found | {path.relative_to(folder).as_posix(): "" for path in leftovers}
 

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from safetensors import safe_open
 from torch import Tensor
@@ -19,6 +18,7 @@ from torch import Tensor
 from rtdmd_cli.engine.export.fold import Folded
 from rtdmd_cli.engine.export.schedule import stock_config
 from rtdmd_cli.engine.storage import files, strict_json
+from rtdmd_cli.engine.storage.tensor_files import write_tensors
 from rtdmd_cli.errors import DataError
 
 Change = Callable[[Tensor], Tensor]
@@ -142,7 +142,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     def write(temporary: Path) -> None:
-        safetensors.torch.save_file(tensors, temporary, metadata=metadata)
+        write_tensors(temporary, tensors, metadata)
 
     files.write_with(path, write)
 

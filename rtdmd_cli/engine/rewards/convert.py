@@ -24,12 +24,12 @@ from typing import Any, TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from rtdmd_cli.engine.storage import strict_json
 from rtdmd_cli.engine.storage.files import cache_folder, os_errors, remove_leftovers, write_json, write_with
 from rtdmd_cli.engine.storage.hub import hub_file
+from rtdmd_cli.engine.storage.tensor_files import write_tensors
 from rtdmd_cli.engine.storage.tensors import AGAIN
 from rtdmd_cli.errors import DataError, EnvironmentFailure
 
@@ -126,7 +126,7 @@ def _save(target: Path, tensors: dict[str, Tensor], sha256: str) -> None:
     remove_leftovers(target.parent)
 
     def write(temporary: Path) -> None:
-        save_file(own, temporary, metadata={"format": "pt", _SOURCE: sha256})
+        write_tensors(temporary, own, {"format": "pt", _SOURCE: sha256})
 
     try:
         write_with(target, write)

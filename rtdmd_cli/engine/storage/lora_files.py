@@ -22,6 +22,7 @@ import safetensors.torch
 from torch import Tensor, nn
 
 from rtdmd_cli.engine.storage import files, strict_json
+from rtdmd_cli.engine.storage.tensor_files import tensor_bytes
 from rtdmd_cli.errors import DataError
 
 A, B = ".lora_A.weight", ".lora_B.weight"  # after a layer's name, in checkpoints and files
@@ -46,7 +47,7 @@ def write_lora(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, s
     length = int.from_bytes(body[:8], "little")
     digest = hashlib.sha256(body[8 + length :]).hexdigest()
     metadata = dict(header) | {"modelspec.hash_sha256": f"0x{digest}", "format": "pt"}
-    files.write_bytes(path, safetensors.torch.save(dict(tensors), metadata=metadata))
+    files.write_bytes(path, tensor_bytes(tensors, metadata))
 
 
 def read_lora(path: Path, prefix: str, transformer: nn.Module) -> dict[str, Tensor]:
