@@ -25,6 +25,7 @@ from diffusers import (
 )
 from tokenizers import AddedToken
 from tokenizers.pre_tokenizers import ByteLevel
+from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from rtdmd_cli.config.schema import ModelConfig
@@ -47,6 +48,7 @@ CHAT = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n"
     "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )
+FP8 = torch.float8_e4m3fn
 QWEN_WIDTH = 16
 QWEN_LAYERS = 28  # the pipeline reads the hidden states 9, 18 and 27
 
@@ -226,3 +228,19 @@ def tiny_config(name: str, **changes: Any) -> ModelConfig:
 def load_tiny(name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Backbone:
     """A fresh backbone on a small model, on the CPU."""
     return load_backbone(tiny_config(name, **changes), torch.device("cpu"), dtype)
+
+
+def in_fp8(tensors: dict[str, Tensor], scale: str, rows: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Layers' weights in 8 bits with their scales beside them, and the weights that this means."""
+    stored, meant = {"scaled_fp8": torch.zeros(2, dtype=FP8)}, {}
+    for name, tensor in tensors.items():
+        layer, _, end = name.rpartition(".")
+        stored[name] = meant[name] = tensor
+        if end == "weight" and tensor.ndim == 2:
+            factor = tensor.abs().amax(1) / 448 if rows else tensor.abs().max().reshape(1) / 448
+            column = factor.reshape(-1, 1)
+            stored[name] = (tensor / column).to(FP8)
+            stored[f"{layer}.{scale}"] = factor.contiguous()
+            stored[f"{layer}.input_scale"] = torch.ones(1)
+            meant[name] = stored[name].float() * column
+    return stored, meant

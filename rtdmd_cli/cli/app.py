@@ -15,7 +15,7 @@ from typer.core import TyperCommand, TyperGroup
 from rtdmd_cli import __version__
 from rtdmd_cli.cli import failures
 from rtdmd_cli.cli.helping import first_sentence, polished
-from rtdmd_cli.cli.quiet import no_telemetry, quiet_libraries
+from rtdmd_cli.cli.quiet import no_telemetry, own_warnings, quiet_libraries
 from rtdmd_cli.cli.streams import open_streams
 from rtdmd_cli.engine.compute.signals import Stopped, StopRequest, stop_on_signals
 
@@ -204,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     quiet_libraries()
     stop = StopRequest()
     try:
-        with stop_on_signals() as stop:
+        with own_warnings(), stop_on_signals() as stop:
             code = _execute(sys.argv[1:] if argv is None else argv)
             print(end="", flush=True)  # a full disk or a reader that left shows here
             return code

@@ -14,6 +14,7 @@ from typing import Any
 
 from rtdmd_cli.cli import console
 from rtdmd_cli.config.loader import Resolved
+from rtdmd_cli.config.places import is_single_file, where_to_look
 from rtdmd_cli.config.schema import SHARED_BASE, ModelConfig
 from rtdmd_cli.errors import DataError, EnvironmentFailure, RtdmdError, UsageError
 
@@ -114,7 +115,7 @@ def require_folders(model: ModelConfig) -> None:
         named.append(("model.generator_init", model.generator_init))
     for key, text in named:
         _require_folder(key, text)
-    if model.path.endswith(".safetensors") and model.components is None:
+    if is_single_file(model.path) and model.components is None:
         raise UsageError(
             f"{model.path} holds a transformer, and nothing says where the rest of the model is.",
             "Name the model it was tuned from, as in --set model.components=FOLDER_OR_HUB_ID",
@@ -123,10 +124,10 @@ def require_folders(model: ModelConfig) -> None:
 
 def _require_folder(key: str, text: str) -> None:
     path = Path(text).expanduser()
-    hub = re.fullmatch(HUB_ID, text) is not None and not text.endswith(".safetensors")
+    hub = re.fullmatch(HUB_ID, text) is not None and not is_single_file(text)
     if not text or text.startswith("builtin:") or path.exists() or hub:
         if path.is_dir() and key == "model.path" and not (path / "model_index.json").is_file():
             raise DataError(f"{path} holds no model: model_index.json is missing.", f"Check {key}.")
         return
-    kind = "file" if text.endswith(".safetensors") else "folder"
-    raise DataError(f"There is no model {kind} {json.dumps(text)[1:-1]}.", f"Check {key}.")
+    kind = "file" if is_single_file(text) else "folder"
+    raise DataError(f"There is no model {kind} {json.dumps(text)[1:-1]}.", where_to_look(key, text))

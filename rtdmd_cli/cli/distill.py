@@ -67,10 +67,11 @@ def distill(
     if not dry_run:
         in_processes(processes)
     quiet, silent = quiet or is_follower(), is_follower()
+    console.quiet_libraries(quiet)
     from rtdmd_cli.engine.prompts.reading import known_by
 
     preset_prompts = resolved.preset.distill.prompts
-    prompts = find_prompts(preset_prompts, dry_run)
+    prompts = find_prompts(preset_prompts, dry_run, "distill.prompts")
     run_name = resolved.preset.name if name is None else name
     known = known_by(prompts) if prompts else None
     start = find_start(resume, out, name, run_name, resolved, known, quiet, DISTILL, allow_change or ())
@@ -79,7 +80,6 @@ def distill(
         shown = plan(resolved, count, out / run_name, start) | dry_run_figures(resolved, "distill", quiet)
         checking.report(shown, checking.findings(resolved, False, [preset_prompts]), json_output)
         return
-    console.quiet_libraries(quiet)
     refuse_too_large(resolved, "distill", this_card(resolved.preset.hardware.device))
     console.say("loading torch and the model libraries", quiet)
     from rtdmd_cli.engine.compute.importing import quick_imports

@@ -5,6 +5,8 @@ Errors and all other warnings stay.
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 TELEMETRY = {
     "DISABLE_TELEMETRY": "1",
@@ -21,6 +23,18 @@ NOISE = {
     "transformers.tokenization_utils_base": "Token indices sequence length is longer",  # diffusers says it truncates
 }
 """Logger name -> text of the message to drop."""
+OWN = logging.getLogger("rtdmd_cli")
+"""What the engine warns of: comments in a prompt file, prompts that are cut off. Python prints it on stderr."""
+
+
+@contextmanager
+def own_warnings() -> Iterator[None]:
+    """Around a command: afterwards our own warnings are printed again, whatever it silenced."""
+    level = OWN.level
+    try:
+        yield
+    finally:
+        OWN.setLevel(level)
 
 
 def no_telemetry() -> None:
@@ -35,7 +49,7 @@ def is_wanted(record: logging.LogRecord) -> bool:
 
 
 def quiet_libraries(warnings: bool = False) -> None:
-    """Call before the libraries are imported; warnings: silence those as well, as --quiet wants.
+    """Call before the libraries are imported; warnings: silence those as well, as --quiet wants, and our own.
 
     The user's own HF_HUB_DISABLE_PROGRESS_BARS=0 and *_VERBOSITY are kept.
     """
@@ -43,5 +57,6 @@ def quiet_libraries(warnings: bool = False) -> None:
     if warnings:
         for library in ("DIFFUSERS", "TRANSFORMERS"):
             os.environ.setdefault(f"{library}_VERBOSITY", "error")
+        OWN.setLevel(logging.ERROR)
     for name in NOISE:
         logging.getLogger(name).addFilter(is_wanted)

@@ -12,6 +12,7 @@ import typer
 
 from rtdmd_cli.cli import completing, console
 from rtdmd_cli.cli.starting import Out
+from rtdmd_cli.config.places import shown_from
 
 if TYPE_CHECKING:
     from rtdmd_cli.engine.storage.runs import RunSummary
@@ -71,7 +72,7 @@ def row(each: RunSummary) -> dict[str, Any]:
         "seconds": round(each.seconds, 1),
         "figures": dict(each.figures),
         "preset": each.preset.name if each.preset else None,
-        "model": each.preset.model.path if each.preset else None,
+        "model": shown_from(each.run.path, each.preset.model.path) if each.preset else None,
         "date": each.date.isoformat(timespec="seconds"),
     }
 

@@ -121,7 +121,7 @@ def sample(
     source, model = load_model(from_, guidance, device, dtype, quiet, checkpoint, texts, sides)
     preset = source.preset
     if preset.model.path.startswith("builtin:"):
-        _say_foreign(texts, quiet)
+        say_foreign(texts, quiet)
     across, down = width or preset.model.resolution, height or preset.model.resolution
     plan = model.plan(steps, guidance, (down, across))
     size = batch or default_batch(preset, across, down)
@@ -138,7 +138,7 @@ def sample(
     _print(written, folder, grid_path, job, as_json)
 
 
-def _say_foreign(texts: list[str], quiet: bool) -> None:
+def say_foreign(texts: list[str], quiet: bool) -> None:
     """That the built-in model knows plain shapes only, where a prompt is none of its captions."""
     from rtdmd_cli.shapes.grammar import parse
 

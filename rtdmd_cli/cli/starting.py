@@ -1,5 +1,6 @@
 """What `distill` and `tune-reward` share: their options, and where a training starts, anew or continued."""
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ import typer
 
 from rtdmd_cli.cli import completing, console
 from rtdmd_cli.config.loader import Resolved, load_preset
-from rtdmd_cli.config.places import located
+from rtdmd_cli.config.places import MOVABLE, is_gone, located, where_to_look
 from rtdmd_cli.errors import DataError, RtdmdError, UsageError
 
 if TYPE_CHECKING:
@@ -130,14 +131,16 @@ def in_processes(count: int | None) -> None:
     raise typer.Exit(launch(count, sys.argv[1:]))
 
 
-def find_prompts(source: str, dry_run: bool) -> "PromptSet | None":
-    """The prompts that a preset names; errors of `read_prompt_set`.
+def find_prompts(source: str, dry_run: bool, key: str) -> "PromptSet | None":
+    """The prompts that `key` of a preset names; errors of `read_prompt_set`, and DataError for a file that was moved.
 
     None in a dry run for what can't be read, which is among what the dry run says at its end.
     """
     from rtdmd_cli.engine.prompts.reading import read_prompt_set
 
     try:
+        if is_gone(source):
+            raise DataError(f"There is no prompt file {source}.", where_to_look(key, source))
         return read_prompt_set(source)
     except RtdmdError:
         if not dry_run:
@@ -182,7 +185,7 @@ def find_start(
     loaded = checkpoint.load_checkpoint(path) if path else None
     changes = require_same_training(run, loaded, resolved, prompts, stage, allow)
     for key, before, now in changes:
-        console.say(f"allowed: {key} was {before}, now {now}", quiet)
+        console.say(f"{'moved' if key in MOVABLE else 'allowed'}: {key} was {before}, now {now}", quiet)
     if name and (run is None or run.path.resolve() != (out / name).resolve()):
         if loaded is None:
             raise DataError(f"{resume} has no checkpoint yet.", "Start a run of its own: leave --resume out.")
@@ -276,7 +279,8 @@ def require_same_recipe(
 ) -> "tuple[Change, ...]":
     """Raise DataError, naming the keys, if a run's preset differs in what changes the computation.
 
-    allow: keys of PRECISION that may; those that do are returned, with their values before and now.
+    allow: keys of PRECISION that may; those that do are returned, with their values before and now. So are new places
+    of files and folders that were moved: what they hold is compared by its sha256 later.
     """
     from rtdmd_cli.config.loader import preset_values
 
@@ -295,6 +299,8 @@ def require_same_recipe(
             key == "hardware.dtype" and AUTO in (before[key], now[key])
         )  # `restoring.accepted` knows which it is
     ]
+    moved = [key for key in changed if key in MOVABLE and is_gone(before[key]) and os.path.exists(now[key])]
+    changed = [key for key in changed if key not in moved]
     differing = [key for key in changed if key in PRECISION and key not in allow]
     if changed and changed == differing:
         pairs = ", ".join(f"{key} was {before[key]}, now {now[key]}" for key in differing)
@@ -302,7 +308,9 @@ def require_same_recipe(
             f"{own.parent} would go on with other numbers: {pairs}.",
             f"Give it as before, or accept it: {' '.join(f'--allow-change {key}' for key in differing)}",
         )
-    allowed = tuple((key, before[key], now[key]) for key in changed if key in allow)
+    allowed = tuple(
+        (key, before[key], now[key]) for key in [*moved, *changed] if key in allow or key in moved
+    )
     changed = [key for key in changed if key not in allow]
     if changed:
         pairs = ", ".join(f"{key} was {before[key]}, now {now[key]}" for key in changed[:3])

@@ -29,7 +29,7 @@ from rtdmd_cli.cli.starting import (
     is_follower,
 )
 from rtdmd_cli.config.loader import Resolved, check_overrides, load_preset
-from rtdmd_cli.config.places import located, with_whole_paths
+from rtdmd_cli.config.places import MOVABLE, is_gone, located, with_whole_paths
 from rtdmd_cli.config.tune_reward import split_weights
 from rtdmd_cli.errors import DataError, UsageError
 
@@ -99,6 +99,7 @@ def tune_reward(
     if not dry_run:
         in_processes(processes)
     quiet, silent = quiet or is_follower(), is_follower()
+    console.quiet_libraries(quiet)
     settings = settings_of(reward, overrides or [], device, dtype)
     check_overrides(settings, preset or DEFAULT_PRESET)  # before a run is looked for
     run, checkpoint = stage_1_of(from_, out, quiet)
@@ -118,7 +119,6 @@ def tune_reward(
         sources = [config.prompts, *([config.eval_prompts] if config.eval_prompts else [])]
         checking.report(shown, checking.findings(resolved, True, sources), json_output)
         return
-    console.quiet_libraries(quiet)
     refuse_too_large(resolved, "tune-reward", this_card(resolved.preset.hardware.device))
     console.say("loading torch and the model libraries", quiet)
     from rtdmd_cli.engine.compute.importing import quick_imports
@@ -140,8 +140,10 @@ def tune_reward(
 def prompts_of(resolved: Resolved, dry_run: bool) -> tuple["PromptSet | None", "PromptSet | None"]:
     """The prompts of training and of measuring, checked against the rewards; None where a dry run has none at hand."""
     config = resolved.preset.tune_reward
-    prompts = find_prompts(config.prompts, dry_run)
-    eval_prompts = find_prompts(config.eval_prompts, dry_run) if config.eval_prompts else prompts
+    prompts = find_prompts(config.prompts, dry_run, "tune_reward.prompts")
+    eval_prompts = prompts
+    if config.eval_prompts:
+        eval_prompts = find_prompts(config.eval_prompts, dry_run, "tune_reward.eval_prompts")
     if prompts:
         check_rewards(resolved, prompts, "tune_reward.prompts")
     if eval_prompts and eval_prompts is not prompts:
@@ -217,7 +219,8 @@ def require_same_model(run: "RunFolder", resolved: Resolved) -> None:
         "sampler.raw_steps": (made_with.sampler.raw_steps, now.sampler.raw_steps),
     }
     for key, (before, after) in pairs.items():
-        if before != after:
+        moved = key in MOVABLE and is_gone(str(before))  # the weights are compared when they are loaded
+        if before != after and not moved:
             raise DataError(
                 f"{run.path} was distilled with another `{key}` than the preset has.",
                 "Leave --preset and that --set out: the run's own recipe is then used.",

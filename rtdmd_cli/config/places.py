@@ -13,6 +13,10 @@ PATHS = {
     "tune_reward": ("prompts", "eval_prompts"),
 }
 """Section -> its keys that may name a file or a folder."""
+MOVABLE = frozenset(f"{section}.{key}" for section, keys in PATHS.items() for key in keys)
+"""The same keys, with their sections. What they name is known by its contents, which a run compares when it goes on."""
+SINGLE_FILES = (".safetensors", ".sft")
+"""Endings, in small letters, of a `model.path` that is one file of weights."""
 
 
 def with_whole_paths(resolved: Resolved) -> Resolved:
@@ -45,3 +49,27 @@ def whole(path: str | None) -> str | None:
     if path is None or not Path(path).expanduser().exists():
         return path
     return os.path.abspath(Path(path).expanduser())
+
+
+def is_single_file(path: str) -> bool:
+    """Whether `model.path` names a file of weights."""
+    return path.lower().endswith(SINGLE_FILES)
+
+
+def is_gone(path: str | None) -> bool:
+    """Whether it is a path from the root at which nothing is any more, as after a move."""
+    return path is not None and os.path.isabs(path) and not os.path.exists(path)
+
+
+def where_to_look(key: str, path: str) -> str:
+    """The hint for a file or folder that is not there. key: of the preset."""
+    moved = f" If it was moved, set its new place: --set {key}=PATH" if os.path.isabs(path) else ""
+    return f"Check {key}.{moved}"
+
+
+def shown_from(folder: Path, path: str) -> str:
+    """A path as it is told to people: from `folder` on where it lies inside, else as it is."""
+    inside, outer = os.path.abspath(path), os.path.abspath(folder)
+    return (
+        os.path.relpath(inside, outer) if os.path.isabs(path) and inside.startswith(outer + os.sep) else path
+    )

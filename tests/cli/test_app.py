@@ -23,6 +23,7 @@ from rtdmd_cli import __version__, errors
 from rtdmd_cli.cli import app, console, failures, quiet
 from rtdmd_cli.engine.compute.signals import Stopped
 from tests.commands import LIMIT
+from tests.tiny_runs import write_preset
 
 HEAVY = {"accelerate", "bitsandbytes", "diffusers", "numpy", "peft", "torch", "transformers"}
 MODULE = [sys.executable, "-m", "rtdmd_cli"]
@@ -393,24 +394,32 @@ def test_nearest() -> None:
     assert failures.nearest("iteration", ["batch", "iterations", "seed"]) == "iterations"
 
 
-def test_quiet_silences_the_libraries_remarks_on_a_prompt_that_is_cut(tmp_path: Path) -> None:
+def test_quiet_silences_remarks_on_prompts(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Comments and options in a file, prompts that are cut off: our own and the libraries'."""
     long = "a photo of a red circle and " * 12 + "a ring"  # longer than the encoders read
-    command = [
-        *MODULE,
-        "sample",
-        long,
-        "--from",
-        "shapes-4step",
-        "--steps",
-        "1",
-        "--out",
-        str(tmp_path / "x"),
-    ]
-    spoken = run(*command, RTDMD_CACHE=str(tmp_path / "first"))  # a prompt in the cache is not encoded again
-    silent = run(*command, "--quiet", RTDMD_CACHE=str(tmp_path / "second"))
-    assert spoken.returncode == silent.returncode == 0
-    assert "their ends are cut off" in spoken.stderr and silent.stderr == ""
-    assert "truncated" not in spoken.stderr and "knows plain shapes only" in spoken.stderr
+    file, preset = tmp_path / "prompts.txt", str(write_preset(tmp_path / "tiny.yaml"))
+    file.write_text(f"# shapes\n{long}\na ring --w 512\n", encoding="utf-8")
+    draw = ["sample", f"--prompts={file}", f"--from={preset}", "--steps=1", f"--out={tmp_path / 'x'}"]
+    plan = ["distill", f"--preset={preset}", f"--set=distill.prompts={file}", "--dry-run"]
+    for number, command in enumerate((draw, plan)):
+        told = []
+        for given in ([], ["--quiet"]):
+            monkeypatch.setenv(
+                "RTDMD_CACHE", str(tmp_path / f"{number}{len(given)}")
+            )  # nothing encoded before
+            caplog.clear()
+            assert app.main([*command, *given]) == 0
+            told.append((capfd.readouterr().err, caplog.text))
+        (spoken, logged), silent = told
+        assert "begin with #" in logged and "looks like options" in logged and "truncated" not in spoken
+        assert ("their ends are cut off" in logged) is (command is draw)
+        assert silent == ("", "")
+    assert quiet.OWN.isEnabledFor(logging.WARNING)  # for the next command in this process
 
 
 def test_no_summary_ends_in_an_ellipsis_and_no_value_is_a_type(capsys: pytest.CaptureFixture[str]) -> None:

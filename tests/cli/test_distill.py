@@ -19,8 +19,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rtdmd_cli.cli.starting import DISTILL, find_start
-from rtdmd_cli.config.loader import Resolved, load_preset
+from rtdmd_cli.cli.checking import require_folders
+from rtdmd_cli.cli.starting import DISTILL, find_prompts, find_start
+from rtdmd_cli.config.loader import Resolved, dump_resolved, load_preset
+from rtdmd_cli.engine.sampling.model_source import resolve
 from rtdmd_cli.engine.storage.checkpoint import load_checkpoint, save_checkpoint
 from rtdmd_cli.engine.storage.run_folder import RunFolder
 from rtdmd_cli.engine.training.restoring import accepted
@@ -372,6 +374,34 @@ def test_another_dtype_that_auto_brings_is_refused_unless_allowed(run: RunFolder
     assert "--allow-change hardware.dtype" in caught.value.hint
     allowed = accepted(Start(run, made, frozenset(["hardware.dtype"])), torch.float32)
     assert allowed.changes == (("hardware.dtype", "bfloat16", "float32"),)
+
+
+def test_a_run_whose_files_were_moved_says_what_it_looks_for(
+    run: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every command; and the run goes on with the new place, where the contents are compared as ever."""
+    base, prompts = Path(shutil.copytree(sd3_folder(), tmp_path / "base")), tmp_path / "train.txt"
+    prompts.write_text("a red ring\n")
+    settings = [f"model.path={base}", f"distill.prompts={prompts}"]
+    run.preset.write_text(dump_resolved(load_preset(str(run.preset), settings, {}).preset))
+    moved = base.rename(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match=f"made with model.path {base}, where nothing is") as caught:
+        resolve(str(run.path), run.path.parent)
+    assert f"new place into {run.preset}" in caught.value.hint
+    with pytest.raises(DataError, match=f"no model folder {base}") as caught:
+        require_folders(resolved(run).preset.model)
+    assert "--set model.path=PATH" in caught.value.hint
+    prompts.unlink()
+    with pytest.raises(DataError, match=f"no prompt file {prompts}") as caught:
+        find_prompts(str(prompts), False, "distill.prompts")
+    assert "--set distill.prompts=PATH" in caught.value.hint
+    now = load_preset(str(run.preset), [f"model.path={moved}"], {})
+    begun = find_start("auto", run.path.parent, None, "mine", now, "", False, DISTILL)
+    assert begun.changes == (("model.path", str(base), str(moved)),)
+    assert f"moved: model.path was {base}, now {moved}" in capsys.readouterr().err
+    base.mkdir()
+    with pytest.raises(DataError, match="other settings: model.path was"):
+        find_start("auto", run.path.parent, None, "mine", now, "", False, DISTILL)
 
 
 def test_a_damaged_preset_in_the_run(run: RunFolder) -> None:

@@ -27,8 +27,9 @@ from rtdmd_cli.engine.storage.checkpoint import load_checkpoint
 from rtdmd_cli.engine.storage.lora_files import read_header
 from rtdmd_cli.engine.storage.run_folder import RunFolder
 from tests.tiny_exports import FRESH_RANK, RANK, make_run, write_preset
-from tests.tiny_flux import build_flux2_pipeline, save, tiny_folder
+from tests.tiny_flux import build_flux2_pipeline, in_fp8, save, tiny_folder
 
+TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
 ROUNDING = 1e-5  # mean difference of a pixel, 0..1, in float32
 USER, TOKEN = "zebulon", "hf_abcdefghij0123456789"
 
@@ -390,18 +391,51 @@ def test_a_base_model_in_a_single_file(world: World) -> None:
         folder / "transformer/diffusion_pytorch_model.safetensors", world.folder / "tuned-by-me.safetensors"
     )
     world.make("single", base="tuned-by-me.safetensors", model=f", components: {folder}")
-    refused = world.run("export", "single", "--format", "merged")
-    assert refused.code == 2 and "single file" in refused.err
-    result = world.run("export", "single", "--json")
+    result = world.run("export", "single", "--format", "all", "--json")
     assert result.code == 0, result.err
-    assert result.json["round_trip"]["diffusers"]["mean_difference"] < ROUNDING
-    assert run_blocks(world, "exports/single") == ["diffusers, LoRA"]
+    trips = result.json["round_trip"]
+    assert len(trips) == 3 and all(trip["mean_difference"] < ROUNDING for trip in trips.values())
+    assert run_blocks(world, "exports/single") == ["diffusers, LoRA", "diffusers, whole pipeline"]
     code = blocks(world.folder / "exports/single")["diffusers, LoRA"]
     assert (
         "tuned-by-me.safetensors" in code
         and "from_single_file(" in code
         and "transformer=transformer" in code
     )
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux1"])
+def test_a_scaled_fp8_base_from_its_file_to_a_pipeline(world: World, family: str) -> None:
+    """Trained, exported, proved: the merged weights are those in 8 bits times their scales, plus the adapter."""
+    folder = tiny_folder(family)
+    stored, meant = in_fp8(load_file(folder / TRANSFORMER), "scale_weight", rows=False)
+    save_file(stored, world.folder / f"{family}-fp8.safetensors")
+    with contextlib.chdir(world.folder):
+        preset = write_preset(
+            Path("fp8.yaml"), family, f"{family}-fp8.safetensors", f", components: {folder}"
+        )
+        preset.write_text(preset.read_text().replace("secret/train.txt", "two.txt"))
+        Path("two.txt").write_text("a red ring\na blue cross\n")
+    settings = [f"--set=distill.{each}" for each in ("iterations=2", "batch=2", "fake_per_generator=1")]
+    settings += [f"--set=distill.{role}_lr=0.01" for role in ("fake", "generator")]
+    settings += ["--set=distill.sample_every=0", f"--name={family}-fp8"]
+    trained = world.run("distill", "--preset", "fp8.yaml", *settings)
+    assert trained.code == 0, trained.err
+    result = world.run("export", f"{family}-fp8", "--format", "all", "--json")
+    assert result.code == 0, result.err
+    trips = result.json["round_trip"]
+    assert len(trips) == 3 and all(trip["mean_difference"] < ROUNDING for trip in trips.values())
+    assert len(run_blocks(world, f"exports/{family}-fp8")) == 2
+    run = RunFolder(world.folder / f"runs/{family}-fp8")
+    stacks = adapter_stacks(
+        load_preset(str(run.preset), environ={}).preset, load_checkpoint(run.checkpoints / "step-000002")
+    )
+    merged = load_file(world.folder / f"exports/{family}-fp8" / TRANSFORMER)
+    assert merged.keys() == meant.keys()
+    changed = {f"{layer}.weight": part.scale * part.b @ part.a for layer, (part,) in stacks.items()}
+    assert max(float(change.abs().max()) for change in changed.values()) > 1e-4
+    for name, tensor in meant.items():
+        torch.testing.assert_close(merged[name], tensor + changed.get(name, 0), rtol=0, atol=1e-6)
 
 
 def test_a_generator_trained_in_full_is_a_pipeline(world: World) -> None:

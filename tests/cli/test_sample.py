@@ -14,7 +14,7 @@ import typer
 from PIL import Image
 from typer.testing import CliRunner
 
-from rtdmd_cli.cli.sample import sample
+from rtdmd_cli.cli.sample import sample, say_foreign
 from rtdmd_cli.errors import DataError, EnvironmentFailure, RtdmdError, UsageError
 from tests.tiny_runs import make_run, write_preset
 
@@ -145,6 +145,18 @@ def test_mistakes_are_refused_before_a_model_is_loaded(monkeypatch: pytest.Monke
     ):
         assert run("a ring", *option).exit_code == 2, option
     assert not Path("samples").exists()
+
+
+def test_the_built_in_model_says_that_it_knows_shapes_only(capsys: pytest.CaptureFixture[str]) -> None:
+    say_foreign(["a photo of two red circles", "a photo of a blue ring left of a white cross"], quiet=False)
+    assert capsys.readouterr().err == ""
+    say_foreign(["a photo of two red circles", "a cat", "a dog"], quiet=False)
+    told = capsys.readouterr().err
+    assert (
+        "knows plain shapes only" in told and '"a cat" is none of its captions' in told and "dog" not in told
+    )
+    say_foreign(["a cat"], quiet=True)
+    assert capsys.readouterr().err == ""
 
 
 def test_a_size_the_model_cannot_make() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from rtdmd_cli.config.loader import load_preset
-from rtdmd_cli.config.places import located, with_whole_paths
+from rtdmd_cli.config.places import located, shown_from, with_whole_paths
 
 SETTINGS = ["model.path=base", "distill.prompts=train.txt", "tune_reward.reward_paths=[pickscore=scorer]"]
 
@@ -34,3 +34,10 @@ def test_names_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("sd3-4step", "shapes-4step", "flux2-klein-4b-4step"):
         resolved = load_preset(name, ["tune_reward.eval_prompts=none/such.txt"], environ={})
         assert with_whole_paths(resolved) == resolved
+
+
+def test_what_lies_inside_a_run_is_shown_from_there(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "mine"
+    assert shown_from(run, str(run / "base" / "sd3")) == "base/sd3"
+    for elsewhere in (str(tmp_path / "runs" / "mine-2"), str(run), "builtin:shapes", "owner/model"):
+        assert shown_from(run, elsewhere) == elsewhere

@@ -6,7 +6,9 @@ A family says with a `Layout` what its pipeline's folder holds; nothing here kno
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from torch import nn
+from torch import Tensor, nn
 
 from rtdmd_cli.config.schema import HardwareConfig, ModelConfig
 from rtdmd_cli.engine.backbones.base import ModelId
@@ -243,9 +245,24 @@ def load_file(layout: Layout, file: Path, folder: Path, dtype: torch.dtype) -> A
     Its shape is given by `folder/transformer/config.json`. DataError for a file that holds no such transformer.
     """
     network = layout.networks["transformer"]
-    try:
-        tensors = read_transformer(file, network, network.load_config(folder, subfolder="transformer"), dtype)
+    with readable_file(file, folder):
+        tensors = file_tensors(layout, file, folder, dtype)
         return network.from_single_file(tensors, config=str(folder), subfolder="transformer", dtype=dtype)
+
+
+def file_tensors(layout: Layout, file: Path, folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The weights in a single file by diffusers' names, 8-bit ones as `dtype` with their scales; errors as `load_file`."""
+    network = layout.networks["transformer"]
+    with readable_file(file, folder):
+        config = network.load_config(folder, subfolder="transformer")
+        return read_transformer(file, network, config, dtype)
+
+
+@contextmanager
+def readable_file(file: Path, folder: Path) -> Iterator[None]:
+    """DataError for what the libraries raise over a file that is no transformer of the folder's model."""
+    try:
+        yield
     except DAMAGED as error:
         raise DataError(
             f"{file} holds no transformer like that of {folder}: {first_line(error)}",

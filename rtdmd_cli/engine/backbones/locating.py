@@ -19,9 +19,10 @@ from huggingface_hub.errors import (
     RevisionResolutionError,
 )
 
+from rtdmd_cli.config.places import is_single_file, where_to_look
 from rtdmd_cli.config.schema import SHARED_BASE, ModelConfig
 from rtdmd_cli.engine.backbones.layout import SINGLE_FILE, Layout, Sources, first_line
-from rtdmd_cli.engine.backbones.single_file import DAMAGED, is_single_file, refuse_lora, refuse_other_kinds
+from rtdmd_cli.engine.backbones.single_file import DAMAGED, refuse_lora, refuse_other_kinds
 from rtdmd_cli.errors import DataError, EnvironmentFailure, UsageError
 
 BUILTIN = {"builtin:shapes": "shapes/weights/sd3"}  # folder inside the package
@@ -45,7 +46,7 @@ def locate(layout: Layout, config: ModelConfig) -> Sources:
         except DAMAGED as error:
             raise DataError(f"{file} can't be read: {first_line(error)}", "Fetch the file again.") from error
     else:
-        raise DataError(f"There is no model file {config.path}.", "Check model.path.")
+        raise DataError(f"There is no model file {config.path}.", where_to_look("model.path", config.path))
     if config.components is None:
         raise UsageError(
             f"{config.path} holds a transformer, and nothing says where the rest of the model is.",
@@ -95,8 +96,7 @@ def _folder_or_download(path: str, revision: str | None, key: str, download: Cal
     if folder.is_dir():
         return folder
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", path):
-        moved = " If it was moved, set the new place." if Path(path).is_absolute() else ""
-        raise DataError(f"There is no model folder {path}.", f"Check {key}.{moved}")
+        raise DataError(f"There is no model folder {path}.", where_to_look(key, path))
     try:
         return Path(download())
     except (OSError, HTTPError, RevisionResolutionError, HFValidationError) as error:

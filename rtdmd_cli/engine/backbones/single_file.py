@@ -20,8 +20,6 @@ from torch import Tensor
 from rtdmd_cli.engine.storage import strict_json
 from rtdmd_cli.errors import DataError
 
-ENDINGS = (".safetensors", ".sft")
-"""Of files that are read, in small letters."""
 UNREAD = {
     ".gguf": "a GGUF file, in which weights are quantised for llama.cpp and ComfyUI-GGUF",
     ".ckpt": "a pickle, which may run any code when it is opened",
@@ -50,11 +48,6 @@ EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)
 TAKE = "The file must be a fine-tune of the model in model.components, in fp32, fp16, bf16, or fp8 with plain scales."
 
 
-def is_single_file(path: str) -> bool:
-    """Whether `model.path` names a file of weights."""
-    return path.lower().endswith(ENDINGS)
-
-
 def refuse_other_kinds(path: str, key: str) -> None:
     """DataError for a path that is known to be something else: another kind of file, or the root of a hub's cache."""
     kind = UNREAD.get(Path(path).suffix.lower())
@@ -70,6 +63,12 @@ def refuse_other_kinds(path: str, key: str) -> None:
             f"{path} is the root of a cache of the hub; the model lies below it.",
             f"Set {key} to {found[-1]}." if found else "Fetch the model first.",
         )
+
+
+def has_scales(file: Path) -> bool:
+    """Whether 8-bit weights of the file are to be multiplied by scales; reads the header alone. Errors as `safe_open`."""
+    with safe_open(file, framework="pt") as stored:
+        return any(key.endswith(SCALES) for key in stored.keys())  # noqa: SIM118 - no mapping
 
 
 def refuse_lora(file: Path) -> None:

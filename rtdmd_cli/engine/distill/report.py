@@ -44,7 +44,7 @@ def write_run_report(
         target_iterations=preset.distill.iterations,
         seconds=seconds,
         verdict=verdict(metrics, preset.previews.score_images),
-        facts=_facts(preset),
+        facts=_facts(preset, run),
         metrics=metrics,
         curves=CURVES,
         grids=grids(run, "generator above, teacher below", "Iteration"),
@@ -125,10 +125,10 @@ def _fake_score(lag: float, teacher: float) -> str:
     )
 
 
-def _facts(preset: Preset) -> list[tuple[str, str]]:
+def _facts(preset: Preset, run: RunFolder) -> list[tuple[str, str]]:
     config = preset.distill
     return [
-        *sampler_facts(preset),
+        *sampler_facts(preset, run),
         ("Batch", f"{config.batch} images, {config.boundaries} boundary per rollout"),
         ("Updates", f"one generator step for {config.fake_per_generator} fake-score steps"),
         ("Learning rates", f"generator {config.generator_lr:g}, fake score {config.fake_lr:g}"),

@@ -33,14 +33,15 @@ class Stock:
     """A stock pipeline: its class and its folder or repository.
 
     transformer: of another place than the pipeline's, a folder whose `transformer/` it is, or a single file; network: its
-    class. lora: where the LoRA lies, and the file's name.
+    class. kind: "scaled" is a file whose 8-bit weights have scales beside them, which diffusers would drop. lora: where the
+    LoRA lies, and the file's name.
     """
 
     pipeline: str
     base: Place
     network: str = ""
     transformer: Place | None = None
-    kind: Literal["folder", "file"] = "folder"
+    kind: Literal["folder", "file", "scaled"] = "folder"
     lora: tuple[Place, str] | None = None
 
 
@@ -65,7 +66,8 @@ def load_lines(stock: Stock, dtype: str = "torch.bfloat16") -> list[str]:
         ["from importlib.resources import files"] if any("files(" in each for each in expressions) else []
     )
     classes = [stock.pipeline, *([stock.network] if stock.transformer else [])]
-    lines += [*([""] if lines else []), "import torch", f"from diffusers import {', '.join(classes)}", ""]
+    lines += [*([""] if lines else []), "import torch", f"from diffusers import {', '.join(classes)}"]
+    lines += [*(["from safetensors.torch import load_file"] if stock.kind == "scaled" else []), ""]
     lines.append(f"base = {stock.base.expression}{_beside(stock.base)}")
     given = ""
     if stock.transformer is not None:
@@ -83,11 +85,24 @@ def load_lines(stock: Stock, dtype: str = "torch.bfloat16") -> list[str]:
 
 def _transformer(stock: Stock, dtype: str) -> list[str]:
     rest = f'subfolder="transformer", dtype={dtype}'
-    if stock.kind == "file":
+    if stock.kind != "folder":
         start, rest = f"{stock.network}.from_single_file(", f"config=base, {rest}"
     else:
         start, rest = f"{stock.network}.from_pretrained(", f"{rest}, use_safetensors=True"
+    if stock.kind == "scaled":
+        return [*SCALED, f"transformer = {start}", f"    tensors, {rest}", ")"]
     return [f"transformer = {start}", f"    path, {rest}", ")"]
+
+
+SCALED = (
+    "tensors = load_file(path)",
+    'for key in [key for key in tensors if key.endswith((".scale_weight", ".weight_scale"))]:',
+    '    weight, scale = key.rpartition(".")[0] + ".weight", tensors.pop(key).float()',
+    "    tensors[weight] = tensors[weight].float() * (scale if scale.numel() == 1 else scale.reshape(-1, 1))",
+    'unused = ("scaled_fp8", ".scale_input", ".input_scale", ".comfy_quant")',
+    "tensors = {key: tensor for key, tensor in tensors.items() if not key.endswith(unused)}",
+)
+"""Lines of Python that multiply 8-bit weights by their scales: one number, or one a row."""
 
 
 def call_lines(call: Mapping[str, str], prompt: str = PROMPT, seed: int = 0) -> list[str]:

@@ -7,7 +7,7 @@ back and written, so that the memory of one shard is enough. Everything but the 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ Changes = Mapping[str, Change]
 INDEX = "model_index.json"
 SCHEDULER = "scheduler/scheduler_config.json"
 TRANSFORMER = "transformer"
+CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}  # by falling rounding error
 PICKLES = (".bin", ".ckpt", ".msgpack", ".pt", ".pth")  # neither written nor passed on
@@ -35,7 +36,7 @@ PICKLES = (".bin", ".ckpt", ".msgpack", ".pt", ".pth")  # neither written nor pa
 def write_merged(
     out: Path,
     base: Path,
-    transformer: Path,
+    transformer: Path | Mapping[str, Tensor],
     changes: Changes,
     sigmas: Sequence[float],
     exact_already: bool,
@@ -43,15 +44,20 @@ def write_merged(
 ) -> bool:
     """Write the pipeline; whether its stock schedule of T = len(sigmas) - 1 steps is `sigmas`.
 
-    base: the base model's folder; transformer: the folder with the weights that `changes` are for. exact_already: the
-    base model's schedule is right as it is. index: changes of model_index.json.
+    base: the base model's folder; transformer: the folder with the weights that `changes` are for, or these weights where
+    they come from a single file, with the configuration in `base`. exact_already: the base model's schedule is right as it
+    is. index: changes of model_index.json.
     """
     parts = components(base)
     for name in parts:
         if name != TRANSFORMER:
             for source in _copied(base / name):
                 _copy(source, out / source.relative_to(base))
-    write_transformer(out / TRANSFORMER, transformer, changes)
+    if isinstance(transformer, Path):
+        write_transformer(out / TRANSFORMER, transformer, changes)
+    else:
+        _copy(base / TRANSFORMER / CONFIG, out / TRANSFORMER / CONFIG)
+        write_weights(out / TRANSFORMER / WEIGHTS, transformer, changes)
     described: dict[str, Any] = strict_json.read(base / INDEX)
     described.pop("_name_or_path", None)
     files.write_json(out / INDEX, described | dict(index))
@@ -93,17 +99,34 @@ def write_transformer(out: Path, base: Path, changes: Changes) -> None:
 
     DataError where one of these isn't among the weights.
     """
-    left = dict(changes)
+    left = set(changes)
     for source in sorted(base.glob("*.json")):
         _copy(source, out / source.name)
     for source in weight_files(base):
         tensors, metadata = _read(source)
-        for name in sorted(left.keys() & tensors.keys()):
-            tensors[name] = _changed(tensors[name], left.pop(name))
-        _save(out / source.name, tensors, metadata)
+        left -= tensors.keys()
+        _save(out / source.name, _with(tensors, changes), metadata)
+    _require_all_used(left, base)
+
+
+def write_weights(path: Path, tensors: Mapping[str, Tensor], changes: Changes) -> None:
+    """Write a transformer's weights as one file, with `changes` as in `write_transformer`."""
+    _require_all_used(changes.keys() - tensors.keys(), path)
+    kept = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    _save(path, _with(kept, changes), {"format": "pt"})
+
+
+def _with(tensors: dict[str, Tensor], changes: Changes) -> dict[str, Tensor]:
+    return {
+        name: _changed(tensor, changes[name]) if name in changes else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def _require_all_used(left: Set[str], where: Path) -> None:
     if left:
         raise DataError(
-            f"The transformer in {base} has no {sorted(left)[0]}.", "Export with the base model of the run."
+            f"The transformer in {where} has no {sorted(left)[0]}.", "Export with the base model of the run."
         )
 
 

@@ -14,6 +14,8 @@ from torch import Tensor
 from rtdmd_cli import __version__
 from rtdmd_cli.config.schema import Preset
 from rtdmd_cli.config.tune_reward import split_weights
+from rtdmd_cli.engine.backbones.families import FAMILIES as BACKBONES
+from rtdmd_cli.engine.backbones.loading import file_tensors
 from rtdmd_cli.engine.export import merged
 from rtdmd_cli.engine.export.card import card_text
 from rtdmd_cli.engine.export.code import Place, Stock
@@ -180,11 +182,6 @@ def check_target(request: Request) -> None:
     out, checkpoint = request.out, request.source.checkpoint
     assert checkpoint is not None
     bases = find_bases(request.source.preset)
-    if bases.file is not None and "merged" in request.formats:
-        raise UsageError(
-            f"{bases.file.name} is a single file, into which nothing is merged.",
-            "Use --format diffusers or comfyui.",
-        )
     target = out.resolve()
     for read in (checkpoint, *bases.read):
         path = read.resolve()
@@ -232,11 +229,16 @@ def build(
     facts = gather(request, bases, checkpoint, folded, own, prompts)
     family = FAMILIES[facts.preset.model.family]
     if "merged" in facts.formats:
-        assert bases.transformer is not None
         full = is_full(facts.preset)
         changes = merged.full_changes(checkpoint.tensors[EMA]) if full else merged.lora_changes(folded)
         exact = merged.write_merged(
-            folder, bases.pipeline, bases.transformer, changes, own.sigmas, own.stock_already, family.index
+            folder,
+            bases.pipeline,
+            base_weights(bases, facts.preset, request.dtype),
+            changes,
+            own.sigmas,
+            own.stock_already,
+            family.index,
         )
         if not exact:
             say("the stock scheduler can't take the run's noise levels by itself: call it with sigmas=")
@@ -248,6 +250,15 @@ def build(
     rows += [GridRow("stock pipeline, Euler", stock)] if stock is not None else []
     save_png(picture_grid(rows, list(prompts)), folder / "samples.png", {"model_hash": own.model_hash})
     return replace(facts, trips=trips, files=_listing(folder))
+
+
+def base_weights(bases: Bases, preset: Preset, dtype: torch.dtype) -> Path | dict[str, Tensor]:
+    """What is merged into: a transformer's folder, or the weights of a single file, those in 8 bits as `dtype`."""
+    if bases.file is None:
+        assert bases.transformer is not None
+        return bases.transformer
+    layout = BACKBONES[preset.model.family].module().LAYOUT
+    return file_tensors(layout, bases.file, bases.pipeline, dtype)
 
 
 def gather(

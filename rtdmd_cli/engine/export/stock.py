@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 from rtdmd_cli.config.schema import Preset
 from rtdmd_cli.engine.backbones.families import FAMILIES
+from rtdmd_cli.engine.backbones.single_file import has_scales
 from rtdmd_cli.engine.export.code import Place, Stock
 from rtdmd_cli.engine.export.families import Bases, generator_base
 from rtdmd_cli.engine.export.names import is_hub_id, place_of
@@ -16,7 +18,7 @@ def stock_here(preset: Preset, stock: Stock, bases: Bases) -> Stock:
     """The base model in the stock pipeline, from where it lies on this machine."""
     own: dict[str, Any] = {"network": _network(preset), "transformer": None}
     if bases.file is not None:
-        own |= {"transformer": Place(str(bases.file)), "kind": "file"}
+        own |= {"transformer": Place(str(bases.file)), "kind": _kind(bases.file)}
     elif bases.own:
         assert bases.transformer is not None
         own |= {"transformer": Place(str(bases.transformer.parent)), "kind": "folder"}
@@ -28,11 +30,19 @@ def stock_there(preset: Preset, bases: Bases, pipeline: str) -> Stock:
     model = preset.model
     if bases.file is not None:
         return Stock(
-            pipeline, place_of(model.components or ""), _network(preset), place_of(model.path), "file"
+            pipeline,
+            place_of(model.components or ""),
+            _network(preset),
+            place_of(model.path),
+            _kind(bases.file),
         )
     if bases.own and not is_hub_id(model.generator_init):
         return Stock(pipeline, place_of(model.path), _network(preset), place_of(model.generator_init))
     return Stock(pipeline, place_of(generator_base(preset)))
+
+
+def _kind(file: Path) -> Literal["file", "scaled"]:
+    return "scaled" if has_scales(file) else "file"
 
 
 def _network(preset: Preset) -> str:

@@ -9,9 +9,10 @@ from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 
+from rtdmd_cli.config.places import is_single_file
 from rtdmd_cli.config.schema import ModelConfig
 from rtdmd_cli.engine.backbones import families
-from rtdmd_cli.engine.backbones.layout import SINGLE_FILE, Layout
+from rtdmd_cli.engine.backbones.layout import Layout
 from rtdmd_cli.engine.backbones.locating import BUILTIN
 from rtdmd_cli.engine.storage import strict_json
 from rtdmd_cli.errors import DataError, EnvironmentFailure
@@ -36,7 +37,7 @@ def find_configs(model: ModelConfig) -> dict[str, dict[str, Any]]:
     """
     layout = families.FAMILIES[model.family].module().LAYOUT
     source, key = model.path, "model.path"
-    if source.endswith(SINGLE_FILE):
+    if is_single_file(source):
         source, key = model.components or "", "model.components"
     if source in BUILTIN:
         return _in_folder(layout, Path(str(files("rtdmd_cli"))) / BUILTIN[source])

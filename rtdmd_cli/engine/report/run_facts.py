@@ -4,6 +4,7 @@ import re
 from datetime import UTC, datetime
 from pathlib import Path
 
+from rtdmd_cli.config.places import shown_from
 from rtdmd_cli.config.schema import DistillConfig, Preset
 from rtdmd_cli.engine.report.html import Live
 from rtdmd_cli.engine.report.page import Picture
@@ -46,10 +47,10 @@ def trained_weights(config: DistillConfig) -> str:
     return f"LoRA of rank {config.lora.rank}, alpha {config.lora.alpha}"
 
 
-def sampler_facts(preset: Preset) -> list[tuple[str, str]]:
-    """Model, picture size, and how teacher and generator are sampled."""
+def sampler_facts(preset: Preset, run: RunFolder) -> list[tuple[str, str]]:
+    """Model, picture size, and how teacher and generator are sampled. run: whose report it is."""
     return [
-        ("Model", preset.model.path),
+        ("Model", shown_from(run.path, preset.model.path)),
         ("Picture", f"{preset.model.resolution} x {preset.model.resolution} px"),
         ("Teacher", f"{preset.model.teacher_steps} steps, guidance {preset.model.guidance:g}"),
         ("Generator", f"{len(preset.sampler.raw_steps)} steps, eta {preset.sampler.eta:g}"),

@@ -18,6 +18,7 @@ from huggingface_hub.errors import (
 )
 
 from rtdmd_cli.config.loader import list_presets, load_preset
+from rtdmd_cli.config.places import is_single_file
 from rtdmd_cli.config.schema import SHARED_BASE, ModelConfig
 from rtdmd_cli.engine.rewards.base import Need, RewardEntry
 from rtdmd_cli.engine.rewards.local import INDEX, at_hand, cached_files, missing
@@ -27,7 +28,6 @@ from rtdmd_cli.engine.storage.hub import REPOSITORY, hub_failure, hub_folder
 from rtdmd_cli.errors import EnvironmentFailure, UsageError
 
 MODEL_INDEX = "model_index.json"
-SINGLE_FILE = ".safetensors"
 LICENCES = {
     "stabilityai/stable-diffusion-3-medium-diffusers": "Stability AI Community License",
     "stabilityai/stable-diffusion-3.5-medium": "Stability AI Community License",
@@ -95,7 +95,7 @@ def find_wanted(name: str) -> list[Wanted]:
 def wanted_of_model(model: ModelConfig) -> list[Wanted]:
     """The base of a preset, or what belongs to its single file, and the generator's own base where it has one."""
     wanted = [Wanted("model", model.path, model.revision)]
-    if model.path.endswith(SINGLE_FILE):
+    if is_single_file(model.path):
         rest: Literal["all but the transformer's weights"] = "all but the transformer's weights"
         wanted = [Wanted("model", model.components, model.revision, part=rest)] if model.components else []
     if model.generator_init != SHARED_BASE:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from rtdmd_cli.config.loader import list_presets, load_preset, preset_path
+from rtdmd_cli.config.places import PATHS, is_gone
 from rtdmd_cli.config.schema import SHARED_BASE, Preset
 from rtdmd_cli.engine.backbones.base import Backbone
 from rtdmd_cli.engine.backbones.families import load_backbone
@@ -221,6 +222,13 @@ def _generator(checkpoint: Path, run: RunFolder, notes: tuple[str, ...]) -> Sour
         preset = load_preset(str(run.preset), environ={}).preset
     except UsageError as error:
         raise DataError(f"The run {run.path} is damaged: {error.message}", error.hint) from error
+    for key in PATHS["model"]:
+        place = preset.model.model_dump()[key]
+        if is_gone(place):
+            raise DataError(
+                f"The run {run.path} was made with model.{key} {place}, where nothing is any more.",
+                f"Write its new place into {run.preset}.",
+            )
     return Source("generator", preset, checkpoint, f"{run.path.resolve().name}/{checkpoint.name}", notes)
 
 

@@ -41,7 +41,7 @@ def write_tune_report(
         verdict=" ".join(filter(None, (verdict(before, after, held_out), advice(records)))),
         warning=warning(records),
         facts=[
-            *sampler_facts(preset),
+            *sampler_facts(preset, run),
             ("Epoch", f"{config.images_per_epoch} images, {config.images_per_prompt} a prompt"),
             ("Rewards", ", ".join(config.rewards)),
             ("Terms", terms(config)),

@@ -13,11 +13,10 @@ from torch import Tensor
 
 from rtdmd_cli.engine.backbones.layout import hub_commit
 from rtdmd_cli.errors import DataError
-from tests.tiny_flux import load_tiny, tiny_folder
+from tests.tiny_flux import in_fp8, load_tiny, tiny_folder
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 FAMILIES = ("sd3", "flux1", "flux2")
-FP8 = torch.float8_e4m3fn
 
 
 def own(family: str) -> dict[str, Tensor]:
@@ -32,22 +31,6 @@ def written(path: Path, tensors: dict[str, Tensor]) -> Path:
 def loaded(family: str, path: Path) -> dict[str, Tensor]:
     backbone = load_tiny(family, path=path, components=str(tiny_folder(family)))
     return dict(backbone.transformer.state_dict())
-
-
-def in_fp8(tensors: dict[str, Tensor], scale: str, rows: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Layers' weights in 8 bits with their scales beside them, and the weights that this means."""
-    stored, meant = {"scaled_fp8": torch.zeros(2, dtype=FP8)}, {}
-    for name, tensor in tensors.items():
-        layer, _, end = name.rpartition(".")
-        stored[name] = meant[name] = tensor
-        if end == "weight" and tensor.ndim == 2:
-            factor = tensor.abs().amax(1) / 448 if rows else tensor.abs().max().reshape(1) / 448
-            column = factor.reshape(-1, 1)
-            stored[name] = (tensor / column).to(FP8)
-            stored[f"{layer}.{scale}"] = factor.contiguous()
-            stored[f"{layer}.input_scale"] = torch.ones(1)
-            meant[name] = stored[name].float() * column
-    return stored, meant
 
 
 @pytest.mark.parametrize(("scale", "rows"), [("scale_weight", False), ("weight_scale", True)])
