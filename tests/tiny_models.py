@@ -114,13 +114,13 @@ def vae() -> AutoencoderKL:
     )
 
 
-def _transformer(dual_attention_layers: tuple[int, ...] = ()) -> SD3Transformer2DModel:
+def _transformer(dual_attention_layers: tuple[int, ...] = (), layers: int = 3) -> SD3Transformer2DModel:
     return SD3Transformer2DModel(
         sample_size=8,
         patch_size=2,
         in_channels=4,
         out_channels=4,
-        num_layers=3,
+        num_layers=layers,
         attention_head_dim=8,
         num_attention_heads=4,
         joint_attention_dim=T5_WIDTH,
@@ -141,14 +141,14 @@ def build_transformer(seed: int = 0, dual_attention_layers: tuple[int, ...] = ()
 
 
 def build_sd3_pipeline(
-    seed: int = 0, shift: float = 3.0, dual_attention_layers: tuple[int, ...] = ()
+    seed: int = 0, shift: float = 3.0, dual_attention_layers: tuple[int, ...] = (), layers: int = 3
 ) -> StableDiffusion3Pipeline:
     """The pipeline with random weights drawn from `seed`; the global random state is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         clip, clip_2, t5 = clip_tokenizer(), clip_tokenizer(), t5_tokenizer()
         return StableDiffusion3Pipeline(
-            transformer=_transformer(dual_attention_layers),
+            transformer=_transformer(dual_attention_layers, layers),
             scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=shift),
             vae=vae(),
             text_encoder=_clip_encoder(clip, 8),
@@ -160,9 +160,9 @@ def build_sd3_pipeline(
         )
 
 
-def save_sd3(folder: Path, seed: int = 0, shift: float = 3.0) -> Path:
-    """Build and save a tiny pipeline into `folder` (safetensors); returns `folder`."""
-    pipe: Any = build_sd3_pipeline(seed, shift)
+def save_sd3(folder: Path, seed: int = 0, shift: float = 3.0, layers: int = 3) -> Path:
+    """Build and save a tiny pipeline into `folder` (safetensors); returns `folder`. layers: of the transformer."""
+    pipe: Any = build_sd3_pipeline(seed, shift, layers=layers)
     pipe.save_pretrained(folder, safe_serialization=True)
     return folder
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import resource
 import shutil
 import sys
 import tempfile
@@ -13,8 +14,8 @@ from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
-from scripts.torture.commands import COMMANDS
-from scripts.torture.trials import Reference, Trial, attempt, measure, prepare
+from scripts.torture.commands import COMMANDS, prepare
+from scripts.torture.trials import Reference, Trial, attempt, measure, run
 
 
 def main() -> int:
@@ -26,17 +27,20 @@ def main() -> int:
         "nothing left behind.",
     )
     parser.add_argument("--kills", type=int, default=20, help="how many, shared among the commands in turns")
-    parser.add_argument("--seed", type=int, default=0, help="of instants and calls")
+    parser.add_argument("--seed", type=int, default=0, help="of commands' order, instants and calls")
     parser.add_argument(
         "--work", type=Path, help="an empty folder to work in, kept; default: a temporary one"
     )
     given = parser.parse_args()
-    load_modules()
     work = (given.work or Path(tempfile.mkdtemp(prefix="rtdmd-torture-"))).resolve()
     began = time.monotonic()
-    prepare(work / "start")
+    say(f"seed {given.seed}")
+    load_modules()
+    require_one_thread()
+    prepare(work / "start", work / "model", run)
     trials = torture(work, given.kills, given.seed)
     lost = [trial for trial in trials if trial.lost]
+    used = resource.getrusage(resource.RUSAGE_CHILDREN), resource.getrusage(resource.RUSAGE_SELF)
     summary = {
         "kills": sum(trial.killed for trial in trials),
         "ended_before": sum(not trial.killed for trial in trials),
@@ -44,6 +48,7 @@ def main() -> int:
         "commands": dict(Counter(trial.command for trial in trials)),
         "seed": given.seed,
         "seconds": round(time.monotonic() - began),
+        "cpu_seconds": round(sum(each.ru_utime + each.ru_stime for each in used)),
     }
     print(json.dumps(summary | {"losses": [asdict(trial) for trial in lost]}, indent=2))
     if given.work is None and not lost:
@@ -53,39 +58,62 @@ def main() -> int:
 
 def load_modules() -> None:
     """Import what the commands import, once for all forks."""
+    import rtdmd_cli.cli.distill
+    import rtdmd_cli.cli.eval
+    import rtdmd_cli.cli.export
+    import rtdmd_cli.cli.sample
+    import rtdmd_cli.cli.tune_reward
     import rtdmd_cli.engine.distill.run
+    import rtdmd_cli.engine.evaluation.report
     import rtdmd_cli.engine.evaluation.run
     import rtdmd_cli.engine.export.run
     import rtdmd_cli.engine.sampling.pictures
     import rtdmd_cli.engine.tune_reward.run  # noqa: F401
 
 
+def require_one_thread() -> None:
+    """RuntimeError where another one runs: a fork does not have it, but the locks that it held."""
+    if len(list(Path("/proc/self/task").iterdir())) > 1:
+        raise RuntimeError("More than one thread runs before the first fork: set OMP_NUM_THREADS=1")
+
+
 def torture(work: Path, kills: int, seed: int) -> list[Trial]:
-    """That many trials, command by command in turns; each command's first run is the one to compare with."""
-    draw, references, trials = random.Random(seed), {}, []
+    """So many kills, command by command in turns; each command's first run is the one to compare with.
+
+    A command that ends before its instant is no kill, and another instant is tried; twice as many trials at most.
+    """
+    draw, references = random.Random(seed), dict[str, Reference]()
+    trials: list[Trial] = []
     order = list(COMMANDS)
     draw.shuffle(order)
-    for number in range(kills):
-        command = order[number % len(order)]
+    done = 0
+    while done < kills and len(trials) < 2 * kills:
+        command, by_call = order[done % len(order)], done // len(order) % 2 == 0
         if command.name not in references:
             references[command.name] = measure(work / "start", work, command)
-        reference: Reference = references[command.name]
-        by_call = number // len(order) % 2 == 0
+        reference = references[command.name]
         instant = None if by_call else draw.uniform(0, reference.seconds)
         call = draw.randint(1, reference.calls) if by_call else None
         trial = attempt(work / "start", work, reference, instant, call)
-        where = (
-            f"at call {call} of {reference.calls}"
-            if by_call
-            else f"after {instant:.2f} of {reference.seconds:.2f} s"
-        )
-        print(
-            f"{number + 1}/{kills} {command.name} {where}: {trial.lost or 'nothing lost'}",
-            file=sys.stderr,
-            flush=True,
-        )
         trials.append(trial)
+        done += trial.killed
+        say(f"{done}/{kills} {command.name} {_where(reference, trial)}: {_outcome(trial)}")
     return trials
+
+
+def _where(reference: Reference, trial: Trial) -> str:
+    if trial.call is not None:
+        return f"at call {trial.call} of {reference.calls}"
+    return f"after {trial.instant:.2f} of {reference.seconds:.2f} s"
+
+
+def _outcome(trial: Trial) -> str:
+    return (trial.lost or "nothing lost") if trial.killed else "had ended before"
+
+
+def say(text: str) -> None:
+    """A line on stderr."""
+    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -34,12 +34,19 @@ class CountingDisk(HookedDisk):
 
 
 class KillingDisk(HookedDisk):
-    """SIGKILL in the place of the `call`-th call."""
+    """SIGKILL in the place of the `call`-th call, of a write after half of its data."""
 
     def __init__(self, call: int) -> None:
         self.left = call
 
     def before(self, name: str) -> None:
         self.left -= 1
-        if self.left == 0:
+        if self.left == 0 and name != "write":
             os.kill(os.getpid(), signal.SIGKILL)
+
+    def write(self, descriptor: int, data: bytes) -> None:
+        """See `Disk`."""
+        if self.left == 0:
+            super().write(descriptor, data[: len(data) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+        super().write(descriptor, data)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scripts.torture.commands import FIRST, PRESET, PROMPTS, Command
+from scripts.torture.commands import MINE, Command
 
 VOLATILE = (
     "log.txt",
@@ -26,26 +26,7 @@ VOLATILE = (
     "manifest.json",
 )
 """Files with times, or hashes of them, of which only the name is compared."""
-MINE = {
-    "exports/one.old/mine": "mine",
-    "exports/old.old/mine": "mine",
-    "pictures/notes": "mine",
-    "runs/one.old/f": "mine",
-}
-"""Files of the user's that lie beside the program's."""
 LIMIT = 900.0  # s; a process that takes longer hangs
-
-
-def prepare(folder: Path) -> None:
-    """What every trial starts from."""
-    folder.mkdir(parents=True)
-    (folder / "torture.yaml").write_text(PRESET, encoding="utf-8")
-    (folder / "prompts.txt").write_text(PROMPTS, encoding="utf-8")
-    for arguments in FIRST:
-        run(folder, arguments)
-    for name, text in MINE.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text, encoding="utf-8")
 
 
 def start(folder: Path, arguments: Sequence[str], setup: Callable[[], Any] = lambda: None) -> int:
@@ -149,7 +130,7 @@ class Trial:
 def attempt(
     start_from: Path, work: Path, reference: Reference, instant: float | None, call: int | None
 ) -> Trial:
-    """Kill the command once, look at what is left, run it to its end and compare."""
+    """Kill the command once, look at what is left, run it to its end and compare; only look where it ended before."""
     command, folder = reference.command, work / "trial"
     shutil.copytree(start_from, folder)
     if call is not None:
@@ -159,8 +140,8 @@ def attempt(
         time.sleep(instant or 0.0)
         os.kill(child, signal.SIGKILL)
         code = end(child)
-    lost = broken(folder)
-    if not lost:
+    lost, killed = broken(folder), code == -signal.SIGKILL
+    if not lost and killed:
         again = end(start(folder, (*command.arguments, *command.again)))
         tail = (folder / "output.txt").read_text("utf-8")[-500:]
         lost = (
@@ -172,7 +153,7 @@ def attempt(
         shutil.rmtree(folder)
     else:
         folder.rename(work / f"lost-{time.time_ns()}")
-    return Trial(command.name, instant, call, code == -signal.SIGKILL, lost)
+    return Trial(command.name, instant, call, killed, lost)
 
 
 def broken(folder: Path) -> str:
@@ -217,8 +198,15 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 def _timeless(path: Path) -> bytes:
-    """A file's bytes; of JSON what is no time."""
+    """A file's bytes; of JSON what is no time, where it is JSON from the first line to the last."""
     data = path.read_bytes()
+    try:
+        return _timeless_json(path, data)
+    except ValueError:
+        return data
+
+
+def _timeless_json(path: Path, data: bytes) -> bytes:
     if path.suffix == ".json":
         return json.dumps(_without_times(json.loads(data)), sort_keys=True).encode()
     if path.suffix == ".jsonl":

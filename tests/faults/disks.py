@@ -21,11 +21,22 @@ class FailingDisk(HookedDisk):
 
     def before(self, name: str) -> None:
         self.count += 1
-        if self.count == self.call or (self.stays and self.count > self.call and name in ("create", "write")):
-            self.failed = True
-            raise OSError(self.number, os.strerror(self.number))
+        if self.fails(name) and name != "write":
+            self.fail()
+
+    def fails(self, name: str) -> bool:
+        """Whether the call that is made now does."""
+        again = self.stays and self.count > self.call and name in ("create", "write")
+        return self.count == self.call or again
+
+    def fail(self) -> None:
+        self.failed = True
+        raise OSError(self.number, os.strerror(self.number))
 
     def write(self, descriptor: int, data: bytes) -> None:
+        if self.fails("write"):
+            super().write(descriptor, data[: len(data) // 2])
+            self.fail()
         super().write(descriptor, data)
 
 
@@ -139,6 +150,11 @@ class RecordingDisk(Disk):
         super().write(descriptor, data)
         node = self.opened[descriptor]
         self._do(Content(node, self.nodes[node].content + bytes(data)))
+
+    def truncate(self, descriptor: int, size: int) -> None:
+        super().truncate(descriptor, size)
+        node = self.opened[descriptor]
+        self._do(Content(node, self.nodes[node].content[:size]))
 
     def flush(self, descriptor: int) -> None:
         super().flush(descriptor)

@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 
 from rtdmd_cli.engine.storage.run_folder import RunFolder
+from scripts.torture.commands import PROMPTS
 from tests.commands import LIMIT, environment, newest
 from tests.faults.cases import CASES, prepare
-from tests.tiny_models import PROMPTS
 
 PROGRAM = [sys.executable, "-m", "rtdmd_cli"]
 

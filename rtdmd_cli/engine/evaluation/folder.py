@@ -96,9 +96,11 @@ def read_about(folder: Path) -> dict[str, Any] | None:
 def locked(folder: Path) -> Iterator[None]:
     """Hold the folder, made if need be, for this process. BusyError as `files.locked`."""
     make_folder(folder)
-    with files.locked(folder, "Wait for it, or choose another --out."):
-        for inner in (folder / SCORES, *folder.glob("[0-9]*/"), *folder.glob("[0-9]*/*/")):
-            files.remove_leftovers(inner, held=True)
+
+    def inner() -> list[Path]:
+        return [folder / SCORES, *folder.glob("[0-9]*/"), *folder.glob("[0-9]*/*/")]
+
+    with files.locked(folder, "Wait for it, or choose another --out.", inner):
         yield
 
 

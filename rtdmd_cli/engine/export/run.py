@@ -115,7 +115,7 @@ def run_export(request: Request, say: Callable[[str], None]) -> dict[str, Any]:
     request = prepared(request, say)
     check_target(request)
     files.make_folder(request.out.parent)
-    files.remove_leftovers(request.out.parent, request.out.name)
+    files.remove_leftovers(request.out.parent, name=request.out.name)
     with files.building(request.out, fixed=True) as building:
         return _built(request, building, say)
 

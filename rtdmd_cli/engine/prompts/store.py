@@ -141,7 +141,7 @@ def _install(
             "It is another version, or damaged; nothing was changed.",
         )
     final = folder(data)
-    files.remove_leftovers(final.parent, final.name)
+    files.remove_leftovers(final.parent, name=final.name)
     with files.building(final) as temporary:
         files.write_bytes(temporary / data.file, content)
         prompts = check(Stored(data, temporary / data.file, found))

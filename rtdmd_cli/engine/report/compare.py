@@ -50,7 +50,7 @@ class Comparison:
 
 def write_comparison(path: Path, comparison: Comparison) -> None:
     """Write the page atomically. Raises EnvironmentFailure when the disk refuses."""
-    remove_leftovers(path.parent, path.name)
+    remove_leftovers(path.parent, name=path.name)
     write_text(path, render_comparison(comparison))
 
 

@@ -9,8 +9,8 @@ from typing import Any
 from rtdmd_cli.engine.report.html import metrics_series
 from rtdmd_cli.engine.report.metrics import explained
 from rtdmd_cli.engine.storage import strict_json
-from rtdmd_cli.engine.storage.run_folder import RunFolder
-from rtdmd_cli.engine.storage.runs import PICTURE_INDEX, PICTURES, RunSummary
+from rtdmd_cli.engine.storage.run_folder import PICTURES, RunFolder
+from rtdmd_cli.engine.storage.runs import PICTURE_INDEX, RunSummary
 from rtdmd_cli.errors import DataError
 
 PICTURE = re.compile(r"(step-\d{6,}|teacher|few-step-teacher|start)-([0-9a-f]{12})\.(?:png|jpg)")

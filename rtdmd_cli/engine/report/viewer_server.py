@@ -15,8 +15,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from rtdmd_cli.engine.report import viewer_data
-from rtdmd_cli.engine.storage.run_folder import RunFolder
-from rtdmd_cli.engine.storage.runs import PICTURES, RunSummary
+from rtdmd_cli.engine.storage.run_folder import PICTURES, RunFolder
+from rtdmd_cli.engine.storage.runs import RunSummary
 from rtdmd_cli.errors import EnvironmentFailure, RtdmdError
 
 ADDRESS = "127.0.0.1"

@@ -8,6 +8,7 @@ OSError becomes EnvironmentFailure with the path in its message.
 import errno
 import fcntl
 import json
+import logging
 import os
 import re
 import secrets
@@ -27,9 +28,11 @@ TMP_PREFIX = ".tmp-"
 DEAD_AFTER = 24 * 3600.0
 """Seconds after which a temporary file counts as left by a killed process, on a disk that knows no locks."""
 
+log = logging.getLogger(__name__)
 disk = Disk()
 """What all writes go through; tests replace it."""
 
+_TAIL = 65536  # bytes that are looked at in one go
 _TMP_NAME = re.compile(re.escape(TMP_PREFIX) + "[0-9a-f]{8}-")
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")  # in the messages of safetensors' writer
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.EBADF)
@@ -152,16 +155,17 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json_text(value))
 
 
-def append_line(path: Path, text: str) -> None:
+def append_line(path: Path, text: str, keep_half: bool = False) -> None:
     """As `append_lines`, for one line."""
-    append_lines(path, [text])
+    append_lines(path, [text], keep_half)
 
 
-def append_lines(path: Path, texts: Sequence[str]) -> None:
+def append_lines(path: Path, texts: Sequence[str], keep_half: bool = False) -> None:
     """Append lines and flush them to disk together. Missing parents are made.
 
-    A half line left by a kill is ended first. If the write fails, the file keeps its old length; a kill may leave the
-    first ones of the lines. Raises ValueError if a text holds a line end.
+    A half line that a kill left at the end is removed first, so that all are whole for any reader; keep_half: it is ended
+    and stays, for people. If the write fails, the file keeps its old length; a kill may leave the first ones of the
+    lines. Raises ValueError if a text holds a line end.
     """
     for text in texts:
         if "\n" in text or "\r" in text:
@@ -171,17 +175,21 @@ def append_lines(path: Path, texts: Sequence[str]) -> None:
         existed = os.path.lexists(path)
         descriptor = disk.open_to_append(path)
         try:
-            _append(descriptor, "".join(f"{text}\n" for text in texts).encode())
+            _append(descriptor, "".join(f"{text}\n" for text in texts).encode(), keep_half)
         finally:
             os.close(descriptor)
         if not existed:
             disk.flush_path(path.parent)
 
 
-def _append(descriptor: int, data: bytes) -> None:
+def _append(descriptor: int, data: bytes, keep_half: bool) -> None:
     size = os.fstat(descriptor).st_size
-    if size and os.pread(descriptor, 1, size - 1) != b"\n":
+    whole = _whole_lines(descriptor, size)
+    if whole < size and keep_half:
         data = b"\n" + data
+    elif whole < size:
+        disk.truncate(descriptor, whole)
+        size = whole
     try:
         disk.write(descriptor, data)
         disk.flush(descriptor)
@@ -189,6 +197,17 @@ def _append(descriptor: int, data: bytes) -> None:
         with suppress(OSError):
             disk.truncate(descriptor, size)
         raise
+
+
+def _whole_lines(descriptor: int, size: int) -> int:
+    """Bytes up to the last line end."""
+    while size:
+        start = max(0, size - _TAIL)
+        found = os.pread(descriptor, size - start, start).rfind(b"\n")
+        if found >= 0:
+            return start + found + 1
+        size = start
+    return 0
 
 
 @contextmanager
@@ -268,12 +287,15 @@ def _try_lock(descriptor: int, kind: int = fcntl.LOCK_EX) -> bool | None:
 
 
 @contextmanager
-def locked(folder: Path, hint: str) -> Iterator[None]:
-    """Hold a folder for this process, as `lock`, and remove what a killed one left half written there."""
+def locked(folder: Path, hint: str, inner: Callable[[], Sequence[Path]] = tuple) -> Iterator[None]:
+    """Hold a folder for this process, as `lock`, and remove what a killed one left half written there.
+
+    inner: finds the folders in it where only its holder writes.
+    """
     descriptor = open_folder(folder)
     try:
         lock(descriptor, f"Another process is working on {folder}.", hint)
-        remove_leftovers(folder, held=True)
+        remove_leftovers(folder, *inner(), held=True)
         yield
     finally:
         os.close(descriptor)
@@ -357,13 +379,22 @@ def _remove(path: Path) -> None:
         disk.remove_file(path)
 
 
-def remove_leftovers(folder: Path, name: str | None = None, held: bool = False) -> list[str]:
-    """Remove the temporary files and folders that an earlier, killed process left in `folder`; the names removed.
+def remove_leftovers(*folders: Path, name: str | None = None, held: bool = False) -> list[str]:
+    """Remove the temporary files and folders that an earlier, killed process left in the folders; the names removed.
 
-    name: only those that were to become this file or folder. held: the caller has locked `folder`, so that nobody
-    else writes there; else only what no process has locked goes. What can't be removed stays.
+    It is said in one line. name: only those that were to become this file or folder. held: the caller has locked the
+    folders, so that nobody else writes there; else only what no process has locked goes. What can't be removed stays.
     """
-    removed = []
+    removed = [left for folder in folders for left in _remove_leftovers(folder, name, held)]
+    if removed:
+        what = "file or folder" if len(removed) == 1 else "files and folders"
+        log.warning(
+            "removed %d %s that a killed process left half written in %s", len(removed), what, folders[0]
+        )
+    return removed
+
+
+def _remove_leftovers(folder: Path, name: str | None, held: bool) -> Iterator[str]:
     with os_errors(folder, "clean"):
         entries = list(folder.iterdir()) if folder.is_dir() else []
     for entry in entries:
@@ -373,8 +404,7 @@ def remove_leftovers(folder: Path, name: str | None = None, held: bool = False) 
         with suppress(OSError, EnvironmentFailure):
             if held or _is_dead(entry):
                 _remove(entry)
-                removed.append(entry.name)
-    return removed
+                yield entry.name
 
 
 def _is_dead(path: Path) -> bool:

@@ -36,6 +36,8 @@ State: TypeAlias = Literal["running", "finished", "interrupted", "failed"]
 PRESET = "preset.resolved.yaml"
 STATUS = "status.json"
 ENVIRONMENT = "environment.json"
+PICTURES = "pictures"
+"""Folder, in that of the grids, of the grids' pictures one by one."""
 PACKAGES = (
     "accelerate",
     "bitsandbytes",
@@ -139,7 +141,7 @@ class RunFolder:
     def log(self, text: str) -> None:
         """Append to log.txt, each line with the time (UTC)."""
         for line in text.splitlines():
-            files.append_line(self.path / "log.txt", f"{_now()} {scrub_text(line)}")
+            files.append_line(self.path / "log.txt", f"{_now()} {scrub_text(line)}", keep_half=True)
 
     def set_status(self, state: State, **info: Any) -> None:
         """Replace status.json by the state, the time (UTC) and `info`."""
@@ -192,9 +194,11 @@ class RunFolder:
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the run for this process, and remove what a killed one left half written. BusyError as `files.locked`."""
-        with files.locked(self.path, "Wait for it, or start another run with --name OTHER."):
-            for folder in (self.samples, self.checkpoints):
-                files.remove_leftovers(folder, held=True)
+
+        def inner() -> list[Path]:
+            return [self.samples, self.samples / PICTURES, self.checkpoints]
+
+        with files.locked(self.path, "Wait for it, or start another run with --name OTHER.", inner):
             yield
 
     def is_held(self) -> bool:
@@ -229,7 +233,7 @@ def create_run(
     run = RunFolder(out / name)
     refuse_existing(run.path)
     files.make_folder(out)
-    files.remove_leftovers(out, name)
+    files.remove_leftovers(out, name=name)
     with files.building(run.path) as folder:
         made = RunFolder(folder)
         files.make_folder(made.checkpoints)

@@ -11,15 +11,22 @@ from typing import Any, TypeVar
 from rtdmd_cli.config.loader import load_preset
 from rtdmd_cli.config.schema import Preset
 from rtdmd_cli.engine.storage import checkpoint, files, strict_json
-from rtdmd_cli.engine.storage.run_folder import ENVIRONMENT, PRESET, STATUS, RunFolder, is_run, resolve_run
+from rtdmd_cli.engine.storage.run_folder import (
+    ENVIRONMENT,
+    PRESET,
+    STATUS,
+    RunFolder,
+    is_run,
+    resolve_run,
+)
 from rtdmd_cli.errors import RtdmdError, UsageError
 
 T = TypeVar("T")
 TRACES = (PRESET, STATUS, ENVIRONMENT, "checkpoints", "metrics.jsonl")
 """A folder that holds one of these is, or was, a run."""
 CLOCKS = frozenset({"iteration", "seconds", "iterations_per_second"})
-PICTURES, PICTURE_INDEX = "pictures", "index.json"
-"""Folder, in a run's folder of grids, of the grids' pictures one by one; the file in it that says what they are of."""
+PICTURE_INDEX = "index.json"
+"""In a run's folder of single pictures: what they are of."""
 KILLED, DAMAGED = "killed", "damaged"
 
 

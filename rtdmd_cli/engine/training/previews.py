@@ -18,7 +18,8 @@ from rtdmd_cli.engine.roles.base import RoleSet
 from rtdmd_cli.engine.sampling.sample import Kind, SamplingPlan, decode_all, generate, guided, sampling_plan
 from rtdmd_cli.engine.storage import strict_json
 from rtdmd_cli.engine.storage.files import write_json
-from rtdmd_cli.engine.storage.runs import PICTURE_INDEX, PICTURES
+from rtdmd_cli.engine.storage.run_folder import PICTURES
+from rtdmd_cli.engine.storage.runs import PICTURE_INDEX
 
 COUNT = 8
 """Prompts of a run's grids where the preset names none, evenly spread over the prompt set; pictures drawn at once."""

@@ -99,14 +99,13 @@ def test_workflows_are_complete(family: str) -> None:
 
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_text_has_the_length_of_the_training(family: str) -> None:
-    """T5's prompt goes through the node that pads it; a Qwen's is padded by ComfyUI itself, or not at all."""
-    t5 = family in ("sd3", "flux1")
+    """T5's prompt goes through the node that pads it; Qwen3's is padded by ComfyUI itself."""
     for workflow in workflows(scene(family)):
         lengths = [node["min_length"] for node in by_class(workflow, "T5TokenizerOptions")]
-        assert lengths == ([128] if t5 else [])
+        assert lengths == ([] if family == "flux2" else [128])
         (text,) = by_class(workflow, "CLIPTextEncode")
         source = workflow[text["clip"][0]]["class_type"]
-        assert source == ("T5TokenizerOptions" if t5 else "CLIPLoader")
+        assert source == ("CLIPLoader" if family == "flux2" else "T5TokenizerOptions")
 
 
 def test_no_two_steps_of_a_picture_share_their_noise() -> None:
@@ -120,7 +119,7 @@ def test_no_two_steps_of_a_picture_share_their_noise() -> None:
         assert all(0 <= later_seed(first, step) < 2**53 for step in range(4))
 
 
-@pytest.mark.parametrize("family", ["sd3", "flux1", "zimage"])
+@pytest.mark.parametrize("family", ["sd3", "flux1"])
 def test_a_merged_transformer_takes_the_place_of_model_and_lora(family: str) -> None:
     for workflow in workflows(scene(family, merged=True)):
         assert not by_class(workflow, "LoraLoaderModelOnly")

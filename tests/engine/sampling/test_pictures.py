@@ -175,8 +175,12 @@ def test_an_index_of_somebody_else_is_left_alone(job: Job, tmp_path: Path) -> No
     assert choose_folder(linked, job, grid=False) == tmp_path / "linked-2"
     write(tmp_path / "ours", job)
     index = tmp_path / "ours" / "index.jsonl"
-    index.write_text(index.read_text()[:-40])  # a kill in the last line
-    assert choose_folder(tmp_path / "ours", job, grid=False) == tmp_path / "ours"
+    whole = index.read_text()
+    for _ in range(2):  # killed in the last line, and again after going on
+        index.write_text(whole[:-40])
+        assert choose_folder(tmp_path / "ours", job, grid=False) == tmp_path / "ours"
+        write(tmp_path / "ours", job)
+        assert index.read_text() == whole
 
 
 def test_a_folder_that_another_process_writes_to_is_left_alone(job: Job, tmp_path: Path) -> None:

@@ -115,14 +115,21 @@ def test_a_folder_without_permission(tmp_path: Path) -> None:
         files.write_text(closed / "t", "x")
 
 
-def test_lines_are_appended_and_a_half_line_is_ended_first(tmp_path: Path) -> None:
+def test_lines_are_appended_in_the_place_of_a_half_one(tmp_path: Path) -> None:
     target = tmp_path / "new" / "log"
     files.append_line(target, "one")
     files.append_line(target, "zwei ä")
     assert target.read_text() == "one\nzwei ä\n"
-    target.write_bytes(b"one\nhal")
+    for half in (b"hal", 100_000 * b"x"):
+        target.write_bytes(b"one\n" + half)
+        files.append_line(target, "two")
+        assert target.read_bytes() == b"one\ntwo\n"
+        target.write_bytes(half)
+        files.append_line(target, "two", keep_half=True)
+        assert target.read_bytes() == half + b"\ntwo\n"
+    target.write_bytes(b"half of the first")
     files.append_line(target, "two")
-    assert target.read_bytes() == b"one\nhal\ntwo\n"
+    assert target.read_bytes() == b"two\n"
     with pytest.raises(ValueError, match="one line"):
         files.append_line(target, "a\nb")
 
@@ -182,13 +189,17 @@ def test_replace_folder_removes_the_one_it_replaces_and_nothing_else(
         assert aside.name.startswith("final.replaced-") and (aside / "f").read_text() == "old"
 
 
-def test_leftovers_are_removed_and_nothing_else(tmp_path: Path) -> None:
+def test_leftovers_are_removed_and_nothing_else(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder_with(files.tmp_path(tmp_path / "step-000001"), "x")
     files.tmp_path(tmp_path / "t.json").write_text("x")
     (tmp_path / ".tmp-mine").write_text("x")
     (tmp_path / "t.json").write_text("x")
     assert len(files.remove_leftovers(tmp_path, held=True)) == 2
     assert names(tmp_path) == [".tmp-mine", "t.json"]
+    assert caplog.messages == [
+        f"removed 2 files and folders that a killed process left half written in {tmp_path}"
+    ]
+    assert files.remove_leftovers(tmp_path, held=True) == [] and len(caplog.messages) == 1
 
 
 def test_leftovers_of_processes_that_live_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

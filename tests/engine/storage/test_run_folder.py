@@ -190,10 +190,13 @@ def test_opening(run: RunFolder, tmp_path: Path) -> None:
 
 
 def test_a_run_belongs_to_one_process_and_leftovers_go(run: RunFolder) -> None:
-    leftover = files.tmp_path(run.samples / "grid.png")
-    leftover.touch()
+    (run.samples / "pictures").mkdir()
+    places = (run.path, run.samples, run.samples / "pictures", run.checkpoints)
+    leftovers = [files.tmp_path(place / "grid.png") for place in places]
+    for leftover in leftovers:
+        leftover.touch()
     with run.lock():
-        assert not leftover.exists()
+        assert not [leftover for leftover in leftovers if leftover.exists()]
         with pytest.raises(BusyError, match="Another process"), run.lock():
             pytest.fail("held twice")
     with run.lock():
