@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,28 @@ import typer
 
 from rtdmd_cli.cli.quiet import quiet_libraries
 
-__all__ = ["printable", "quiet_libraries", "say", "show"]
+__all__ = ["printable", "quiet_libraries", "say", "show", "working"]
+
+LOADING = "loading torch and the model libraries"
+"""What takes the first seconds of many a command."""
 
 
 def say(text: str, quiet: bool = False) -> None:
     """A line on stderr, unless quiet."""
     if not quiet:
         typer.echo(printable(text), err=True)
+
+
+@contextmanager
+def working(quiet: bool) -> Iterator[Callable[[str], None]]:
+    """Around work that takes long: yield say(text), as `say`; in between it is shown that the work goes on.
+
+    Nothing else may be printed within the block, but for bars that rest the heartbeat.
+    """
+    from rtdmd_cli.engine.training.heartbeat import heartbeat
+
+    with heartbeat(lambda text: say(text, quiet), quiet) as tell:
+        yield lambda text: tell(printable(text))
 
 
 def show(result: Mapping[str, Any], as_json: bool) -> None:

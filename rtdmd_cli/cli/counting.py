@@ -34,7 +34,7 @@ def counting(
 
 
 def _lines(stream: TextIO, total: int, clock: Callable[[], float], name: str) -> Callable[[int], None]:
-    from rtdmd_cli.engine.training.progress import duration
+    from rtdmd_cli.engine.training.clock import duration
 
     began = printed = clock()
     done = 0

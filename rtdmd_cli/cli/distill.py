@@ -81,16 +81,13 @@ def distill(
         checking.report(shown, checking.findings(resolved, False, [preset_prompts]), json_output)
         return
     refuse_too_large(resolved, "distill", this_card(resolved.preset.hardware.device))
-    console.say("loading torch and the model libraries", quiet)
     from rtdmd_cli.engine.compute.importing import quick_imports
 
-    with quick_imports():
-        from rtdmd_cli.engine.distill.run import run_distill
-
-    def say(text: str) -> None:
-        console.say(text, quiet)
-
-    outcome = run_distill(resolved, prompts, start, out, run_name, sys.argv, say, quiet)
+    with console.working(quiet) as say:
+        say(console.LOADING)
+        with quick_imports():
+            from rtdmd_cli.engine.distill.run import run_distill
+        outcome = run_distill(resolved, prompts, start, out, run_name, sys.argv, say, quiet)
     if not silent:
         console.show(result(outcome, resolved.preset.distill.iterations), json_output)
     finish(outcome, quiet)

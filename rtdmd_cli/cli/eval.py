@@ -180,8 +180,10 @@ def eval_command(
     console.quiet_libraries(quiet)
     from rtdmd_cli.engine.compute.importing import quick_imports
 
-    with quick_imports():
-        from rtdmd_cli.engine.evaluation.run import choose_judges
+    with console.working(quiet) as say:
+        say(console.LOADING)
+        with quick_imports():
+            from rtdmd_cli.engine.evaluation.run import choose_judges
 
     named = [name for text in rewards or () for name in text.split(",") if name]
     judges = choose_judges(row, named, reward_seconds)

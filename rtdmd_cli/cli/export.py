@@ -79,10 +79,12 @@ def export(
     console.quiet_libraries(quiet)
     from rtdmd_cli.engine.compute.importing import quick_imports
 
-    with quick_imports():
-        from rtdmd_cli.engine.compute.device import resolve_device, resolve_dtype
-        from rtdmd_cli.engine.export.names import local_name
-        from rtdmd_cli.engine.export.run import Request, default_formats, run_export
+    with console.working(quiet) as say:
+        say(console.LOADING)
+        with quick_imports():
+            from rtdmd_cli.engine.compute.device import resolve_device, resolve_dtype
+            from rtdmd_cli.engine.export.names import local_name
+            from rtdmd_cli.engine.export.run import Request, default_formats, run_export
 
     source = _source(run, checkpoint, quiet)
     hardware = source.preset.hardware
@@ -102,8 +104,9 @@ def export(
         dtype=resolve_dtype(dtype or hardware.dtype, where),
     )
     api = _hub(push_to_hub) if push_to_hub is not None else None
-    with stop_on_signals() as stop, stop.during("", f"{folder} is as before"):
-        described = run_export(request, lambda text: console.say(text, quiet))
+    kept = f"{folder} is as before"
+    with stop_on_signals() as stop, stop.during("", kept), console.working(quiet) as say:
+        described = run_export(request, say)
     result: dict[str, Any] = {"folder": str(folder), "hub": None, **described}
     if api is not None and push_to_hub is not None:
         from rtdmd_cli.engine.export.hub import push

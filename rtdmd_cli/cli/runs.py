@@ -82,7 +82,7 @@ def _print_table(found: list[RunSummary], quiet: bool) -> None:
     from rich.table import Table
 
     from rtdmd_cli.cli.rewards import PIPED_WIDTH
-    from rtdmd_cli.engine.training.progress import duration
+    from rtdmd_cli.engine.training.clock import duration
 
     screen = Console(highlight=False, markup=False)
     if not screen.is_terminal:

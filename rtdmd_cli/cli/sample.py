@@ -108,14 +108,16 @@ def sample(
     texts = _texts(prompt, prompts)
     from rtdmd_cli.engine.compute.importing import quick_imports
 
-    with quick_imports():
-        from rtdmd_cli.engine.sampling.pictures import (
-            Job,
-            choose_folder,
-            default_batch,
-            write_grid,
-            write_pictures,
-        )
+    with console.working(quiet) as say:
+        say(console.LOADING)
+        with quick_imports():
+            from rtdmd_cli.engine.sampling.pictures import (
+                Job,
+                choose_folder,
+                default_batch,
+                write_grid,
+                write_pictures,
+            )
 
     sides = (height, width)
     source, model = load_model(from_, guidance, device, dtype, quiet, checkpoint, texts, sides)
@@ -198,7 +200,9 @@ def load_model(
     where = resolve_device(device or hardware.device)
     side = source.preset.model.resolution
     ahead = [encoding_ahead(texts, (size[0] or side, size[1] or side))] if texts else []
-    return source, open_model(source, where, resolve_dtype(dtype or hardware.dtype, where), *ahead)
+    with console.working(quiet) as say:
+        say(f"loading the model {source.preset.model.path}")
+        return source, open_model(source, where, resolve_dtype(dtype or hardware.dtype, where), *ahead)
 
 
 def _limit_threads(preset: Preset) -> None:

@@ -120,18 +120,15 @@ def tune_reward(
         checking.report(shown, checking.findings(resolved, True, sources), json_output)
         return
     refuse_too_large(resolved, "tune-reward", this_card(resolved.preset.hardware.device))
-    console.say("loading torch and the model libraries", quiet)
     from rtdmd_cli.engine.compute.importing import quick_imports
 
-    with quick_imports():
-        from rtdmd_cli.engine.tune_reward.run import run_tune, stage_1_state
-
-    def say(text: str) -> None:
-        console.say(text, quiet)
-
-    say(f"from {run.path}, {checkpoint.path.name}")
-    begin = stage_1_state(checkpoint)
-    outcome = run_tune(resolved, prompts, eval_prompts, begin, start, out, run_name, sys.argv, say, quiet)
+    with console.working(quiet) as say:
+        say(console.LOADING)
+        with quick_imports():
+            from rtdmd_cli.engine.tune_reward.run import run_tune, stage_1_state
+        say(f"from {run.path}, {checkpoint.path.name}")
+        begin = stage_1_state(checkpoint)
+        outcome = run_tune(resolved, prompts, eval_prompts, begin, start, out, run_name, sys.argv, say, quiet)
     if not silent:
         console.show(result(outcome, resolved, json_output), json_output)
     finish(outcome, quiet)

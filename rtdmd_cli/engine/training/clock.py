@@ -25,3 +25,10 @@ class Clock:
         """Of an iteration with all that belongs to it, on the mean of this process; None before the first one."""
         done = iteration - self.first
         return (time.monotonic() - self.began) / done if done else None
+
+
+def duration(seconds: float) -> str:
+    """Whole seconds as m:ss or h:mm:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -17,8 +17,10 @@ from rich.progress import (
 )
 from rich.table import Column
 
+from rtdmd_cli.engine.training.clock import duration
+from rtdmd_cli.engine.training.heartbeat import COLUMNS, resting, under_way
+
 LINE_SECONDS = 10.0
-COLUMNS = 80  # that a line has room in
 SHOWN = 2
 TELLING = (
     *("previews/strict_score", "previews/clip_score", "watch/held_out", "measured/", "reward/"),
@@ -48,7 +50,7 @@ def training_progress(
     if quiet:
         yield lambda iteration, metrics: None
     elif stream.isatty() and os.environ.get("TERM") != "dumb":
-        with _bar(Console(file=stream, highlight=False), total, start, clock) as update:
+        with resting(), _bar(Console(file=stream, highlight=False), total, start, clock) as update:
             yield update
     else:
         yield _lines(stream, total, start, clock)
@@ -74,13 +76,6 @@ def fitted(parts: list[str]) -> str:
     return line[:COLUMNS]
 
 
-def duration(seconds: float) -> str:
-    """Whole seconds as m:ss or h:mm:ss."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
 def _pace(iteration: int, start: int, total: int, seconds: float) -> tuple[float, float]:
     """Iterations a second since `start`, and the seconds left at that speed."""
     speed = (iteration - start) / max(seconds, 1e-6)
@@ -103,20 +98,26 @@ def _estimate(start: int, total: int, clock: Callable[[], float]) -> Callable[[i
     return estimate
 
 
+def _number(iteration: int, total: int) -> str:
+    return f"iteration {iteration}/{total}"
+
+
 def _lines(stream: TextIO, total: int, start: int, clock: Callable[[], float]) -> Update:
+    under_way(_number(start + 1, total))
     began, estimate = clock(), _estimate(start, total, clock)
     printed: float | None = None
 
     def update(iteration: int, metrics: Mapping[str, float]) -> None:
         nonlocal printed
         now = clock()
+        under_way(_number(iteration + 1, total))
         if told := estimate(iteration):
             print(told, file=stream, flush=True)
         if printed is not None and now - printed < LINE_SECONDS and iteration != total:
             return
         printed = now
         speed, left = _pace(iteration, start, total, now - began)
-        parts = [f"iteration {iteration}/{total}", f"left {duration(left)}", speed_text(speed)]
+        parts = [_number(iteration, total), f"left {duration(left)}", speed_text(speed)]
         print(fitted([*parts, *telling(metrics)]), file=stream, flush=True)
 
     return update

@@ -260,6 +260,7 @@ def begin(session: Session) -> None:
     """Before the first iteration of this process: the baseline grid, in a new run, and the report."""
     path = session.run.samples / "step-000000.png"
     if session.iteration == 0 and session.stage.baseline and not session.run.metrics.read():
+        session.say("drawing and measuring the pictures before training")
         measured = session.stage.baseline(path)
         session.newest |= measured
         figures = {"iteration": 0, **measured}
@@ -380,6 +381,7 @@ def finish(session: Session, stop: StopRequest) -> Outcome:
         state: State = "finished" if over else "interrupted"
         if not over:
             set_end(session, state)
+        session.say("drawing the last pictures and writing the report")
         with stop.during("drawing the last pictures and writing the report", session.kept):
             figures: dict[str, Any] = {}
             baseline = (

@@ -4,7 +4,9 @@ import io
 
 import pytest
 
-from rtdmd_cli.engine.training.progress import COLUMNS, duration, training_progress
+from rtdmd_cli.engine.training.clock import duration
+from rtdmd_cli.engine.training.heartbeat import COLUMNS
+from rtdmd_cli.engine.training.progress import training_progress
 
 
 class Clock:
