@@ -10,7 +10,7 @@ import functools
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,8 @@ from diffusers import (
     FluxPipeline,
     FluxTransformer2DModel,
 )
-from tokenizers import AddedToken
-from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
+from transformers import CLIPTextConfig, CLIPTextModel, Qwen3Config, Qwen3ForCausalLM
 
 from rtdmd_cli.config.schema import ModelConfig
 from rtdmd_cli.engine.backbones.base import Backbone
@@ -42,14 +40,9 @@ from tests.tiny_models import (
     t5_tokenizer,
     vae,
 )
+from tests.tiny_qwen import QWEN_WIDTH, build_zimage_pipeline, qwen_tokenizer
 
-CHAT = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n"
-    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
-)
 FP8 = torch.float8_e4m3fn
-QWEN_WIDTH = 16
 QWEN_LAYERS = 28  # the pipeline reads the hidden states 9, 18 and 27
 
 
@@ -153,19 +146,18 @@ def _flux2_vae() -> AutoencoderKLFlux2:
     )
 
 
-def qwen_tokenizer(length: int = 64) -> Any:
-    """All bytes, and the special tokens of Qwen3's chat template; prompts of `length` tokens."""
-    vocab = {character: index for index, character in enumerate(sorted(ByteLevel.alphabet()))}
-    made: Any = Qwen2Tokenizer(vocab=vocab, merges=[], model_max_length=length)
-    special = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-    made.add_tokens([AddedToken(token, special=True) for token in special])
-    made.chat_template = CHAT
-    return made
+def _unchanged(pipe: Any, x: Tensor) -> Tensor:
+    return x
 
 
 @dataclass(frozen=True)
 class Tiny:
-    """A family's small model: how it is built, and what a preset says of it. shape: of its latents."""
+    """A family's small model: how it is built, and what a preset says of it. shape: of its latents.
+
+    blocks: lists of the transformer that hold adapted layers. shifts: whether the schedule follows the size. Of the stock
+    pipeline: `encoded(pipe, prompts, length)`, each prompt's own rows and its pooled part; `call(guidance)`, the arguments
+    that mean this guidance here; `given`, our latents for its `latents=`; `returned`, ours as it gives them out at the end.
+    """
 
     family: str
     build: Callable[[], Any]
@@ -173,24 +165,89 @@ class Tiny:
     shape: tuple[int, int, int]
     text_length: int
     targets: str  # of its adapters, in a preset
+    encoded: Callable[[Any, list[str], int], list[tuple[Tensor, Tensor | None]]]
+    call: Callable[[float], dict[str, Any]] = lambda guidance: {"guidance_scale": guidance}
+    given: Callable[[Any, Tensor], Tensor] = _unchanged
+    returned: Callable[[Any, Tensor], Tensor] = _unchanged
+    blocks: tuple[str, ...] = ("transformer_blocks",)
+    shifts: bool = True
+
+
+def _sd3_encoded(pipe: Any, prompts: list[str], length: int) -> list[tuple[Tensor, Tensor | None]]:
+    embeds, _, pooled, _ = pipe.encode_prompt(prompts, None, None, max_sequence_length=length)
+    return list(zip(embeds, pooled, strict=True))
+
+
+def _flux1_encoded(pipe: Any, prompts: list[str], length: int) -> list[tuple[Tensor, Tensor | None]]:
+    embeds, pooled, _ = pipe.encode_prompt(prompts, None, max_sequence_length=length)
+    return list(zip(embeds, pooled, strict=True))
+
+
+def _first_encoded(pipe: Any, prompts: list[str], length: int) -> list[tuple[Tensor, Tensor | None]]:
+    """FLUX.2 and Z-Image."""
+    embeds = pipe.encode_prompt(list(prompts), max_sequence_length=length)[0]
+    return [(each, None) for each in embeds]
+
+
+def _packed(pipe: Any, x: Tensor) -> Tensor:
+    packed: Tensor = pipe._pack_latents(x, *x.shape)
+    return packed
+
+
+def _flux2_returned(pipe: Any, x: Tensor) -> Tensor:
+    """The VAE's own latents."""
+    bn = pipe.vae.bn
+    std = (bn.running_var + pipe.vae.config.batch_norm_eps).sqrt().view(1, -1, 1, 1)
+    unpacked: Tensor = pipe._unpatchify_latents(x * std + bn.running_mean.view(1, -1, 1, 1))
+    return unpacked
 
 
 ATTENTION = "to_q, to_k, to_v, to_out.0, add_q_proj, add_k_proj, add_v_proj, to_add_out"
+FLUX_BLOCKS = ("transformer_blocks", "single_transformer_blocks")
+_SD3 = Tiny("sd3", build_sd3_pipeline, 4.0, (4, 8, 8), 8, ATTENTION, encoded=_sd3_encoded, shifts=False)
 TINY: dict[str, Tiny] = {
-    "sd3": Tiny("sd3", build_sd3_pipeline, 4.0, (4, 8, 8), 8, ATTENTION),
-    "sd35": Tiny(
-        "sd3",
-        functools.partial(build_sd3_pipeline, dual_attention_layers=(0, 1)),
-        4.5,
+    "sd3": _SD3,
+    "sd35": replace(
+        _SD3, build=functools.partial(build_sd3_pipeline, dual_attention_layers=(0, 1)), guidance=4.5
+    ),
+    "flux1": Tiny(
+        "flux1",
+        build_flux1_pipeline,
+        3.5,
         (4, 8, 8),
         8,
         ATTENTION,
+        encoded=_flux1_encoded,
+        given=_packed,
+        returned=_packed,
+        blocks=FLUX_BLOCKS,
     ),
-    "flux1": Tiny("flux1", build_flux1_pipeline, 3.5, (4, 8, 8), 8, ATTENTION),
     "flux2": Tiny(
-        "flux2", build_flux2_pipeline, 4.0, (16, 4, 4), 48, f"{ATTENTION}, to_qkv_mlp_proj, to_out"
+        "flux2",
+        build_flux2_pipeline,
+        4.0,
+        (16, 4, 4),
+        48,
+        f"{ATTENTION}, to_qkv_mlp_proj, to_out",
+        encoded=_first_encoded,
+        returned=_flux2_returned,
+        blocks=FLUX_BLOCKS,
+    ),
+    "zimage": Tiny(
+        "zimage",
+        build_zimage_pipeline,
+        5.0,
+        (4, 8, 8),
+        48,
+        "to_q, to_k, to_v, to_out.0",
+        encoded=_first_encoded,
+        call=lambda guidance: {"guidance_scale": guidance - 1},  # its scale counts from 0
+        blocks=("layers", "noise_refiner", "context_refiner"),
+        shifts=False,
     ),
 }
+FAMILIES = tuple(name for name in TINY if name != "sd3")
+"""One small model a family; the built-in one's own tests are `test_sd3`."""
 
 
 @functools.cache

@@ -22,7 +22,7 @@ SHARED_BASE = "teacher"
 class ModelConfig(Section):
     """The base model, which is also the teacher."""
 
-    family: Literal["sd3", "flux1", "flux2"] = Field(
+    family: Literal["sd3", "flux1", "flux2", "zimage"] = Field(
         description="model family, which chooses the backbone's code"
     )
     path: str = Field(
@@ -61,7 +61,7 @@ class ModelConfig(Section):
         default=128,
         ge=1,
         le=512,
-        description="prompt length for T5 (sd3, flux1) or Qwen3 (flux2), tokens",
+        description="prompt length for T5 (sd3, flux1) or Qwen (the others), tokens",
     )
     guidance: float = Field(
         default=7.0,

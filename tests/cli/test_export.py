@@ -27,7 +27,7 @@ from rtdmd_cli.engine.storage.checkpoint import load_checkpoint
 from rtdmd_cli.engine.storage.lora_files import read_header
 from rtdmd_cli.engine.storage.run_folder import RunFolder
 from tests.tiny_exports import FRESH_RANK, RANK, make_run, write_preset
-from tests.tiny_flux import build_flux2_pipeline, in_fp8, save, tiny_folder
+from tests.tiny_flux import FAMILIES, build_flux2_pipeline, in_fp8, save, tiny_folder
 
 TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
 ROUNDING = 1e-5  # mean difference of a pixel, 0..1, in float32
@@ -344,9 +344,13 @@ COMFYUI = {
         "attn.to_qkv_mlp_proj",
         "attn.to_out",
     },
+    **{
+        blocks: {f"attention.to_{end}" for end in ("q", "k", "v", "out.0")}
+        for blocks in ("layers", "noise_refiner", "context_refiner")
+    },
 }
-"""Layers of a block that ComfyUI's `mmdit_to_diffusers` and `flux_to_diffusers` (comfy/utils.py) know, after
-`transformer.`, the block's list and its number; the attention's alone."""
+"""Layers of a block that ComfyUI's `mmdit_to_diffusers`, `flux_to_diffusers` and `z_image_to_diffusers` (comfy/utils.py)
+know, after `transformer.`, the block's list and its number; the attention's alone."""
 
 
 def assert_comfyui_knows(path: Path) -> None:
@@ -360,7 +364,7 @@ def assert_comfyui_knows(path: Path) -> None:
     assert keys
 
 
-@pytest.mark.parametrize("family", ["sd35", "flux1", "flux2", "two-bases"])
+@pytest.mark.parametrize("family", [*FAMILIES, "two-bases"])
 def test_other_families(world: World, family: str) -> None:
     own = family == "two-bases"
     name, model = ("flux2", "") if own else (family, "")

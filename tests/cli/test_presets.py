@@ -10,6 +10,7 @@ from typer.testing import CliRunner, Result
 
 from rtdmd_cli.cli.presets import app
 from rtdmd_cli.config import keys, list_presets, load_preset, preset_text
+from rtdmd_cli.engine.backbones.families import FAMILIES
 from rtdmd_cli.errors import UsageError
 
 
@@ -36,7 +37,7 @@ def test_list_json() -> None:
     found = json.loads(run("list", "--json").stdout)
     assert {entry["name"] for entry in found} == {info.name for info in list_presets()}
     assert all(Path(entry["path"]).is_file() for entry in found)
-    assert {entry["family"] for entry in found} == {"sd3", "flux1", "flux2"}
+    assert {entry["family"] for entry in found} == set(FAMILIES)
 
 
 def test_show_prints_the_file() -> None:

@@ -50,7 +50,7 @@ def refused(name: str, *overrides: str, **environ: str) -> UsageError:
 
 def test_shipped_presets() -> None:
     found = {info.name: info for info in list_presets()}
-    assert {*SHAPES, *PUBLISHED, *SMALL, *NIGHT} == set(found)
+    assert {*SHAPES, *PUBLISHED, *CARRIED, *SMALL, *NIGHT} == set(found)
     for name, info in found.items():
         preset = load(name).preset
         assert preset.name == name == info.path.stem
@@ -94,7 +94,9 @@ PUBLISHED = {  # method.md, section 5
     "flux2-klein-9b-4step": (f"{HUB}.2-klein-base-9B", 512, 4.0, 512, 1e-6, 1e-6, False, 24, 1536),
 }
 PUBLISHED_SIZE = 1024  # px
-SMALL = {f"{name}-24gb": name for name in PUBLISHED} | {"sd3-4step-16gb": "sd3-4step"}
+CARRIED = ("zimage-4step",)
+"""Presets of models that the paper did not train, with the settings of FLUX.1-dev."""
+SMALL = {f"{name}-24gb": name for name in (*PUBLISHED, *CARRIED)} | {"sd3-4step-16gb": "sd3-4step"}
 NIGHT = {f"{name}-overnight": f"{name}-24gb" for name in PUBLISHED if "9b" not in name}
 
 
@@ -120,6 +122,17 @@ def test_the_published_values(name: str) -> None:
     tabulated |= {"distill.fake_lr", "tune_reward.fake_lr", "tune_reward.consistency_weight"}
     tabulated |= {"tune_reward.images_per_prompt", "tune_reward.images_per_epoch"}
     assert differing - tabulated == FREE
+
+
+@pytest.mark.parametrize("name", CARRIED)
+def test_a_model_without_a_published_run_has_the_settings_of_another(name: str) -> None:
+    """All but what names the model, its guidance and its layers; the file says that they are untested."""
+    own, other = (preset_values(load(each).preset) for each in (name, "flux1-4step"))
+    differing = {key for key in own if own[key] != other[key]}
+    names = {"name", "description", "model.family", "model.path", "model.components", "model.guidance"}
+    assert differing == names | {"distill.lora.targets", "tune_reward.lora.targets"}
+    text = preset_text(name)
+    assert "untested" in load(name).preset.description and "Ours, and untested on the real model" in text
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -7,28 +7,34 @@ Latents are `[B, C, H, W]`, sigma is float32 in [0, 1] (0 = clean, 1 = noise), v
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from rtdmd_cli.config.schema import HardwareConfig
 from rtdmd_cli.engine.algo.flow import move
 
 PLAIN = HardwareConfig()
 """An unquantised base, and pictures decoded whole."""
+LENGTHS = "lengths"  # of `Conditioning`: stays in host memory
 
 
 @dataclass(frozen=True)
 class Conditioning:
     """Encoded prompts: `embeds [B, L, D]`, one row per token, and `pooled [B, P]`, one per prompt.
 
-    pooled: None for families without. Position ids of the text follow from the shapes: a backbone makes them.
+    pooled: None for families without. lengths: int64 [B] in host memory, how many of the L rows are the prompt's own, the
+    rest is padding; None for families whose networks read all L. It stays on the host, because the number of tokens shapes
+    what is computed, and reading it from a device would stall the queue. Position ids of the text follow from the shapes:
+    a backbone makes them.
     """
 
     embeds: Tensor
     pooled: Tensor | None = None
+    lengths: Tensor | None = None
 
     def __len__(self) -> int:
         return self.embeds.shape[0]
@@ -36,7 +42,20 @@ class Conditioning:
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by name, those that there are."""
-        return {"embeds": self.embeds} | ({} if self.pooled is None else {"pooled": self.pooled})
+        every = {"embeds": self.embeds, "pooled": self.pooled, "lengths": self.lengths}
+        return {name: tensor for name, tensor in every.items() if tensor is not None}
+
+    @property
+    def longest(self) -> int:
+        """Rows of the longest prompt."""
+        return self.embeds.shape[1] if self.lengths is None else int(self.lengths.max())
+
+    def row_bytes(self, text_length: int) -> int:
+        """Size in bytes of one encoded prompt, of the largest where they differ: `text_length` tokens."""
+        if self.lengths is None:
+            return self.nbytes // len(self)
+        width, rest = self.embeds.shape[-1], self.select([0]).nbytes - self.embeds[:1].nbytes
+        return text_length * width * self.embeds.element_size() + rest
 
     @property
     def nbytes(self) -> int:
@@ -45,8 +64,11 @@ class Conditioning:
 
     def select(self, indices: Sequence[int]) -> Conditioning:
         """The rows `indices`, in that order; a row may be taken several times."""
-        rows = move(torch.as_tensor(indices, dtype=torch.long), self.embeds.device)
-        return Conditioning(**{name: tensor[rows] for name, tensor in self.tensors.items()})
+        chosen = torch.as_tensor(indices, dtype=torch.long)
+        rows = move(chosen, self.embeds.device)
+        return Conditioning(
+            **{name: tensor[chosen if name == LENGTHS else rows] for name, tensor in self.tensors.items()}
+        )
 
     def repeat(self, count: int) -> Conditioning:
         """The one row `count` times, without a copy."""
@@ -60,17 +82,30 @@ class Conditioning:
         queued = self.embeds.device.type == "cpu"
         return Conditioning(
             **{
-                name: tensor.to(device=device, dtype=dtype, non_blocking=queued)
+                name: tensor
+                if name == LENGTHS
+                else tensor.to(device=device, dtype=dtype, non_blocking=queued)
                 for name, tensor in self.tensors.items()
             }
         )
 
 
 def concatenate(parts: Sequence[Conditioning]) -> Conditioning:
-    """The rows of all `parts`, one after another; all of the same family."""
+    """The rows of all `parts`, one after another; all of the same family.
+
+    Where prompts have lengths of their own, all are padded with zeros to the longest.
+    """
+    if parts[0].lengths is not None:
+        longest = max(part.longest for part in parts)
+        parts = [replace(part, embeds=_resized(part.embeds, longest)) for part in parts]
     return Conditioning(
         **{name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors}
     )
+
+
+def _resized(embeds: Tensor, rows: int) -> Tensor:
+    """[B, L, D] as [B, rows, D]: cut off, or padded with zeros."""
+    return pad(embeds[:, :rows], (0, 0, 0, max(0, rows - embeds.shape[1])))
 
 
 @dataclass(frozen=True)
@@ -144,6 +179,13 @@ class Backbone(Protocol):
         """v of `x [B, C, H, W]` at `sigma [B]`, under whatever adapters are active; float32 [B, C, H, W].
 
         guidance: the network's input where it has one (`embedded_guidance`), a number or [B]; else 1.
+        """
+        ...
+
+    def guide(self, v_cond: Tensor, v_uncond: Tensor, guidance: float | Tensor) -> Tensor:
+        """The guided velocity as the stock pipeline makes it of both predictions, all [B, C, H, W].
+
+        guidance: a number or [B], in the convention of `algo.flow.cfg`, in which 1 is none.
         """
         ...
 

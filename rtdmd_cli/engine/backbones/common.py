@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rtdmd_cli.engine.algo.flow import cfg
 from rtdmd_cli.engine.backbones.base import Conditioning, ModelId, concatenate
 from rtdmd_cli.engine.backbones.layout import Layout
 from rtdmd_cli.engine.backbones.loading import Loaded
@@ -21,6 +22,7 @@ class PipelineBackbone:
     """
 
     embedded_guidance = False
+    unread = 0  # tokens before a prompt that the pipeline cuts off again
 
     def __init__(self, layout: Layout, loaded: Loaded, device: torch.device, dtype: torch.dtype) -> None:
         self.device = device
@@ -55,7 +57,7 @@ class PipelineBackbone:
         config: Any = self._pipe.transformer.config  # known before the weights are loaded
         pooled = config.get("pooled_projection_dim")
         known: dict[str, str | int] = {"family": self._layout.pipeline.__name__}
-        known["embeds"] = config["joint_attention_dim"]
+        known["embeds"] = config[self._layout.text_width]
         return known if pooled is None else known | {"pooled": pooled}
 
     def excess(self, prompts: Sequence[str]) -> dict[str, int]:
@@ -65,11 +67,24 @@ class PipelineBackbone:
                 continue
             kind = type(tokenizer).__name__.partition("Tokenizer")[0]
             limit = tokenizer.model_max_length if kind == "CLIP" else self.text_length
-            texts = list(prompts) if tokenizer.chat_template is None else _as_chat(tokenizer, prompts)
-            count = sum(len(ids) > limit for ids in tokenizer(texts)["input_ids"])
+            texts = self.texts_read(tokenizer, prompts)
+            count = sum(len(ids) - self.unread > limit for ids in tokenizer(texts)["input_ids"])
             if count:
                 found[f"the {limit} tokens of {kind}"] = count
         return found
+
+    def texts_read(self, tokenizer: Any, prompts: Sequence[str]) -> list[str]:
+        """The prompts in the words around them that the pipeline adds before they are tokenized."""
+        return list(prompts)
+
+    def guide(self, v_cond: Tensor, v_uncond: Tensor, guidance: float | Tensor) -> Tensor:
+        """Plain classifier-free guidance."""
+        return cfg(v_cond, v_uncond, guidance)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """With the scale and shift of an `AutoencoderKL`."""
+        config = self._pipe.vae.config
+        return self.pictures(latents / config.scaling_factor + config.shift_factor)
 
     def drop_text_encoders(self) -> None:
         self._loaded.drop_encoders(self.device)
@@ -105,14 +120,14 @@ class PipelineBackbone:
         return shown
 
 
-def _as_chat(tokenizer: Any, prompts: Sequence[str]) -> list[str]:
-    """The prompts in the words around them that FLUX.2's pipeline adds."""
+def as_chat(tokenizer: Any, prompts: Sequence[str], thinking: bool) -> list[str]:
+    """The prompts in the tokenizer's chat template, each the user's one message. thinking: see Qwen3's template."""
     return [
         tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}],
             tokenize=False,
             add_generation_prompt=True,
-            enable_thinking=False,
+            enable_thinking=thinking,
         )
         for prompt in prompts
     ]
@@ -133,6 +148,20 @@ def schedule(scheduler: Any, **arguments: Any) -> Tensor:
     scheduler.set_timesteps(device="cpu", **arguments)
     sigmas: Tensor = scheduler.sigmas.clone()
     return sigmas
+
+
+def linear_mu(calculate_shift: Callable[..., float], config: Any, tokens: int) -> float:
+    """The shift's exponent for a picture of `tokens`; the defaults are those of the stock pipelines' calls.
+
+    calculate_shift: of the pipeline's module. config: the scheduler's.
+    """
+    return calculate_shift(
+        tokens,
+        config.get("base_image_seq_len", 256),
+        config.get("max_image_seq_len", 4096),
+        config.get("base_shift", 0.5),
+        config.get("max_shift", 1.15),
+    )
 
 
 def require_unguided(guidance: float | Tensor) -> None:

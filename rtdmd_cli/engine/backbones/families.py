@@ -63,10 +63,17 @@ def _flux2() -> FamilyModule:
     return flux2
 
 
+def _zimage() -> FamilyModule:
+    from rtdmd_cli.engine.backbones import zimage
+
+    return zimage
+
+
 FAMILIES: dict[str, Family] = {
     "sd3": Family("sd3", "Stable Diffusion 3 and 3.5 Medium, and the built-in shapes model", _sd3),
     "flux1": Family("flux1", "FLUX.1-dev", _flux1),
     "flux2": Family("flux2", "FLUX.2-klein, 4B and 9B", _flux2),
+    "zimage": Family("zimage", "Z-Image", _zimage),
 }
 
 

@@ -8,7 +8,6 @@ are the VAE's, [B, 16, H/8, W/8], and are packed 2 x 2 for the network alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
@@ -22,6 +21,7 @@ from rtdmd_cli.engine.backbones.common import (
     PipelineBackbone,
     check_size,
     evenly_spaced,
+    linear_mu,
     require_unguided,
     schedule,
 )
@@ -107,14 +107,9 @@ class Flux1Backbone(PipelineBackbone):
         given = torch.as_tensor(guidance, dtype=torch.float32, device=sigma.device)
         return given.expand(sigma.shape)
 
-    def decode(self, latents: Tensor) -> Tensor:
-        vae = self._pipe.vae
-        scaled = latents / vae.config.scaling_factor + vae.config.shift_factor
-        return self.pictures(scaled)
-
     def sigmas(self, raw_steps: Sequence[float], shape: Sequence[int]) -> Tensor:
         scheduler = self._pipe.scheduler
-        mu = _mu(scheduler.config, tokens=shape[-2] * shape[-1] // PACK**2)
+        mu = linear_mu(calculate_shift, scheduler.config, shape[-2] * shape[-1] // PACK**2)
         return schedule(scheduler, sigmas=list(raw_steps), mu=mu)
 
     def stock_sigmas(self, steps: int, shape: Sequence[int]) -> Tensor:
@@ -123,18 +118,6 @@ class Flux1Backbone(PipelineBackbone):
 
 BACKBONE = Flux1Backbone
 """The family's backbone."""
-
-
-def _mu(config: Any, tokens: int) -> float:
-    """The shift's exponent for a picture of `tokens`; the defaults are those of the stock pipeline's call."""
-    mu: float = calculate_shift(
-        tokens,
-        config.get("base_image_seq_len", 256),
-        config.get("max_image_seq_len", 4096),
-        config.get("base_shift", 0.5),
-        config.get("max_shift", 1.15),
-    )
-    return mu
 
 
 def load(

@@ -8,6 +8,7 @@ of the VAE's latents, normalised by the statistics of its batch norm.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Transformer2DModel
@@ -19,6 +20,7 @@ from rtdmd_cli.config.schema import HardwareConfig, ModelConfig
 from rtdmd_cli.engine.backbones.base import PLAIN, Conditioning
 from rtdmd_cli.engine.backbones.common import (
     PipelineBackbone,
+    as_chat,
     check_size,
     evenly_spaced,
     require_unguided,
@@ -80,6 +82,9 @@ class Flux2Backbone(PipelineBackbone):
         )[0]
         unpacked: Tensor = pipe._unpack_latents_with_ids(v, positions, height, width)
         return unpacked.float()
+
+    def texts_read(self, tokenizer: Any, prompts: Sequence[str]) -> list[str]:
+        return as_chat(tokenizer, prompts, thinking=False)
 
     def decode(self, latents: Tensor) -> Tensor:
         vae = self._pipe.vae

@@ -29,13 +29,18 @@ class Layout:
     """What the folder of a family's pipeline holds.
 
     pipeline: the class in diffusers. networks: component -> class; one is called "transformer", the text encoders
-    begin with "text_encoder". tokenizers: names. optional: components that a pipeline may lack.
+    begin with "text_encoder". tokenizers: names. optional: components that a pipeline may lack. text_width: the key of the
+    transformer's config with the width of a row of an encoded prompt. clip_first: whether CLIP's rows come before the others.
+    own_lengths: whether prompts keep lengths of their own (`Conditioning.lengths`).
     """
 
     pipeline: Any  # the libraries' classes carry no types
     networks: Mapping[str, Any]
     tokenizers: tuple[str, ...]
     optional: tuple[str, ...] = ()
+    text_width: str = "joint_attention_dim"
+    clip_first: bool = False
+    own_lengths: bool = False
 
     @property
     def encoders(self) -> tuple[str, ...]:
@@ -142,9 +147,9 @@ def incomplete(layout: Layout, folder: Path, name: str) -> DataError:
     return DataError(f"The weights in {folder} are incomplete: {name} is missing.", layout.renew)
 
 
-def check_pair(teacher: Any, generator: Any, folder: Path) -> None:
+def check_pair(layout: Layout, teacher: Any, generator: Any, folder: Path) -> None:
     """DataError unless both transformers take the same latents and the same prompts."""
-    for key in ("in_channels", "joint_attention_dim"):
+    for key in ("in_channels", layout.text_width):
         own, other = teacher.config[key], generator.config[key]
         if own != other:
             raise DataError(

@@ -212,7 +212,7 @@ def load_pipeline(
         pipe = layout.pipeline.from_pretrained(folder, dtype=dtype, **given, **absent)
     if sources.generator:
         own = empty_transformer(layout, sources.generator)
-        check_pair(transformer, own, sources.generator)
+        check_pair(layout, transformer, own, sources.generator)
         check_names(layout, sources.generator, own)
     loaded = Loaded(layout, config, sources, pipe, opener)
     if sources.file:

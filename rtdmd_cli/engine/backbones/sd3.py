@@ -35,6 +35,7 @@ LAYOUT = Layout(
     },
     ("tokenizer", "tokenizer_2", "tokenizer_3"),
     optional=("text_encoder_3", "tokenizer_3"),  # the stock pipeline runs without T5
+    clip_first=True,
 )
 ENCODE_BATCH = 64  # prompts at once
 
@@ -77,11 +78,6 @@ class SD3Backbone(PipelineBackbone):
             return_dict=False,
         )[0]
         return v.float()
-
-    def decode(self, latents: Tensor) -> Tensor:
-        vae = self._pipe.vae
-        scaled = latents / vae.config.scaling_factor + vae.config.shift_factor
-        return self.pictures(scaled)
 
     def sigmas(self, raw_steps: Sequence[float], shape: Sequence[int]) -> Tensor:
         return schedule(self._pipe.scheduler, sigmas=list(raw_steps))

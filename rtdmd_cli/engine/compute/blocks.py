@@ -4,28 +4,34 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
 
 import torch
 from torch import nn
 
 from rtdmd_cli.errors import EnvironmentFailure
 
-BLOCK_LISTS = ("transformer_blocks", "single_transformer_blocks")
-"""The names under which the families' transformers in diffusers keep their blocks."""
 RECOMPILE_LIMIT = 64
 """Graphs of a block: three roles, with and without gradient, two batch sizes, and the last block is another: about 16."""
 
 
 def repeated_blocks(transformer: nn.Module) -> list[nn.Module]:
-    """The blocks in order, of every transformer inside a module that holds several.
+    """The blocks in order, of every transformer inside a module that holds several: what stands in its outermost lists.
 
-    ValueError where there are none under the names known here.
+    ValueError where there are none.
     """
-    lists = [m for name, m in transformer.named_modules() if name.rpartition(".")[2] in BLOCK_LISTS]
-    blocks = [block for blocks in lists for block in blocks.children()]
+    blocks = list(_listed(transformer))
     if not blocks:
-        raise ValueError(f"{type(transformer).__name__} keeps its blocks under none of {BLOCK_LISTS}")
+        raise ValueError(f"{type(transformer).__name__} has no list of blocks")
     return blocks
+
+
+def _listed(module: nn.Module) -> Iterator[nn.Module]:
+    for child in module.children():
+        if isinstance(child, nn.ModuleList):
+            yield from child
+        else:
+            yield from _listed(child)
 
 
 def compile_blocks(transformer: nn.Module, device: torch.device, backend: str = "inductor") -> None:

@@ -12,7 +12,7 @@ from rtdmd_cli.config.section import LoraConfig
 from rtdmd_cli.engine.export import code
 from rtdmd_cli.engine.export.card_comfyui import lora_section, merged_section
 from rtdmd_cli.engine.export.facts import Facts
-from rtdmd_cli.engine.export.families import generator_revision
+from rtdmd_cli.engine.export.families import FAMILIES, generator_revision
 from rtdmd_cli.engine.export.generator import is_full
 from rtdmd_cli.engine.export.markdown import table
 from rtdmd_cli.engine.export.names import public_name
@@ -84,8 +84,11 @@ def _summary(facts: Facts) -> str:
 def _use(facts: Facts) -> list[str]:
     parts = ["## How to use it"]
     size, length = facts.preset.model.resolution, facts.preset.model.text_length
+    off = ", ".join(
+        f"`{name}={value}`" for name, value in FAMILIES[facts.preset.model.family].unguided.items()
+    )
     parts.append(
-        f"Guidance must be 1.0 and the text length {length} tokens (`max_sequence_length`): the defaults of the stock "
+        f"Guidance must be off ({off}) and the text length {length} tokens (`max_sequence_length`): the defaults of the stock "
         f"pipeline are others. Pictures are {size} x {size} px. The code ran with diffusers {diffusers.__version__}."
     )
     if "diffusers" in facts.formats:

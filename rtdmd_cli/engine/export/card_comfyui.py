@@ -65,6 +65,11 @@ def length_note(facts: Facts) -> str:
             f"The node T5TokenizerOptions pads the prompt to {length} tokens as in training (by itself ComfyUI pads to "
             f"{loader.tokens}). A longer prompt is cut by diffusers and not by ComfyUI."
         )
+    if loader.tokens is None:
+        return (
+            "ComfyUI reads the prompt at its own length, as training did; one of more than "
+            f"{length} tokens is cut by diffusers and not by ComfyUI."
+        )
     if length == loader.tokens:
         return f"ComfyUI pads the prompt to {length} tokens, as training did."
     return (

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from rtdmd_cli.config.schema import Preset
 from rtdmd_cli.engine.export.code import Stock
-from rtdmd_cli.engine.export.families import Licence, Loader
+from rtdmd_cli.engine.export.families import FAMILIES, Licence, Loader
 from rtdmd_cli.engine.export.roundtrip import RoundTrip
 
 
@@ -65,7 +65,7 @@ class Facts:
         return {
             "num_inference_steps": str(self.steps),  # FLUX.2's shift depends on it, with sigmas= as well
             **levels,
-            "guidance_scale": "1.0",
+            **FAMILIES[model.family].unguided,
             "max_sequence_length": str(model.text_length),
             "height": str(model.resolution),
             "width": str(model.resolution),

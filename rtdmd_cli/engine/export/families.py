@@ -36,7 +36,8 @@ class Loader:
     """Nodes of ComfyUI that load a family's parts. model, clip: (class, inputs); vae: None where the model has it.
 
     files: what these nodes load. needs: the oldest ComfyUI that draws the workflows. tokens: length to which ComfyUI by itself
-    pads the prompt of T5 or Qwen3; t5: whether the node T5TokenizerOptions changes it. guidance: of a FluxGuidance node.
+    pads the prompt of T5 or Qwen3, None where it doesn't; t5: whether the node T5TokenizerOptions changes it. guidance: of a
+    FluxGuidance node.
     takes_merged: whether ComfyUI reads the transformer of a merged export. text: a sentence for the card.
     """
 
@@ -46,7 +47,7 @@ class Loader:
     latent: str
     files: tuple[ComfyFile, ...]
     needs: str
-    tokens: int
+    tokens: int | None
     t5: bool = True
     guidance: float | None = None
     takes_merged: bool = True
@@ -58,13 +59,17 @@ class ExportFamily:
     """One row of the table.
 
     prefix: of the keys of a LoRA file, before the layer's name in diffusers. architecture: modelspec's. index: changes
-    of model_index.json of a merged pipeline. comfy: repository id (lower case) -> its nodes; "" for any other.
+    of model_index.json of a merged pipeline. comfy: repository id (lower case) -> its nodes; "" for any other. unguided: the
+    arguments of the stock pipeline's call that switch guidance off. float32_noise: whether the stock pipeline draws its noise
+    in float32, whatever the network's format.
     """
 
     architecture: Mapping[str, str]
     comfy: Mapping[str, Loader]
     prefix: str = "transformer"
     index: Mapping[str, Any] = field(default_factory=dict)
+    unguided: Mapping[str, str] = field(default_factory=lambda: {"guidance_scale": "1.0"})
+    float32_noise: bool = False
 
 
 _BFL = "black-forest-labs/"
@@ -179,6 +184,31 @@ FAMILIES: dict[str, ExportFamily] = {
         },
         index={"is_distilled": True},
     ),
+    "zimage": ExportFamily(
+        architecture={"": "z-image"},
+        comfy={
+            "": Loader(
+                ("UNETLoader", {"unet_name": "z_image_bf16.safetensors", "weight_dtype": "default"}),
+                ("CLIPLoader", {"clip_name": "qwen_3_4b.safetensors", "type": "lumina2"}),
+                "ae.safetensors",
+                "EmptySD3LatentImage",
+                files=(
+                    ComfyFile(
+                        "z_image_bf16.safetensors", "base model", "diffusion_models", "Comfy-Org/z_image"
+                    ),
+                    ComfyFile(
+                        "qwen_3_4b.safetensors", "text encoder", "text_encoders", "Comfy-Org/z_image_turbo"
+                    ),
+                    ComfyFile("ae.safetensors", "VAE", "vae", "Comfy-Org/z_image_turbo"),
+                ),
+                needs=_SINCE_MANUAL_SIGMAS,
+                tokens=None,
+                t5=False,
+            )
+        },
+        unguided={"guidance_scale": "0.0"},  # its scale counts from 0
+        float32_noise=True,
+    ),
 }
 """Family of the preset -> its row."""
 
@@ -199,6 +229,7 @@ LICENCES: dict[str, Licence] = {
         "FLUX.1 [dev] Non-Commercial License",
         "flux-1-dev-non-commercial-license",
     ),
+    "tongyi-mai/z-image": _APACHE,
     f"{_BFL}flux.2-klein-4b": _APACHE,
     f"{_BFL}flux.2-klein-base-4b": _APACHE,
     **{

@@ -30,7 +30,7 @@ def write_loras(folder: Path, facts: Facts, family: ExportFamily, folded: Folded
             "license": facts.licence.text,
             "resolution": f"{model.resolution}x{model.resolution}",
             "merged_from": facts.base,
-            "usage_hint": f"{facts.steps} steps, guidance 1.0, text length {model.text_length}",
+            "usage_hint": f"{facts.steps} steps, no guidance, text length {model.text_length}",
         }
     )
     for name in lora_files(facts).values():

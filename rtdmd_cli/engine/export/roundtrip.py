@@ -18,6 +18,7 @@ from torch import Tensor
 from rtdmd_cli.engine.compute import rng
 from rtdmd_cli.engine.compute.quiet import quiet_loading
 from rtdmd_cli.engine.export.code import Stock, call_lines, load_lines
+from rtdmd_cli.engine.export.families import FAMILIES
 from rtdmd_cli.engine.roles.base import GENERATOR
 from rtdmd_cli.engine.sampling.model_source import Model
 from rtdmd_cli.engine.sampling.pictures import encode
@@ -77,7 +78,9 @@ def own_pictures(
     backbone, side = model.backbone, model.source.preset.model.resolution
     shape = backbone.latent_shape(side, side)
     cond, _ = encode(backbone, prompts, plan)
-    noise, sets = initial_noise(shape, len(prompts), backbone.dtype), []
+    family = FAMILIES[model.source.preset.model.family]
+    drawn = torch.float32 if family.float32_noise else backbone.dtype
+    noise, sets = initial_noise(shape, len(prompts), drawn), []
     for eta in etas:
         latents = []
         for i in range(len(prompts)):

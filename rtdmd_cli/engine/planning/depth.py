@@ -6,6 +6,7 @@ blocks of each kind, and once more with a third; the rest is a multiplication. A
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -13,24 +14,25 @@ FEW = 2
 """Blocks of each kind that are counted; the last of SD3 differs from the others, and is among them."""
 Config = Mapping[str, Any]
 T = TypeVar("T")
-SINGLE, DUAL = "num_single_layers", "dual_attention_layers"
+COUNTS = re.compile(r"n(um)?_(\w+_)?layers")
+"""The keys of a transformer's config that count its blocks: num_layers, num_single_layers, n_refiner_layers."""
+PLAIN, DUAL = "num_layers", "dual_attention_layers"
 
 
 def depths(config: Config) -> dict[str, int]:
-    """Kind of block -> how many a transformer of diffusers has."""
+    """Kind of block, by the config's key -> how many a transformer of diffusers has."""
+    found = {key: number for key, number in config.items() if COUNTS.fullmatch(key)}
     dual = len(config.get(DUAL) or ())
-    found = {"plain": config["num_layers"] - dual, "dual": dual, "single": config.get(SINGLE, 0)}
+    if dual:  # some of the plain ones
+        found |= {PLAIN: found[PLAIN] - dual, DUAL: dual}
     return {kind: count for kind, count in found.items() if count}
 
 
 def with_depths(config: Config, counts: Mapping[str, int]) -> dict[str, Any]:
     """A transformer's config with other numbers of blocks."""
-    dual = counts.get("dual", 0)
-    changed: dict[str, Any] = {"num_layers": counts.get("plain", 0) + dual}
-    if "dual" in counts:
-        changed[DUAL] = tuple(range(dual))
-    if "single" in counts:
-        changed[SINGLE] = counts["single"]
+    changed: dict[str, Any] = dict(counts)
+    if DUAL in counts:
+        changed |= {PLAIN: counts.get(PLAIN, 0) + counts[DUAL], DUAL: tuple(range(counts[DUAL]))}
     return dict(config) | changed
 
 

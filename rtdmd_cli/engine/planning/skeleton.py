@@ -34,18 +34,21 @@ class Skeleton:
     """A backbone on shapes alone, without text encoders (`encoding.py`).
 
     prompt_shape: tokens of an encoded prompt, their width, and the width of its pooled part, None for families without.
+    own_lengths: of the layout; prompts are of full length then.
     """
 
     backbone: Backbone
     vae: nn.Module
     prompt_shape: tuple[int, int, int | None]
+    own_lengths: bool
 
     def prompts(self, count: int) -> Conditioning:
         """`count` encoded prompts."""
         tokens, width, pooled = self.prompt_shape
         wanted: dict[str, Any] = {"dtype": self.backbone.dtype, "device": META}
         rest = None if pooled is None else torch.empty(count, pooled, **wanted)
-        return Conditioning(torch.empty(count, tokens, width, **wanted), rest)
+        lengths = torch.full((count,), tokens) if self.own_lengths else None
+        return Conditioning(torch.empty(count, tokens, width, **wanted), rest, lengths)
 
 
 def skeleton(
@@ -68,7 +71,7 @@ def skeleton(
         other = on_shapes(layout.networks["transformer"], configs["transformer"], dtype)
         loaded.transformer = TwoBases(pipe.transformer, other)
     backbone: Any = module.BACKBONE(layout, loaded, META, dtype)
-    return Skeleton(backbone, made["vae"], prompt_shape(model, configs))
+    return Skeleton(backbone, made["vae"], prompt_shape(model, configs), layout.own_lengths)
 
 
 def tensors_of(modules: Iterable[nn.Module]) -> list[Tensor]:
@@ -88,7 +91,7 @@ def on_shapes(kind: Any, config: Mapping[str, Any], dtype: torch.dtype) -> nn.Mo
 
 
 def prompt_shape(model: ModelConfig, configs: Configs) -> tuple[int, int, int | None]:
-    """See `Skeleton`. SD3 puts CLIP's tokens before T5's."""
-    network = configs["transformer"]
-    clip = configs["text_encoder"]["max_position_embeddings"] if model.family == "sd3" else 0
-    return clip + model.text_length, network["joint_attention_dim"], network.get("pooled_projection_dim")
+    """See `Skeleton`."""
+    layout, network = families.FAMILIES[model.family].module().LAYOUT, configs["transformer"]
+    clip = configs["text_encoder"]["max_position_embeddings"] if layout.clip_first else 0
+    return clip + model.text_length, network[layout.text_width], network.get("pooled_projection_dim")

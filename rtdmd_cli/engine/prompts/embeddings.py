@@ -1,7 +1,7 @@
 """Encoded prompts on disk, so that a prompt is encoded once and training needs no text encoders.
 
-    <folder>/<model>/<block>.safetensors    embeds [n, L, D], pooled [n, P] where the family has it; metadata: the
-                                            rows' keys, sha256
+    <folder>/<model>/<block>.safetensors    embeds [n, L, D], and pooled [n, P] and lengths [n] where the family has
+                                            them; metadata: the rows' keys, sha256
 
 A key is the sha256 of (model, text length, prompt). A block holds up to 64 prompts, so thousands of prompts
 make few files, and a large model's block stays near 100 MB. Above `max_gb` the blocks that have not been used
@@ -16,7 +16,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -168,12 +168,7 @@ class EmbeddingCache:
         known: rows to look them up in, by default this run's.
         """
         rows = [(self._rows if known is None else known)[self._key(prompt)] for prompt in prompts]
-        return Conditioning(
-            **{
-                name: torch.cat([block.tensors.get_slice(name)[row : row + 1] for block, row in rows])
-                for name in rows[0][0].tensors.keys()  # noqa: SIM118 - safe_open is no mapping
-            }
-        )
+        return concatenate([_row(block, row) for block, row in rows])
 
     def _say_excess(self, prompts: Sequence[str]) -> None:
         with quiet_loading():
@@ -254,6 +249,11 @@ class EmbeddingCache:
             )
 
 
+def _row(block: _Block, row: int) -> Conditioning:
+    names = block.tensors.keys()  # safe_open is no mapping
+    return Conditioning(**{name: block.tensors.get_slice(name)[row : row + 1] for name in names})
+
+
 def _blocks(folder: Path, pattern: str) -> list[Path]:
     """Finished blocks: what another process is writing just now has a temporary name."""
     return [path for path in folder.glob(pattern) if not path.name.startswith(TMP_PREFIX)]
@@ -276,7 +276,7 @@ def _open(path: Path) -> _Block | None:
         metadata = tensors.metadata() or {}
         keys = tuple(strict_json.parse(metadata["keys"]))
         names = set(tensors.keys())
-        if "embeds" not in names or not names <= {"embeds", "pooled"}:
+        if "embeds" not in names or not names <= {each.name for each in fields(Conditioning)}:
             raise ValueError(f"tensors {sorted(names)}")
         rows = {tensors.get_slice(name).get_shape()[0] for name in names}
         if rows != {len(keys)}:

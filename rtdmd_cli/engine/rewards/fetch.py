@@ -34,6 +34,7 @@ LICENCES = {
     "black-forest-labs/FLUX.1-dev": "FLUX.1 [dev] Non-Commercial License",
     "black-forest-labs/FLUX.2-klein-4B": "Apache-2.0",
     "black-forest-labs/FLUX.2-klein-base-4B": "Apache-2.0",
+    "Tongyi-MAI/Z-Image": "Apache-2.0",
     "black-forest-labs/FLUX.2-klein-9B": "FLUX Non-Commercial License",
     "black-forest-labs/FLUX.2-klein-base-9B": "FLUX Non-Commercial License",
 }

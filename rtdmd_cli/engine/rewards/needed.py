@@ -30,6 +30,7 @@ SIZES = {
     "black-forest-labs/FLUX.1-dev": 34e9,
     "black-forest-labs/FLUX.2-klein-4B": 16e9,
     "black-forest-labs/FLUX.2-klein-base-4B": 16e9,
+    "Tongyi-MAI/Z-Image": 21e9,
     "black-forest-labs/FLUX.2-klein-9B": 35e9,
     "black-forest-labs/FLUX.2-klein-base-9B": 35e9,
 }

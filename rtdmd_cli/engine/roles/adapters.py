@@ -19,6 +19,7 @@ be entered and left in between.
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -53,6 +54,8 @@ STAGE_2: dict[str, tuple[str, ...]] = {
 }
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 """`lora.dtype` -> torch's."""
+IN_ATTENTION = re.compile(r".*\.(attn|attention)\.(.+)")
+"""Full name of a layer inside an attention module of diffusers' transformers; the second group is its ending."""
 
 
 class Roles:
@@ -205,21 +208,21 @@ def _add_adapter(transformer: Any, name: str, lora: LoraConfig, modules: list[st
 
 
 def target_layers(transformer: nn.Module, lora: LoraConfig, section: str) -> list[str]:
-    """Full names of the linear layers in a module `attn` that `lora.targets` name by their endings.
+    """Full names of the linear layers in a module `attn` or `attention` that `lora.targets` name by their endings.
 
     Full names, because FLUX.2 has linear layers and lists of layers of the same ending. UsageError for a target that
     names none.
     """
     linear = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
-    inside = [name for name in linear if ".attn." in name]
-    missing = [t for t in lora.targets if not any(name.endswith(f".attn.{t}") for name in inside)]
+    found = {name: match[2] for name in linear if (match := IN_ATTENTION.fullmatch(name))}
+    missing = [target for target in lora.targets if target not in found.values()]
     if missing:
-        there = sorted({name.rpartition(".attn.")[2] for name in inside})
+        there = sorted(set(found.values()))
         raise UsageError(
             f"{section}.lora.targets: no attention layer of the model is called {', '.join(missing)}.",
             f"It has {', '.join(there)}.",
         )
-    return [name for name in inside if name.endswith(tuple(f".attn.{target}" for target in lora.targets))]
+    return [name for name, ending in found.items() if ending in lora.targets]
 
 
 def _switch(layer: BaseTunerLayer, active: list[str], disabled: bool) -> None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from rtdmd_cli.config.schema import ModelConfig, SamplerConfig
-from rtdmd_cli.engine.algo.flow import cfg, cps_step, guidance_at, to_x0
+from rtdmd_cli.engine.algo.flow import cps_step, guidance_at, to_x0
 from rtdmd_cli.engine.backbones.base import Backbone, Conditioning, concatenate
 from rtdmd_cli.engine.backbones.common import evenly_spaced
 from rtdmd_cli.engine.compute import rng
@@ -78,7 +78,7 @@ def guided(
 
     def velocity(x: Tensor, sigma: Tensor) -> Tensor:
         v_uncond, v_cond = backbone.velocity(torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
-        return cfg(v_cond, v_uncond, scale(sigma))
+        return backbone.guide(v_cond, v_uncond, scale(sigma))
 
     return velocity
 

@@ -6,8 +6,9 @@ scale of 1:
 - diffusers 0.42, `get_peft_kwargs` of utils/peft_utils.py: without alphas and without `lora_adapter_metadata` in the
   header, alpha = rank. `SD3LoraLoaderMixin` refuses keys that don't hold "lora", so there may be no `.alpha` tensors.
 - ComfyUI, comfy/lora.py: `model_lora_keys_unet` maps `transformer.<layer>` to its own layers for SD3 (by
-  `mmdit_to_diffusers`: to_q, to_k, to_v become slices of its fused qkv) and for Flux and its subclass Flux2 (by
-  `flux_to_diffusers`); comfy/weight_adapter/lora.py reads `lora_B` as up, `lora_A` as down, and no alpha as 1.
+  `mmdit_to_diffusers`: to_q, to_k, to_v become slices of its fused qkv), for Flux and its subclass Flux2 (by
+  `flux_to_diffusers`), and for Lumina2, which Z-Image is there (by `z_image_to_diffusers`);
+  comfy/weight_adapter/lora.py reads `lora_B` as up, `lora_A` as down, and no alpha as 1.
 """
 
 from __future__ import annotations

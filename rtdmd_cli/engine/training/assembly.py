@@ -66,7 +66,7 @@ def encode_prompts(
     cache = open_cache(backbone, hardware.cache_gb)
     fresh = cache.ensure([""], backbone.encode)
     empty = cache.fetch([""])
-    row, distinct = empty.nbytes, len({*prompts, ""})
+    row, distinct = empty.row_bytes(backbone.text_length), len({*prompts, ""})
     capacity = cache.capacity(row)
     if distinct > capacity:
         if hardware.text_encoder == "auto":

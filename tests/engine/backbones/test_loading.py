@@ -15,23 +15,27 @@ from safetensors.torch import load_file, save_file
 
 from rtdmd_cli.config.schema import Preset
 from rtdmd_cli.config.section import LoraConfig
-from rtdmd_cli.engine.backbones import flux1, flux2, layout, locating, sd3
+from rtdmd_cli.engine.backbones import flux2, layout, locating
 from rtdmd_cli.engine.backbones.base import Conditioning
-from rtdmd_cli.engine.backbones.families import locate_model
+from rtdmd_cli.engine.backbones.families import FAMILIES, locate_model
 from rtdmd_cli.engine.backbones.two_bases import TwoBases
 from rtdmd_cli.engine.roles.adapters import Roles
 from rtdmd_cli.engine.roles.base import FAKE, GENERATOR, START, TEACHER
 from rtdmd_cli.engine.sampling.model_source import Source, open_model
 from rtdmd_cli.errors import DataError, EnvironmentFailure, UsageError
+from tests.tiny_flux import FAMILIES as SMALL
 from tests.tiny_flux import TINY, build_flux2_pipeline, load_tiny, save, tiny_config, tiny_folder
 from tests.tiny_hub import offline_hub, publish
 from tests.tiny_models import PROMPTS
 
-LAYOUTS = {"sd35": sd3.LAYOUT, "flux1": flux1.LAYOUT, "flux2": flux2.LAYOUT}
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 CPU = torch.device("cpu")
 KLEIN = ("to_q", "to_out.0", "to_qkv_mlp_proj", "to_out")
 HALF = torch.full((2,), 0.5)
+
+
+def layout_of(name: str) -> layout.Layout:
+    return FAMILIES[TINY[name].family].module().LAYOUT
 
 
 def inputs(name: str) -> torch.Tensor:
@@ -54,7 +58,7 @@ def klein(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # --- a single file
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", SMALL)
 def test_a_single_file_takes_the_transformers_place(tmp_path: Path, name: str) -> None:
     weights = load_file(tiny_folder(name) / WEIGHTS)
     file = tmp_path / "tuned.safetensors"
@@ -99,6 +103,24 @@ def test_a_single_file_with_the_original_release_s_keys(tmp_path: Path) -> None:
     save_file(theirs, file)
     found = velocity("flux2", path=file, components=str(tiny_folder("flux2")))
     torch.testing.assert_close(found, velocity("flux2"), atol=1e-6, rtol=0)
+
+
+def test_a_single_file_whose_names_are_alike_in_part(tmp_path: Path) -> None:
+    """ComfyUI's files of Z-Image: query, key and value in one matrix, other names of a few layers, the rest as here."""
+    ours = load_file(tiny_folder("zimage") / WEIGHTS)
+    theirs = {}
+    for key in [key for key in ours if key.endswith("attention.to_q.weight")]:
+        start = key.removesuffix("to_q.weight")
+        theirs[f"{start}qkv.weight"] = torch.cat([ours.pop(f"{start}to_{each}.weight") for each in "qkv"])
+        theirs[f"{start}out.weight"] = ours.pop(f"{start}to_out.0.weight")
+        for each in "qk":
+            theirs[f"{start}{each}_norm.weight"] = ours.pop(f"{start}norm_{each}.weight")
+    for key in [key for key in ours if ".2-1." in key]:
+        theirs[key.removeprefix("all_").replace(".2-1", "")] = ours.pop(key)
+    file = tmp_path / "comfyui.safetensors"
+    save_file({f"model.diffusion_model.{key}": tensor for key, tensor in (theirs | ours).items()}, file)
+    found = velocity("zimage", path=file, components=str(tiny_folder("zimage")))
+    assert len(theirs) > 10 and torch.equal(found, velocity("zimage"))
 
 
 ADDED = ("add_q_proj", "add_k_proj", "add_v_proj")
@@ -264,7 +286,7 @@ def test_a_damaged_folder(tmp_path: Path, name: str, part: str, message: str) ->
     shutil.rmtree(folder / part) if (folder / part).is_dir() else (folder / part).unlink()
     with pytest.raises(DataError, match=message) as caught:
         load_tiny(name, path=folder)
-    assert LAYOUTS[name].pipeline.__name__ in caught.value.hint
+    assert layout_of(name).pipeline.__name__ in caught.value.hint
 
 
 def test_a_folder_of_another_family() -> None:
@@ -294,12 +316,12 @@ def refusal(kind: type[Exception]) -> Callable[..., Any]:
         (LocalEntryNotFoundError, "to a folder that holds"),
     ],
 )
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", SMALL)
 def test_hub_failures(
     monkeypatch: pytest.MonkeyPatch, name: str, kind: type[Exception], hint: str, tmp_path: Path
 ) -> None:
     """For the model, for what goes with a single file, and for the generator's base."""
-    monkeypatch.setattr(LAYOUTS[name].pipeline, "download", refusal(kind))
+    monkeypatch.setattr(layout_of(name).pipeline, "download", refusal(kind))
     monkeypatch.setattr(locating, "snapshot_download", refusal(kind))
     file = tmp_path / "tuned.safetensors"
     save_file({"x": torch.zeros(1)}, file)
@@ -313,7 +335,7 @@ def test_hub_failures(
         assert hint in caught.value.hint and (kind is GatedRepoError or key in caught.value.hint)
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", SMALL)
 def test_offline_without_a_cached_copy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
     """The real chain of diffusers and the hub's client, with no network."""
     offline_hub(tmp_path, monkeypatch)

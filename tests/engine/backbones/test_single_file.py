@@ -13,10 +13,9 @@ from torch import Tensor
 
 from rtdmd_cli.engine.backbones.layout import hub_commit
 from rtdmd_cli.errors import DataError
-from tests.tiny_flux import in_fp8, load_tiny, tiny_folder
+from tests.tiny_flux import FAMILIES, in_fp8, load_tiny, tiny_folder
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
-FAMILIES = ("sd3", "flux1", "flux2")
 
 
 def own(family: str) -> dict[str, Tensor]:

@@ -99,13 +99,14 @@ def test_workflows_are_complete(family: str) -> None:
 
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_text_has_the_length_of_the_training(family: str) -> None:
-    """T5's prompt goes through the node that pads it; Qwen3's is padded by ComfyUI itself."""
+    """T5's prompt goes through the node that pads it; a Qwen's is padded by ComfyUI itself, or not at all."""
+    t5 = family in ("sd3", "flux1")
     for workflow in workflows(scene(family)):
         lengths = [node["min_length"] for node in by_class(workflow, "T5TokenizerOptions")]
-        assert lengths == ([] if family == "flux2" else [128])
+        assert lengths == ([128] if t5 else [])
         (text,) = by_class(workflow, "CLIPTextEncode")
         source = workflow[text["clip"][0]]["class_type"]
-        assert source == ("CLIPLoader" if family == "flux2" else "T5TokenizerOptions")
+        assert source == ("T5TokenizerOptions" if t5 else "CLIPLoader")
 
 
 def test_no_two_steps_of_a_picture_share_their_noise() -> None:
@@ -119,7 +120,7 @@ def test_no_two_steps_of_a_picture_share_their_noise() -> None:
         assert all(0 <= later_seed(first, step) < 2**53 for step in range(4))
 
 
-@pytest.mark.parametrize("family", ["sd3", "flux1"])
+@pytest.mark.parametrize("family", ["sd3", "flux1", "zimage"])
 def test_a_merged_transformer_takes_the_place_of_model_and_lora(family: str) -> None:
     for workflow in workflows(scene(family, merged=True)):
         assert not by_class(workflow, "LoraLoaderModelOnly")

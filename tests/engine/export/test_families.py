@@ -56,6 +56,7 @@ def test_a_loader_lists_every_file_that_its_nodes_name(family: str) -> None:
             "default",
             "flux",
             "flux2",
+            "lumina2",
         }
         assert {file.folder for file in loader.files} <= {
             "checkpoints",

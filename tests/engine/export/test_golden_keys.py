@@ -3,8 +3,9 @@
     PYTHONPATH=. python -m tests.engine.export.test_golden_keys      writes the lists anew
 
 `lora_keys.json` holds, for each preset's generator at its own rank, every layer with the shapes of its two matrices; blocks of
-equal shapes share a line. A stock ComfyUI (0.10.0) matched every key of such files of all four families, and
-diffusers loads them by the same names; keys that differ from these are not known to be read by anybody.
+equal shapes share a line. A stock ComfyUI (0.10.0) matched every key of such files of SD3 and FLUX, and
+its source maps those of Z-Image (`z_image_to_diffusers` of comfy/utils.py, for its three lists of blocks); diffusers
+loads them by the same names. Keys that differ from these are not known to be read by anybody.
 """
 
 from __future__ import annotations
@@ -18,7 +19,12 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import Flux2Transformer2DModel, FluxTransformer2DModel, SD3Transformer2DModel
+from diffusers import (
+    Flux2Transformer2DModel,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    ZImageTransformer2DModel,
+)
 
 from rtdmd_cli.config.loader import load_preset
 from rtdmd_cli.engine.export.families import FAMILIES
@@ -61,6 +67,7 @@ MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "flux1-4step": (FluxTransformer2DModel, FLUX1),
     "flux2-klein-4b-4step": (Flux2Transformer2DModel, KLEIN_4B),
     "flux2-klein-9b-4step": (Flux2Transformer2DModel, KLEIN_9B),
+    "zimage-4step": (ZImageTransformer2DModel, {"axes_lens": [1536, 512, 512]}),
 }
 """Preset -> its transformer's class, and its config.json as the hub has it, where it differs from the class's defaults."""
 
@@ -84,7 +91,7 @@ def folded(shapes: dict[str, list[int]]) -> dict[str, list[int]]:
     """Runs of block numbers as `0-23`."""
     numbers: dict[tuple[str, tuple[int, ...]], list[int]] = {}
     for key, shape in shapes.items():
-        match = re.fullmatch(r"(.*?blocks\.)(\d+)(\..*)", key)
+        match = re.fullmatch(r"(.*?[a-z]\.)(\d+)(\..*)", key)
         assert match, key
         numbers.setdefault((f"{match[1]}#{match[3]}", tuple(shape)), []).append(int(match[2]))
     lines = {}
@@ -102,7 +109,7 @@ def test_keys_are_the_golden_ones(name: str) -> None:
 def test_the_lists_are_as_long_as_the_models_are_deep() -> None:
     """8 layers a joint block (SD3's last one lacks the text's output), 3 or 2 a single; SD3.5's second attention has none."""
     counts = {name: len(shapes_of(name)) // 2 for name in MODELS}
-    layers = (24 * 8 - 1, 24 * 8 - 1, 19 * 8 + 38 * 3, 5 * 8 + 20 * 2, 8 * 8 + 24 * 2)
+    layers = (24 * 8 - 1, 24 * 8 - 1, 19 * 8 + 38 * 3, 5 * 8 + 20 * 2, 8 * 8 + 24 * 2, 34 * 4)
     assert counts == dict(zip(MODELS, layers, strict=True))
 
 

@@ -65,10 +65,10 @@ def test_a_few_blocks_tell_of_all() -> None:
     preset, found = built_in(), configs.find_configs(built_in().model)
 
     def count(few: Any) -> dict[str, int]:
-        deep = found | {"transformer": found["transformer"] | {"num_layers": few["plain"]}}
+        deep = found | {"transformer": found["transformer"] | {"num_layers": few["num_layers"]}}
         return distill_run(preset, torch.float32, deep).quantities()
 
-    told, counted = extrapolated({"plain": 6}, count), count({"plain": 6})
+    told, counted = extrapolated({"num_layers": 6}, count), count({"num_layers": 6})
     assert told.keys() == counted.keys()
     for name, value in counted.items():
         assert told[name] == pytest.approx(value, rel=0.01, abs=1e5), name

@@ -85,7 +85,9 @@ def preset_of(name: str, train: str, boundaries: str) -> Preset:
 def on_shapes(preset: Preset, name: str) -> tuple[Skeleton, tuple[float, ...]]:
     configs = configs_of(tiny_folder(name))
     few = dict.fromkeys(depths(configs["transformer"]), 1)
-    configs["transformer"] = with_depths(configs["transformer"], few | {"plain": 2 if name == "sd3" else 1})
+    configs["transformer"] = with_depths(
+        configs["transformer"], few | ({"num_layers": 2} if name == "sd3" else {})
+    )
     dtype = torch.float32 if preset.distill.train == "full" else torch.bfloat16
     made = skeleton(preset.model, preset.hardware, dtype, configs)
     return made, training_sigmas(made.backbone, preset)
