@@ -9,12 +9,10 @@ import re
 import sys
 
 from rtdmd_cli.config.loader import list_presets, load_preset
-from rtdmd_cli.engine.planning.plan import STAGES, make_plan
+from rtdmd_cli.config.planned import GPU, LINES, Planned
+from rtdmd_cli.engine.planning.plan import STAGES, Plan, make_plan
 
-GPU = "4090"
-LINES = re.compile(
-    r"# Planned, not measured \(rtdmd plan.*\n# host .*\n|# Memory: not (?:measured|planned) yet\.\n"
-)
+UNPLANNED = re.compile(r"# Memory: not (?:measured|planned) yet\.\n")
 
 
 def main(names: list[str]) -> None:
@@ -22,22 +20,25 @@ def main(names: list[str]) -> None:
     for info in list_presets():
         if info.name not in names and (names or not info.name.endswith(("-24gb", "-16gb", "-overnight"))):
             continue
-        found = make_plan(load_preset(info.name, [], {}).preset, STAGES, GPU).figures()
-        before, after = LINES.split(info.path.read_text(encoding="utf-8"), maxsplit=1)
-        info.path.write_text(before + header(found) + after, encoding="utf-8")
-        print(info.name, found["card_peak_gib"], found["hours"])
+        found = figures(make_plan(load_preset(info.name, [], {}).preset, STAGES, GPU))
+        text = info.path.read_text(encoding="utf-8")
+        place = LINES.search(text) or UNPLANNED.search(text)
+        if place is None:
+            sys.exit(f"{info.path} has no place for a plan: put in '# Memory: not planned yet.'")
+        info.path.write_text(text[: place.start()] + found.lines() + text[place.end() :], encoding="utf-8")
+        print(info.name, found.card, found.hours, flush=True)
 
 
-def header(found: dict[str, object]) -> str:
-    """Two lines from `Plan.figures`."""
-    stages = found["stages"]
-    assert isinstance(stages, dict)
-    first, second = (stages[name] for name in STAGES)
-    return (
-        f"# Planned, not measured (rtdmd plan --gpu {GPU}): card {first['card_peak_gib']:.1f} GiB in stage 1 and "
-        f"{second['card_peak_gib']:.1f} in stage 2 ({found['decides']}),\n"
-        f"# host {found['host_peak_gib']:.1f} GiB, disk {found['disk_gib']:.0f} GiB; "
-        f"{first['hours']:.1f} + {second['hours']:.1f} hours on an RTX {GPU}.\n"
+def figures(plan: Plan) -> Planned:
+    """What a header states of a plan of both stages."""
+    found = plan.figures()
+    first, second = (found["stages"][name] for name in STAGES)
+    return Planned(
+        (first["card_peak_gib"], second["card_peak_gib"]),
+        found["decides"],
+        found["host_peak_gib"],
+        found["disk_gib"],
+        (first["hours"], second["hours"]),
     )
 
 

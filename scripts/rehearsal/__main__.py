@@ -16,6 +16,8 @@ import torch
 import typer
 
 from rtdmd_cli.cli.quiet import quiet_libraries
+from rtdmd_cli.config.loader import load_preset
+from rtdmd_cli.engine.planning.plan import GIB, STAGES, StageName, plan_stage
 from rtdmd_cli.engine.storage.files import write_json
 from rtdmd_cli.engine.storage.run_folder import describe_environment
 from scripts.rehearsal.models import REHEARSALS, Rehearsal
@@ -65,7 +67,10 @@ def main(
     done = []
     for command in commands.split(","):
         say(f"{time.monotonic() - began:.0f} s: {command}")
-        done.append(run(command, arguments(command, made, folder.resolve(), side), folder.resolve(), limit))
+        given = arguments(command, made, folder.resolve(), side)
+        done.append(run(command, given, folder.resolve(), limit))
+        if command in STAGES:
+            done[-1]["planned_gib"] = planned(made, settings(made, folder.resolve(), side)[1::2], command)
         if done[-1]["exit_code"]:
             break
     record = {
@@ -85,6 +90,12 @@ def main(
         shutil.rmtree(folder)
     if any(each["exit_code"] for each in done):
         raise typer.Exit(1)
+
+
+def planned(made: Rehearsal, values: list[str], stage: StageName) -> dict[str, float]:
+    """GiB of tensors by phase, as `rtdmd plan` counts them for a card; here all of them lie in the host's memory."""
+    preset = load_preset(made.preset, values, {}).preset
+    return {phase.name: phase.peak / GIB for phase in plan_stage(preset, stage).phases}
 
 
 def write(made: Rehearsal, folder: Path) -> None:

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+from torch import Tensor
 
 from rtdmd_cli.cli import app
+from rtdmd_cli.engine.planning.account import Account
 
 GIB = 2**30
 STATUS = Path("/proc/self/status")
@@ -58,7 +58,8 @@ PHASES = {
 
 @dataclass
 class Phase:
-    """What the calls of one phase took together; GiB are the peaks of the whole process meanwhile."""
+    """What the calls of one phase took together; GiB are the peaks of the whole process meanwhile: resident, of that not
+    file-backed, and of tensors that are alive (a file of weights that is mapped counts as one)."""
 
     phase: str
     calls: int = 0
@@ -67,20 +68,19 @@ class Phase:
     flops: int = 0
     peak_rss_gib: float = 0.0
     peak_anonymous_gib: float = 0.0
+    peak_live_gib: float = 0.0
 
 
-class Flops(TorchDispatchMode):
-    """Counts the products, convolutions and attentions that torch computes, by torch's own formulas."""
+class Live(Account):
+    """Bytes of live tensors and operations, told to whoever asks at each new tensor."""
 
-    def __init__(self) -> None:
+    def __init__(self, told: Callable[[int], None]) -> None:
         super().__init__()
-        self.total = 0
+        self._told = told
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func._overloadpacket in flop_registry:
-            self.total += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
-        return out
+    def _count(self, tensor: Tensor) -> None:
+        super()._count(tensor)
+        self._told(self.live)
 
 
 class Meter:
@@ -88,7 +88,7 @@ class Meter:
 
     def __init__(self) -> None:
         self.phases: dict[str, Phase] = {}
-        self.flops = Flops()
+        self.live = Live(self.hold)
         self._open: list[Phase] = []
         self._ended = threading.Event()
 
@@ -100,7 +100,7 @@ class Meter:
             yield
             return
         self._open.append(record)
-        before = time.monotonic(), time.process_time(), self.flops.total
+        before = time.monotonic(), time.process_time(), self.live.flops
         try:
             yield
         finally:
@@ -109,7 +109,7 @@ class Meter:
             record.calls += 1
             record.seconds += time.monotonic() - before[0]
             record.cpu_seconds += time.process_time() - before[1]
-            record.flops += self.flops.total - before[2]
+            record.flops += self.live.flops - before[2]
 
     def look(self) -> None:
         """Take the memory of this moment into the phases that are open."""
@@ -118,6 +118,11 @@ class Meter:
         for record in list(self._open):
             record.peak_rss_gib = max(record.peak_rss_gib, rss)
             record.peak_anonymous_gib = max(record.peak_anonymous_gib, anonymous)
+
+    def hold(self, live: int) -> None:
+        """So many bytes of tensors are alive."""
+        for record in self._open:
+            record.peak_live_gib = max(record.peak_live_gib, live / GIB)
 
     def watch(self) -> None:
         """Look again and again until `stop`."""
@@ -162,7 +167,7 @@ def main(record: Path, arguments: list[str]) -> int:
     meter.watch()
     code = 1
     try:
-        with meter.attached(), meter.phase("all"), meter.flops:
+        with meter.attached(), meter.phase("all"), meter.live:
             code = app.main(arguments)
     finally:
         meter.stop()

@@ -78,17 +78,31 @@ def test_both_stages_pictures_and_exports(tmp_path: Path, monkeypatch: pytest.Mo
     assert "encode prompts" not in phases["sample"]  # all in the cache: no encoder is loaded
     for found in phases.values():
         assert all(0 < phase["peak_anonymous_gib"] <= phase["peak_rss_gib"] for phase in found.values())
+        assert all(phase["peak_live_gib"] > 0 for phase in found.values())
         assert found["all"]["flops"] > 0 and found["all"]["seconds"] >= found["load"]["seconds"]
     assert len(list((tmp_path / "samples").glob("*.png"))) == 1 and (tmp_path / "export/README.md").is_file()
+    done[0]["planned_gib"] = {"fake turn": 0.5}
     head = {"name": "small", "size": 32, "disk_gib": 1.0, "seconds_writing": 1.0}
-    assert "| distill | fake turn | 1 |" in table(
-        head | {"commands": [each | {"exit_code": 0} for each in done]}
+    shown = table(head | {"commands": [each | {"exit_code": 0} for each in done]})
+    row = next(line for line in shown.splitlines() if line.startswith("| distill | fake turn | 1 |"))
+    assert row.endswith(f"| 0.50 | {phases['distill']['fake turn']['peak_live_gib'] / 0.5:.2f} |")
+
+
+def test_the_plan_of_what_is_rehearsed(tmp_path: Path) -> None:
+    """The rehearsal's own settings can be planned, and the built-in phases have their names."""
+    made = REHEARSALS["small"]
+    rehearse.write(made, tmp_path)
+    values = rehearse.settings(made, tmp_path, made.sizes[0])[1::2]
+    assert (
+        {"fake turn", "generator turn", "decode"}
+        < rehearse.planned(made, values, "distill").keys()
+        < set(PHASES) | {"sample grid", "rollout"}
     )
 
 
 def test_a_phase_inside_itself_counts_once() -> None:
     meter = Meter()
-    with meter.flops, meter.phase("turn"):
+    with meter.live, meter.phase("turn"):
         with meter.phase("turn"), meter.phase("inner"):
             _ = torch.ones(4, 8) @ torch.ones(8, 2)
         _ = torch.ones(4, 8) @ torch.ones(8, 2)

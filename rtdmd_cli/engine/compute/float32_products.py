@@ -22,6 +22,11 @@ def emulates_bf16(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cpu" and dtype == torch.bfloat16 and not multiplies_bf16(device)
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """In which dtype a frozen layer multiplies `x`: float32 where bf16 products are emulated, else that of `x`."""
+    return torch.float32 if emulates_bf16(x.device, x.dtype) else x.dtype
+
+
 def multiply_in_float32(parent: nn.Module) -> None:
     """Let the plain bf16 linear layers and convolutions inside `parent` compute in float32 wherever they run on a CPU.
 

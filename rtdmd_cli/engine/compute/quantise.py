@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rtdmd_cli.engine.compute.blocks import repeated_blocks
+from rtdmd_cli.engine.compute.float32_products import emulates_bf16, product_dtype
 from rtdmd_cli.errors import EnvironmentFailure
 
 Quantised: TypeAlias = Literal["int8", "nf4"]
@@ -100,13 +101,31 @@ class Nf4Linear(Linear4bit):
     def forward(self, x: Tensor) -> Tensor:
         state: Any = self.weight.quant_state  # type: ignore[attr-defined] # bitsandbytes puts it there
         if x.device.type != "cpu" or self.in_features % state.blocksize == 0:
-            output: Tensor = super().forward(x)
-            return output
+            if not emulates_bf16(x.device, x.dtype):
+                output: Tensor = super().forward(x)
+                return output
+            y: Tensor = _WideNf4Product.apply(x, self.weight.data, state)
+            return y if self.bias is None else y + self.bias.to(y.dtype)
         one_row = copy(state)
         one_row.shape = torch.Size((1, state.shape.numel()))
         weight = dequantize_4bit(self.weight.data, one_row).reshape(state.shape)
         bias = None if self.bias is None else self.bias.to(weight.dtype)
         return F.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
+
+
+class _WideNf4Product(torch.autograd.Function):
+    """x W^T and its gradient in x, multiplied in float32; W is unpacked in both and not kept in between."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, packed: Tensor, state: Any) -> Tensor:
+        ctx.save_for_backward(packed)
+        ctx.state = state
+        return F.linear(x.float(), dequantize_4bit(packed, state).float()).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (packed,), gradient = ctx.saved_tensors, gradients[0]
+        return (gradient.float() @ dequantize_4bit(packed, ctx.state).float()).to(gradient.dtype), None, None
 
 
 def _int8(linear: nn.Linear, device: torch.device) -> nn.Module:
@@ -143,13 +162,15 @@ class _Int8Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
         ctx.save_for_backward(weight, scale)
-        return x @ _dequantised(weight, scale, x.dtype).t()
+        wide = product_dtype(x)
+        return (x.to(wide) @ _dequantised(weight, scale, x.dtype).to(wide).t()).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         weight, scale = ctx.saved_tensors
-        gradient = gradients[0]
-        return gradient @ _dequantised(weight, scale, gradient.dtype), None, None
+        gradient, wide = gradients[0], product_dtype(gradients[0])
+        product = gradient.to(wide) @ _dequantised(weight, scale, gradient.dtype).to(wide)
+        return product.to(gradient.dtype), None, None
 
 
 def _dequantised(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

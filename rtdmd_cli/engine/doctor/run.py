@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
-from rtdmd_cli.engine.doctor import device, software, storage
+from rtdmd_cli.engine.doctor import device, presets, software, storage
 from rtdmd_cli.engine.doctor.check import Check, examined
 from rtdmd_cli.engine.storage.scrubbing import scrub
 
@@ -16,6 +16,7 @@ CHECKS = {
     "compiler": device.compiler,
     "bitsandbytes": device.quantisation,
     "memory": storage.memory,
+    "presets": presets.fitting,
     "cache": storage.cache,
     "models": storage.models,
     "runs": storage.runs,

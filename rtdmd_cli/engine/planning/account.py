@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -75,18 +77,102 @@ class Account(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        made = function(*args, **(kwargs or {}))
-        for each in tree_leaves(made):
+        named = kwargs or {}
+        key = call_on_shapes(function, args, named)
+        known = None if key is None else CALLS.get(key)
+        if known is None:
+            made = function(*args, **named)
+            flops = flops_of(function._overloadpacket, args, named, made)
+            if key is not None and are_new(tree_leaves(made), tree_leaves((args, named))):
+                forms = [(each.shape, each.stride(), each.dtype) for each in tree_leaves(made)]
+                CALLS[key] = Call(forms, isinstance(made, Tensor), flops)
+        else:
+            made, flops = known.again(), known.flops
+        for each in (made,) if isinstance(made, Tensor) else tree_leaves(made):
             if isinstance(each, Tensor):
                 self._count(each)
-        packet = function._overloadpacket
-        if packet is FUSED:
-            self.flops += sdpa_flop_count(*(each.shape for each in args[:3]))
-        elif packet is FUSED_BACKWARD:
-            self.flops += sdpa_backward_flop_count(*(each.shape for each in args[:4]))
-        elif packet in flop_registry:
-            self.flops += flop_registry[packet](*args, **(kwargs or {}), out_val=made)
+        self.flops += flops
         return made
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a function made of inputs of some form: shape, strides and format of each result, whether there is only one
+    (else a tuple), and the operations."""
+
+    forms: Sequence[tuple[torch.Size, tuple[int, ...], torch.dtype]]
+    alone: bool
+    flops: int
+
+    def again(self) -> Any:
+        """New results, on `meta`."""
+        made = [
+            torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+            for shape, stride, dtype in self.forms
+        ]
+        return made[0] if self.alone else tuple(made)
+
+
+CALLS: dict[Hashable, Call] = {}
+"""By what `call_on_shapes` names: every network and stage that is planned in this process adds to it."""
+
+
+def call_on_shapes(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Hashable | None:
+    """What names a call whose results depend on its inputs' forms alone; None for any other.
+
+    Such a function writes to no input and makes new tensors, and its tensors are on `meta`. The blocks of a network are
+    alike, so most calls were made before; torch's own way to the form of a result, in Python, takes a hundred times as
+    long as looking it up.
+    """
+    if not makes_new(function):
+        return None
+    try:
+        return function, form_of(args), form_of(tuple(kwargs.items()))
+    except NotOnShapes:
+        return None
+
+
+class NotOnShapes(Exception):
+    """A tensor with numbers in it."""
+
+
+def form_of(value: Any) -> Hashable:
+    """What a call's result depends on in an argument. Its type too: 1, 1.0 and True are equal, but make other formats.
+
+    NotOnShapes where a tensor is not on `meta`.
+    """
+    if isinstance(value, Tensor):
+        if not value.is_meta:
+            raise NotOnShapes
+        return value.shape, value.stride(), value.dtype
+    if isinstance(value, list | tuple):
+        return tuple([form_of(each) for each in value])
+    return type(value), value
+
+
+@cache
+def makes_new(function: Any) -> bool:
+    """Whether a function of torch says that it writes to no input and that no result is a view of one."""
+    schema = function._schema
+    return not any(each.alias_info for each in (*schema.arguments, *schema.returns))
+
+
+def are_new(results: Sequence[Any], inputs: Sequence[Any]) -> bool:
+    """Whether all results are tensors on `meta` with a storage of their own: some functions don't tell that they share one."""
+    given = {each.untyped_storage()._cdata for each in inputs if isinstance(each, Tensor)}
+    return all(
+        isinstance(each, Tensor) and each.is_meta and each.untyped_storage()._cdata not in given
+        for each in results
+    )
+
+
+def flops_of(packet: Any, args: Sequence[Any], kwargs: Mapping[str, Any], made: Any) -> int:
+    """Operations of a call, by torch's formulas; 0 where it has none."""
+    if packet is FUSED:
+        return int(sdpa_flop_count(*(each.shape for each in args[:3])))
+    if packet is FUSED_BACKWARD:
+        return int(sdpa_backward_flop_count(*(each.shape for each in args[:4])))
+    return int(flop_registry[packet](*args, **kwargs, out_val=made)) if packet in flop_registry else 0
 
 
 @contextmanager

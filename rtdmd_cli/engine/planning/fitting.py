@@ -14,13 +14,12 @@ from typing import Any, TypeAlias
 
 from rtdmd_cli.config import strict_yaml
 from rtdmd_cli.config.loader import load_preset, preset_values
+from rtdmd_cli.config.planned import SPARE
 from rtdmd_cli.config.schema import Preset
 from rtdmd_cli.engine.planning.plan import GIB, WORKSPACE, StageName, StagePlan, gib, plan_stage
 from rtdmd_cli.engine.storage.files import write_text
 from rtdmd_cli.errors import EnvironmentFailure
 
-SPARE = 0.08
-"""Share of the card's memory that is left free: the allocator loses some to fragments."""
 SIZES = (1, 2, 3, 4, 6, 8, 9, 12, 16, 18, 24, 32, 36, 48, 64)
 """Micro-batches that are tried, where they divide the images of an update."""
 

@@ -113,8 +113,8 @@ class RewardsOnShapes:
         yield
 
     def score(self, images: Tensor, prompts: Sequence[int]) -> Scores:
-        """Not on shapes: scores are numbers that decide what is trained on."""
-        raise NotImplementedError
+        """Never called: scores are numbers that decide what is trained on, and shapes have none."""
+        raise AssertionError("scores on shapes")
 
     def combined(self, rewards: Mapping[str, Tensor]) -> Tensor | None:
         """Not known, so that every image takes part in back-propagation."""

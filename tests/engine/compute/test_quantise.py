@@ -16,6 +16,7 @@ from rtdmd_cli.config.schema import HardwareConfig, Preset
 from rtdmd_cli.config.section import LoraConfig
 from rtdmd_cli.engine.backbones.base import Backbone, Conditioning
 from rtdmd_cli.engine.backbones.families import load_backbone
+from rtdmd_cli.engine.compute import float32_products
 from rtdmd_cli.engine.compute.quantise import Base, place
 from rtdmd_cli.engine.roles.adapters import Roles
 from rtdmd_cli.errors import EnvironmentFailure
@@ -93,6 +94,32 @@ def test_a_layer_alone_has_the_gradient_of_its_own_weights(base: Base) -> None:
     (gradient,) = torch.autograd.grad(layer(x), x, upstream)
     torch.testing.assert_close(gradient, upstream @ matrix.detach(), rtol=1e-4, atol=1e-4)
     assert torch.equal(zero[0], layer.bias)
+
+
+@pytest.mark.parametrize("base", QUANTISED)
+def test_emulated_bf16_is_multiplied_in_float32(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a CPU has no products in bf16: rounded once, the same weights in both passes, nothing wide kept."""
+    holder = nn.Module()
+    block = nn.Sequential(nn.Linear(128, 48, bias=False)).to(torch.bfloat16)
+    holder.transformer_blocks = nn.ModuleList([block])
+    place(holder, base, CPU)
+    layer = block[0]
+    x = torch.randn(7, 128, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16).requires_grad_()
+    upstream = torch.randn(7, 48, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    found = {}
+    for emulated in (False, True):
+        monkeypatch.setattr(float32_products, "multiplies_bf16", lambda device, own=not emulated: own)
+        y = layer(x)
+        (gradient,) = torch.autograd.grad(y, x, upstream)
+        assert y.dtype == gradient.dtype == torch.bfloat16
+        found[emulated] = y.detach().float(), gradient.float()
+    for narrow, wide in zip(*found.values(), strict=True):
+        assert relative(wide, narrow) < 0.004  # bf16's last bit
+    matrix = torch.stack(
+        [layer(row) for row in torch.eye(128).to(torch.bfloat16)], dim=1
+    ).float()  # [48, 128]
+    exact = (x.detach().float() @ matrix.t()).to(torch.bfloat16)
+    assert torch.equal(found[True][0], exact.float())
 
 
 @pytest.mark.parametrize("base", QUANTISED)

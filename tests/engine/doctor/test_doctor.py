@@ -9,7 +9,7 @@ import torch
 from packaging.requirements import Requirement
 
 from rtdmd_cli.engine.compute.host import GIB, host_memory
-from rtdmd_cli.engine.doctor import device, run, software, storage
+from rtdmd_cli.engine.doctor import device, presets, run, software, storage
 from rtdmd_cli.engine.doctor.check import Check, examined
 
 PYPROJECT = tomllib.loads(Path(__file__).parents[3].joinpath("pyproject.toml").read_text("utf-8"))["project"]
@@ -137,3 +137,15 @@ def test_a_check_that_breaks_is_a_failure_and_the_others_follow(monkeypatch: pyt
     lines = list(run.examine())
     assert [line.state for line in lines] == ["FAIL", "PASS"]
     assert lines[1].found == "~/models" == lines[1].facts["path"]
+
+
+@pytest.mark.parametrize(("card", "state"), [(None, "WARN"), (6.0, "WARN"), (16.0, "PASS"), (80.0, "PASS")])
+def test_presets_that_fit_the_card(card: float | None, state: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(presets, "card_memory", lambda: card)
+    found = presets.fitting()
+    assert found.state == state
+    told = {name for name, fact in found.facts.items() if fact["fits"]}
+    assert told == {name for name, own in presets.stated().items() if card and own.peak <= 0.92 * card}
+    assert ("sd3-4step-16gb" in told) == (card in (16.0, 80.0))
+    assert ("too large" in found.found) == (card in (6.0, 16.0))
+    assert ("--fit --vram 6" in found.fix) == (card == 6.0)
