@@ -97,10 +97,22 @@ def make_folder(path: Path) -> None:
     while not os.path.isdir(path) and path != path.parent:
         missing.append(path)
         path = path.parent
+    if missing:
+        _require_short(missing[0])
     for folder in reversed(missing):
         with os_errors(folder, "make the folder"):
             disk.make_folder(folder)
             disk.flush_path(folder.parent)
+
+
+def _require_short(folder: Path) -> None:
+    """EnvironmentFailure for a path that is too long for the system, before any part of it is made."""
+    with os_errors(folder, "make the folder"):
+        try:
+            os.lstat(folder)
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                raise
 
 
 def write_with(path: Path, writer: Callable[[Path], None]) -> None:

@@ -294,5 +294,6 @@ def test_two_thousand_levels_of_folders_are_named_and_no_error_of_ours(tmp_path:
     deep = tmp_path.joinpath(*["a"] * 2_100)
     with pytest.raises(EnvironmentFailure, match="Cannot make the folder .*too long"):
         files.make_folder(deep)
+    assert list(tmp_path.iterdir()) == []  # not a part of it
     files.make_folder(tmp_path.joinpath(*["b"] * 100))
     assert tmp_path.joinpath(*["b"] * 100).is_dir()
