@@ -1,6 +1,7 @@
 """`rtdmd presets`: data on stdout, everything else on stderr, no file overwritten."""
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -120,6 +121,17 @@ def test_copy(tmp_path: Path) -> None:
     assert load_preset(str(file)).sha256 == load_preset("shapes-4step").sha256
     other = str(tmp_path / "other.yaml")
     assert json.loads(run("copy", str(file), other, "--json").stdout) == {"path": other}
+
+
+def test_what_is_said_of_a_copy_can_be_typed_as_it_stands(tmp_path: Path) -> None:
+    folder = tmp_path / "my presets"
+    made = shlex.split(failed("copy", "shapes-4step", str(folder / "a.yaml")).hint.partition(": ")[2])
+    assert made == ["mkdir", "-p", str(folder)]
+    folder.mkdir()
+    named = shlex.split(failed("copy", "shapes-4step", str(folder)).hint.partition(": ")[2])
+    assert named[-1] == str(folder / "shapes-4step.yaml")
+    told = run("copy", "shapes-4step", str(folder / "a.yaml")).stderr
+    assert shlex.split(told.partition("with: ")[2])[-1] == str(folder / "a.yaml")
 
 
 def test_copy_never_overwrites(tmp_path: Path) -> None:

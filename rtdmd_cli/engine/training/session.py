@@ -207,7 +207,7 @@ def train(session: Session, quiet: bool) -> StopRequest:
 def catch_up(session: Session) -> None:
     """Do what a kill right after the last checkpoint has left undone: its rotation, and its grid."""
     rotate(session.run.checkpoints, session.iteration, session.stage.schedule.keep, session.best)
-    if grid_due(session) and not grid_path(session).exists():
+    if grid_due(session.stage.schedule, session.iteration, 0.0) and not grid_path(session).exists():
         sample_grid(session)
 
 
@@ -277,20 +277,21 @@ def write_live(session: Session) -> None:
     session.clock.report = time.monotonic()
 
 
-def grid_due(session: Session) -> bool:
-    """Whether this iteration has a grid, by iterations or by minutes, whichever come first."""
-    schedule = session.stage.schedule
+def grid_due(schedule: Schedule, iteration: int, seconds: float) -> bool:
+    """Whether this iteration has a grid, by iterations or by minutes, whichever come first.
+
+    seconds: since the last grid.
+    """
     if not schedule.sample_every:
         return False
-    late = schedule.sample_minutes is not None
-    late = late and time.monotonic() - session.clock.grid >= 60 * (schedule.sample_minutes or 0)
-    return late or session.iteration % schedule.sample_every == 0
+    late = schedule.sample_minutes is not None and seconds >= 60 * schedule.sample_minutes
+    return late or iteration % schedule.sample_every == 0
 
 
 def note(session: Session, took: float, measured: Mapping[str, float]) -> None:
     """After an iteration: grid, metrics, checkpoint and report, each at its own distance."""
     schedule, done = session.stage.schedule, session.iteration
-    news = grid_due(session)
+    news = grid_due(schedule, done, time.monotonic() - session.clock.grid)
     figures = sample_grid(session) if news else {}
     if done % schedule.log_every == 0 or done == schedule.total or measured or figures:
         row: dict[str, Any] = {"iteration": done, **session.trainer.metrics, **measured, **figures}

@@ -57,7 +57,10 @@ class _Accelerate:
         with Image.open(grid, formats=["PNG"]) as source:
             image = np.asarray(source.convert("RGB"))
         tracker = self._accelerator.get_tracker(self._name)
-        tracker.log_images({GRID: image[None] if self._name == "tensorboard" else [image]}, step=iteration)
+        if self._name == "tensorboard":
+            tracker.log_images({GRID: image[None]}, step=iteration, dataformats="NHWC")
+        else:
+            tracker.log_images({GRID: [image]}, step=iteration)
 
 
 def require_tracker(name: str) -> None:

@@ -1,5 +1,6 @@
 """What a training says and writes of its end."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from rtdmd_cli.engine.compute.signals import Stopped
 from rtdmd_cli.engine.storage.checkpoint import step_of
 from rtdmd_cli.engine.storage.run_folder import RunFolder
 from rtdmd_cli.engine.training.opening import note_end
-from rtdmd_cli.engine.training.session import ending, in_words, kept
+from rtdmd_cli.engine.training.session import Schedule, ending, grid_due, in_words, kept
 from rtdmd_cli.errors import PictureFailure
 
 
@@ -17,6 +18,14 @@ def test_the_first_signal_names_the_longest_of_the_last_iterations() -> None:
     assert ending("iteration", [39.6, 12.0]) == "finishing this iteration (about 40 s)"
     assert ending("epoch", [0.1]) == "finishing this epoch (about 1 s)"
     assert (in_words(99.4), in_words(100.0), in_words(1800.0)) == ("99 s", "2 min", "30 min")
+
+
+def test_a_grid_is_due_by_iterations_or_by_minutes_whichever_come_first() -> None:
+    by_both = Schedule(total=100, save_every=9, log_every=1, sample_every=25, keep=1, sample_minutes=15)
+    assert [i for i in range(1, 101) if grid_due(by_both, i, 0.0)] == [25, 50, 75, 100]
+    assert not grid_due(by_both, 7, 899.0) and grid_due(by_both, 7, 900.0) and grid_due(by_both, 25, 1.0)
+    assert not grid_due(replace(by_both, sample_minutes=None), 7, 1e6)
+    assert not grid_due(replace(by_both, sample_every=0), 25, 1e6)  # the end alone has one
 
 
 def test_what_is_kept_is_named() -> None:

@@ -16,6 +16,7 @@ from rtdmd_cli.config.loader import Resolved, preset_sha256
 from rtdmd_cli.engine.backbones.layout import folder_hash
 from rtdmd_cli.engine.backbones.sd3 import LAYOUT
 from rtdmd_cli.engine.prompts.reading import PromptSet, evenly_chosen, known_by
+from rtdmd_cli.engine.report.metrics import explained
 from rtdmd_cli.engine.rewards import registry
 from rtdmd_cli.engine.sampling.model_source import open_model, resolve
 from rtdmd_cli.engine.sampling.sample import decode_all, generate
@@ -110,6 +111,12 @@ def test_a_checkpoint_holds_everything(tuned: Tuned, begin: Checkpoint) -> None:
     assert saved.meta["prompts_sha256"] == known_by(TRAINING, MEASURED)
     assert saved.meta["base_hash"] == folder_hash(LAYOUT, sd3_folder())
     assert RunFolder(tuned.outcome.run).stage == "tune-reward"
+
+
+def test_every_metric_of_a_run_is_explained(tuned: Tuned) -> None:
+    names = {name for row in RunFolder(tuned.outcome.run).metrics.read() for name in row} - {"iteration"}
+    assert {name for name in names if not explained(name)} == set()
+    assert {f"reward/{TRAINED}", "drift", "learning_rate/fake", "seconds"} <= names
 
 
 def test_the_rewards_of_a_run(tuned: Tuned) -> None:
