@@ -57,6 +57,7 @@ def quiet_libraries(warnings: bool = False) -> None:
     if warnings:
         for library in ("DIFFUSERS", "TRANSFORMERS"):
             os.environ.setdefault(f"{library}_VERBOSITY", "error")
+        os.environ.setdefault("WANDB_SILENT", "true")
         OWN.setLevel(logging.ERROR)
     for name in NOISE:
         logging.getLogger(name).addFilter(is_wanted)

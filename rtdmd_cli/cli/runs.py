@@ -132,7 +132,15 @@ def show(name: Name, out: Out = Path("runs"), as_json: Json = False, quiet: Quie
     }
     console.show(details if as_json else readable(details), as_json)
     if each.state in ("killed", "interrupted", "failed"):
-        console.say("It can be continued with the same command and --resume auto.", quiet)
+        console.say(f"Go on with: {going_on(each)}", quiet)
+
+
+def going_on(each: RunSummary) -> str:
+    """The command that continues a run; of stage 2 its end, as that needs the stage-1 run as well."""
+    path = str(each.run.path)
+    if each.stage == "tune-reward":
+        return f"the same command and {shlex.join(['--resume', path])}"
+    return shlex.join(["rtdmd", "distill", "--preset", str(each.run.preset), "--resume", path])
 
 
 def readable(details: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import re
+import shlex
 import shutil
 import threading
 from collections.abc import Iterator
@@ -124,6 +125,14 @@ def test_show_names_checkpoints_and_what_is_damaged_of_them(runs: Path, tmp_path
     assert text.exit_code == 0 and "fake_loss" in text.stdout and "step-000020" in text.stdout
     damaged = call(runs, "show", "no-preset", "--out", str(runs))
     assert damaged.exit_code == 0 and "preset.resolved.yaml is missing" in damaged.stdout
+
+
+def test_a_killed_run_says_how_it_goes_on(runs: Path) -> None:
+    told = call(runs, "show", "killed", "--out", str(runs)).stderr
+    run = RunFolder(runs / "killed")
+    again = shlex.split(told.partition("Go on with: ")[2])
+    assert again == ["rtdmd", "distill", "--preset", str(run.preset), "--resume", str(run.path)]
+    assert "Go on with" not in call(runs, "show", "first", "--out", str(runs)).stderr
 
 
 def test_an_unknown_run_is_refused_with_those_there_are(runs: Path) -> None:

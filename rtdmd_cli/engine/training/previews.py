@@ -119,7 +119,9 @@ def chosen(preset: Preset, prompts: Sequence[str], first: int) -> tuple[list[str
 def drawing_line(preset: Preset, prompts: int) -> str:
     """That the teacher's pictures of the grids are drawn now, which may take minutes, for people."""
     count = prompts * max(len(preset.previews.seeds), 1)
-    return f"drawing {count} pictures of the teacher for the sample grids, {preset.model.teacher_steps} steps each"
+    steps = preset.model.teacher_steps
+    each = "1 step" if steps == 1 else f"{steps} steps"
+    return f"drawing {count} pictures of the teacher for the sample grids, {each} each"
 
 
 def make_previews(

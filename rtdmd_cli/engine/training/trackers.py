@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
+from rtdmd_cli.engine.rewards.printing import prints_on_stderr
 from rtdmd_cli.errors import EnvironmentFailure
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
@@ -92,12 +93,22 @@ def open_tracker(name: str, run: Path, settings: Mapping[str, Any]) -> Iterator[
         key: value if isinstance(value, bool | int | float | str) else str(value)
         for key, value in settings.items()
     }
-    accelerator.init_trackers(
-        project_name="rtdmd",
-        config=plain,
-        init_kwargs={"wandb": {"name": run.name}, "trackio": {"name": run.name}},
-    )
+    with prints_on_stderr():
+        accelerator.init_trackers(
+            project_name="rtdmd",
+            config=plain,
+            init_kwargs={"wandb": {"name": run.name}, "trackio": {"name": run.name}},
+        )
     try:
         yield _Accelerate(accelerator, name)
     finally:
-        accelerator.end_training()
+        with prints_on_stderr():
+            _finish(accelerator, name)
+
+
+def _finish(accelerator: Any, name: str) -> None:
+    if name == "trackio":  # accelerate leaves it open, so that it would print on stdout when Python ends
+        import trackio
+
+        trackio.finish()
+    accelerator.end_training()
