@@ -31,6 +31,7 @@ LADDER = (
     "engine.storage",
     "engine.compute",
     "engine.algo",
+    "engine.families",
     "config",
     "errors",
 )

@@ -9,8 +9,8 @@ import atexit
 import functools
 import shutil
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ from tests.tiny_models import (
     t5_tokenizer,
     vae,
 )
-from tests.tiny_qwen import QWEN_WIDTH, build_zimage_pipeline, qwen_tokenizer
+from tests.tiny_qwen import QWEN_WIDTH, build_qwenimage_pipeline, build_zimage_pipeline, qwen_tokenizer
 
 FP8 = torch.float8_e4m3fn
 QWEN_LAYERS = 28  # the pipeline reads the hidden states 9, 18 and 27
@@ -154,9 +154,10 @@ def _unchanged(pipe: Any, x: Tensor) -> Tensor:
 class Tiny:
     """A family's small model: how it is built, and what a preset says of it. shape: of its latents.
 
-    blocks: lists of the transformer that hold adapted layers. shifts: whether the schedule follows the size. Of the stock
-    pipeline: `encoded(pipe, prompts, length)`, each prompt's own rows and its pooled part; `call(guidance)`, the arguments
-    that mean this guidance here; `given`, our latents for its `latents=`; `returned`, ours as it gives them out at the end.
+    blocks: lists of the transformer that hold adapted layers. shifts: whether the schedule follows the size. few: changes of
+    the scheduler's configuration for the few-step schedule. Of the stock pipeline: `encoded(pipe, prompts, length)`, each
+    prompt's own rows and its pooled part; `call(guidance)`, the arguments that mean this guidance here; `given`, our latents
+    for its `latents=`; `returned`, ours as it gives them out at the end.
     """
 
     family: str
@@ -171,6 +172,7 @@ class Tiny:
     returned: Callable[[Any, Tensor], Tensor] = _unchanged
     blocks: tuple[str, ...] = ("transformer_blocks",)
     shifts: bool = True
+    few: Mapping[str, Any] = field(default_factory=dict)
 
 
 def _sd3_encoded(pipe: Any, prompts: list[str], length: int) -> list[tuple[Tensor, Tensor | None]]:
@@ -187,6 +189,11 @@ def _first_encoded(pipe: Any, prompts: list[str], length: int) -> list[tuple[Ten
     """FLUX.2 and Z-Image."""
     embeds = pipe.encode_prompt(list(prompts), max_sequence_length=length)[0]
     return [(each, None) for each in embeds]
+
+
+def _qwenimage_encoded(pipe: Any, prompts: list[str], length: int) -> list[tuple[Tensor, Tensor | None]]:
+    embeds, mask = pipe.encode_prompt(prompts, max_sequence_length=length)
+    return [(each[own.bool()], None) for each, own in zip(embeds, mask, strict=True)]
 
 
 def _packed(pipe: Any, x: Tensor) -> Tensor:
@@ -246,6 +253,21 @@ TINY: dict[str, Tiny] = {
         shifts=False,
     ),
 }
+TINY["qwenimage"] = Tiny(
+    "qwenimage",
+    build_qwenimage_pipeline,
+    4.0,
+    (4, 8, 8),
+    48,
+    ATTENTION,
+    encoded=_qwenimage_encoded,
+    call=lambda guidance: (
+        {"true_cfg_scale": guidance} | ({"negative_prompt": ["", ""]} if guidance > 1 else {})
+    ),
+    given=_packed,
+    returned=_packed,
+    few={"shift_terminal": None},
+)
 FAMILIES = tuple(name for name in TINY if name != "sd3")
 """One small model a family; the built-in one's own tests are `test_sd3`."""
 

@@ -19,12 +19,14 @@ SHARED_BASE = "teacher"
 """`model.generator_init` of a generator that shares the teacher's base."""
 
 
+FamilyName = Literal["sd3", "flux1", "flux2", "zimage", "qwenimage"]
+"""Each has a file of its name in engine/families and in engine/backbones."""
+
+
 class ModelConfig(Section):
     """The base model, which is also the teacher."""
 
-    family: Literal["sd3", "flux1", "flux2", "zimage"] = Field(
-        description="model family, which chooses the backbone's code"
-    )
+    family: FamilyName = Field(description="model family, which chooses the backbone's code")
     path: str = Field(
         min_length=1,
         max_length=4096,

@@ -14,19 +14,14 @@ from torch import nn
 
 from rtdmd_cli.config.loader import load_preset
 from rtdmd_cli.config.schema import Preset
-from rtdmd_cli.engine.backbones import flux1, flux2, sd3
 from rtdmd_cli.engine.backbones.base import Backbone, Conditioning
+from rtdmd_cli.engine.backbones.families import FAMILIES
 from rtdmd_cli.engine.backbones.layout import Sources
 from rtdmd_cli.engine.backbones.loading import Loaded
 from rtdmd_cli.engine.backbones.two_bases import TwoBases
 from rtdmd_cli.engine.compute.blocks import repeated_blocks
 from rtdmd_cli.engine.compute.quantise import Base, place, swap_linears
 
-BACKBONES: dict[str, tuple[Any, Any]] = {
-    "sd3": (sd3.LAYOUT, sd3.SD3Backbone),
-    "flux1": (flux1.LAYOUT, flux1.Flux1Backbone),
-    "flux2": (flux2.LAYOUT, flux2.Flux2Backbone),
-}
 STD = 0.02
 """Standard deviation of random matrices: small enough for finite results at any depth."""
 SD3_SIZE: dict[str, Any] = {
@@ -115,15 +110,17 @@ def random_backbone(case: Case, device: torch.device, dtype: torch.dtype) -> Bac
     """The family's own backbone around random weights, without VAE and text encoders: neither encodes nor decodes."""
     preset = case.settings(device)
     family, base = preset.model.family, preset.hardware.base
-    layout, backbone = BACKBONES[family]
+    module = FAMILIES[family].module()
+    layout = module.LAYOUT
     transformer = random_transformer(case, base, device, dtype)
     absent = dict.fromkeys(name for name in (*layout.networks, *layout.tokenizers) if name != "transformer")
     pipe = layout.pipeline(transformer=transformer, scheduler=_scheduler(family), **absent)
     loaded = Loaded(layout, preset.model, Sources(Path()), pipe)
     if case.two_bases:
         loaded.transformer = TwoBases(transformer, random_transformer(case, base, device, dtype))
-    made: Backbone = backbone(layout, loaded, device, dtype)
-    return made
+    made: Any = module.BACKBONE(layout, loaded, device, dtype)
+    random: Backbone = made
+    return random
 
 
 def _scheduler(family: str) -> FlowMatchEulerDiscreteScheduler:
@@ -133,7 +130,7 @@ def _scheduler(family: str) -> FlowMatchEulerDiscreteScheduler:
 
 def empty_transformer(case: Case) -> nn.Module:
     """The case's transformer without memory for its parameters."""
-    layout, _ = BACKBONES[case.settings(torch.device("cpu")).model.family]
+    layout = FAMILIES[case.settings(torch.device("cpu")).model.family].module().LAYOUT
     with init_empty_weights(include_buffers=False):
         transformer: nn.Module = layout.networks["transformer"](**case.transformer)
     return transformer

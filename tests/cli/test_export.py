@@ -350,7 +350,8 @@ COMFYUI = {
     },
 }
 """Layers of a block that ComfyUI's `mmdit_to_diffusers`, `flux_to_diffusers` and `z_image_to_diffusers` (comfy/utils.py)
-know, after `transformer.`, the block's list and its number; the attention's alone."""
+know, after `transformer.`, the block's list and its number; the attention's alone. Qwen-Image's are mapped by their own names,
+which are SD3's."""
 
 
 def assert_comfyui_knows(path: Path) -> None:

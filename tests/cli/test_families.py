@@ -71,7 +71,7 @@ def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
     return json.loads(out)
 
 
-@pytest.mark.parametrize("name", ["flux1", SHARED, OWN, "zimage"])
+@pytest.mark.parametrize("name", ["flux1", SHARED, OWN, "zimage", "qwenimage"])
 def test_from_nothing_to_a_picture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
@@ -158,7 +158,7 @@ def test_a_model_that_cannot_be_fetched(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    for name in ("flux1-4step", "flux2-klein-4b-4step", "sd35-4step", "zimage-4step"):
+    for name in ("flux1-4step", "flux2-klein-4b-4step", "sd35-4step", "zimage-4step", "qwenimage-4step"):
         code = app.main(["distill", "--preset", name, "--set", "distill.prompts=builtin:shapes"])
         out, err = capsys.readouterr()
         assert code == 3 and out == "" and "HF_HUB_OFFLINE" in err

@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 
 from rtdmd_cli.cli import failures
 from rtdmd_cli.cli.app import app
-from rtdmd_cli.engine.rewards.fetch import LICENCES, is_whole
+from rtdmd_cli.engine.families.table import MODELS
+from rtdmd_cli.engine.rewards.fetch import is_whole
 from rtdmd_cli.engine.rewards.registry import REWARDS
 from tests.tiny_hub import offline_hub, publish
 from tests.tiny_models import sd3_folder
@@ -46,7 +47,7 @@ def test_a_model_that_is_cached(hub: Path) -> None:
         assert result.exit_code == 0 and "already here" in result.stderr
         (found,) = json.loads(result.stdout)
         assert (found["source"], found["path"], found["downloaded"]) == (SD3, str(snapshot), False)
-        assert found["licence"] == LICENCES[SD3] and found["licence"] in result.stderr
+        assert found["licence"] == MODELS[SD3.lower()].licence.text and found["licence"] in result.stderr
         assert found["size"] == sum(path.stat().st_size for path in snapshot.rglob("*") if path.is_file())
     assert call(SD3, "--quiet").stderr == ""
 

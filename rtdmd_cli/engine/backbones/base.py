@@ -157,6 +157,10 @@ class Backbone(Protocol):
     @property
     def text_length(self) -> int: ...
 
+    def remark(self, guidance: float) -> str:
+        """What people should know of this model in a training with the teacher's `guidance`, from "; " on; "" for nothing."""
+        ...
+
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """Shape [C, H, W] of a picture of `height` x `width` px; UsageError where the model can't do it."""
         ...

@@ -73,6 +73,9 @@ class PipelineBackbone:
                 found[f"the {limit} tokens of {kind}"] = count
         return found
 
+    def remark(self, guidance: float) -> str:
+        return ""
+
     def texts_read(self, tokenizer: Any, prompts: Sequence[str]) -> list[str]:
         """The prompts in the words around them that the pipeline adds before they are tokenized."""
         return list(prompts)
@@ -113,9 +116,14 @@ class PipelineBackbone:
         return self._kept[key]
 
     def pictures(self, vae_latents: Tensor) -> Tensor:
-        """Decode the VAE's own latents [B,C,H,W]: pictures [B,3,height,width], float32 in 0..1; differentiable."""
+        """Decode the VAE's own latents [B,C,H,W]: pictures [B,3,height,width], float32 in 0..1; differentiable.
+
+        A VAE for video takes [B,C,1,H,W] and gives films of one frame.
+        """
         vae = self._pipe.vae
         images = vae.decode(vae_latents.to(vae.dtype), return_dict=False)[0]
+        if images.ndim == 5:
+            images = images[:, :, 0]
         shown: Tensor = self._pipe.image_processor.postprocess(images.float(), output_type="pt")
         return shown
 

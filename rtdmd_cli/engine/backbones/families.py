@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from rtdmd_cli.config.schema import HardwareConfig, ModelConfig
 from rtdmd_cli.engine.backbones.base import PLAIN, Backbone
 from rtdmd_cli.engine.compute.importing import quick_imports
+from rtdmd_cli.engine.families import table
 
 if TYPE_CHECKING:
     from rtdmd_cli.engine.backbones.common import PipelineBackbone
@@ -33,47 +34,21 @@ class FamilyModule(Protocol):
 
 @dataclass(frozen=True)
 class Family:
-    """One row of the table: the name used in presets, what it covers, and its file, imported when it is called."""
+    """A model family: the name used in presets, and what it covers. Its file here has the same name."""
 
     name: str
     description: str
-    load: Callable[[], FamilyModule]
 
     def module(self) -> FamilyModule:
-        """The family's file; its libraries take seconds to import."""
+        """The family's file, imported at the first call; its libraries take seconds to import."""
         with quick_imports():
-            return self.load()
-
-
-def _sd3() -> FamilyModule:
-    from rtdmd_cli.engine.backbones import sd3
-
-    return sd3
-
-
-def _flux1() -> FamilyModule:
-    from rtdmd_cli.engine.backbones import flux1
-
-    return flux1
-
-
-def _flux2() -> FamilyModule:
-    from rtdmd_cli.engine.backbones import flux2
-
-    return flux2
-
-
-def _zimage() -> FamilyModule:
-    from rtdmd_cli.engine.backbones import zimage
-
-    return zimage
+            module: Any = import_module(f"rtdmd_cli.engine.backbones.{self.name}")
+        found: FamilyModule = module
+        return found
 
 
 FAMILIES: dict[str, Family] = {
-    "sd3": Family("sd3", "Stable Diffusion 3 and 3.5 Medium, and the built-in shapes model", _sd3),
-    "flux1": Family("flux1", "FLUX.1-dev", _flux1),
-    "flux2": Family("flux2", "FLUX.2-klein, 4B and 9B", _flux2),
-    "zimage": Family("zimage", "Z-Image", _zimage),
+    name: Family(name, facts.description) for name, facts in table.FAMILIES.items()
 }
 
 

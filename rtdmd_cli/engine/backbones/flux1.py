@@ -50,6 +50,14 @@ class Flux1Backbone(PipelineBackbone):
         super().__init__(layout, loaded, device, dtype)
         self.embedded_guidance = bool(loaded.pipe.transformer.config.guidance_embeds)
 
+    def remark(self, guidance: float) -> str:
+        if guidance == 1 or self.embedded_guidance:
+            return ""
+        return (
+            f"; it has no input for guidance (FLUX.1-schnell has none either): model.guidance {guidance:g} is classifier-free "
+            "here, two evaluations a step; for a base that was distilled to few steps set it to 1"
+        )
+
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         scale = self._pipe.vae_scale_factor
         check_size(height, width, PACK * scale, LARGEST)

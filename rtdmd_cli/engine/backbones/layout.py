@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from rtdmd_cli.engine.compute.tiling import enable_tiling
 from rtdmd_cli.engine.storage import strict_json
 from rtdmd_cli.engine.storage.digests import file_digest
 from rtdmd_cli.errors import DataError
@@ -31,7 +32,7 @@ class Layout:
     pipeline: the class in diffusers. networks: component -> class; one is called "transformer", the text encoders
     begin with "text_encoder". tokenizers: names. optional: components that a pipeline may lack. text_width: the key of the
     transformer's config with the width of a row of an encoded prompt. clip_first: whether CLIP's rows come before the others.
-    own_lengths: whether prompts keep lengths of their own (`Conditioning.lengths`).
+    own_lengths: whether prompts keep lengths of their own (`Conditioning.lengths`). tile: lets the VAE decode piece by piece.
     """
 
     pipeline: Any  # the libraries' classes carry no types
@@ -41,6 +42,7 @@ class Layout:
     text_width: str = "joint_attention_dim"
     clip_first: bool = False
     own_lengths: bool = False
+    tile: Callable[[Any], None] = enable_tiling
 
     @property
     def encoders(self) -> tuple[str, ...]:

@@ -39,7 +39,6 @@ from rtdmd_cli.engine.backbones.two_bases import TwoBases, bases_of
 from rtdmd_cli.engine.compute.float32_products import CPU, emulates_bf16, multiply_in_float32
 from rtdmd_cli.engine.compute.quantise import place, shrink_encoder
 from rtdmd_cli.engine.compute.quiet import quiet_loading
-from rtdmd_cli.engine.compute.tiling import enable_tiling
 from rtdmd_cli.engine.storage.digests import file_digest
 from rtdmd_cli.errors import DataError, RtdmdError
 
@@ -83,7 +82,7 @@ class Opener:
         if self.device.type == "cpu":
             vae.float()
         if self.hardware.vae_tiling:
-            enable_tiling(vae)
+            self.layout.tile(vae)
         return vae
 
     def transformer(self) -> nn.Module:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from rtdmd_cli.engine.export.families import BUILTIN
 from rtdmd_cli.engine.storage.lora_files import DIFFUSERS_NAME
@@ -34,7 +34,7 @@ class Stock:
 
     transformer: of another place than the pipeline's, a folder whose `transformer/` it is, or a single file; network: its
     class. kind: "scaled" is a file whose 8-bit weights have scales beside them, which diffusers would drop. lora: where the
-    LoRA lies, and the file's name.
+    LoRA lies, and the file's name. scheduler: changes of its scheduler's configuration.
     """
 
     pipeline: str
@@ -43,18 +43,12 @@ class Stock:
     transformer: Place | None = None
     kind: Literal["folder", "file", "scaled"] = "folder"
     lora: tuple[Place, str] | None = None
+    scheduler: Mapping[str, Any] = field(default_factory=dict)
 
 
 def stock_lora(stock: Stock, where: str) -> Stock:
     """The same with the LoRA that an export holds for diffusers."""
-    return Stock(
-        stock.pipeline,
-        stock.base,
-        stock.network,
-        stock.transformer,
-        stock.kind,
-        (Place(where), DIFFUSERS_NAME),
-    )
+    return replace(stock, lora=(Place(where), DIFFUSERS_NAME))
 
 
 def load_lines(stock: Stock, dtype: str = "torch.bfloat16") -> list[str]:
@@ -77,6 +71,9 @@ def load_lines(stock: Stock, dtype: str = "torch.bfloat16") -> list[str]:
             *_transformer(stock, dtype),
         ]
     lines.append(f"pipe = {stock.pipeline}.from_pretrained(base, {given}dtype={dtype}, use_safetensors=True)")
+    if stock.scheduler:
+        changes = ", ".join(f"{name}={value!r}" for name, value in stock.scheduler.items())
+        lines.append(f"pipe.scheduler.register_to_config({changes})")
     if stock.lora is not None:
         place, name = stock.lora
         lines.append(f"pipe.load_lora_weights({place.expression}, weight_name={_text(name)})")

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from rtdmd_cli.engine.export.families import Loader
+from rtdmd_cli.engine.families.facts import Loader
 
 Workflow = dict[str, dict[str, Any]]
 Link = list[Any]  # [node, output]

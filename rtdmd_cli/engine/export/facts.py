@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 
 from rtdmd_cli.config.schema import Preset
 from rtdmd_cli.engine.export.code import Stock
-from rtdmd_cli.engine.export.families import FAMILIES, Licence, Loader
+from rtdmd_cli.engine.export.families import FAMILIES
 from rtdmd_cli.engine.export.roundtrip import RoundTrip
+from rtdmd_cli.engine.families.facts import Licence, Loader
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ from rtdmd_cli.engine.export.canvas import drawn
 from rtdmd_cli.engine.export.card_comfyui import ETA_NOTE, SEEDS_NOTE, length_note
 from rtdmd_cli.engine.export.comfyui import Scene, cps_workflow, euler_workflow, numbered
 from rtdmd_cli.engine.export.facts import Facts
-from rtdmd_cli.engine.export.families import ExportFamily, comfyui_knows, row
+from rtdmd_cli.engine.export.families import comfyui_knows, row
 from rtdmd_cli.engine.export.fold import Folded
 from rtdmd_cli.engine.export.names import COMFYUI, comfyui_lora
+from rtdmd_cli.engine.families.facts import ExportFamily
 from rtdmd_cli.engine.storage import files
 from rtdmd_cli.engine.storage.lora_files import DIFFUSERS_NAME, header, lora_tensors, write_lora
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rtdmd_cli.engine.export.fold import Folded
 from rtdmd_cli.engine.export.schedule import stock_config
+from rtdmd_cli.engine.families.facts import ExportFamily
 from rtdmd_cli.engine.storage import files, strict_json
 from rtdmd_cli.engine.storage.tensor_files import write_tensors
 from rtdmd_cli.errors import DataError
@@ -40,13 +41,13 @@ def write_merged(
     changes: Changes,
     sigmas: Sequence[float],
     exact_already: bool,
-    index: Mapping[str, Any],
+    family: ExportFamily,
 ) -> bool:
     """Write the pipeline; whether its stock schedule of T = len(sigmas) - 1 steps is `sigmas`.
 
     base: the base model's folder; transformer: the folder with the weights that `changes` are for, or these weights where
-    they come from a single file, with the configuration in `base`. exact_already: the base model's schedule is right as it
-    is. index: changes of model_index.json.
+    they come from a single file, with the configuration in `base`. exact_already: the base model's schedule, with the
+    family's changes of its scheduler, is right as it is. family: tells what of the configuration changes.
     """
     parts = components(base)
     for name in parts:
@@ -60,14 +61,12 @@ def write_merged(
         write_weights(out / TRANSFORMER / WEIGHTS, transformer, changes)
     described: dict[str, Any] = strict_json.read(base / INDEX)
     described.pop("_name_or_path", None)
-    files.write_json(out / INDEX, described | dict(index))
-    if exact_already:
-        return True
-    config = strict_json.read(base / SCHEDULER)
-    changed = stock_config(config, sigmas)
-    if changed is not None:
-        files.write_json(out / SCHEDULER, changed)
-    return changed is not None
+    files.write_json(out / INDEX, described | dict(family.index))
+    config = strict_json.read(base / SCHEDULER) | dict(family.scheduler)
+    changed = None if exact_already else stock_config(config, sigmas)
+    if changed is not None or family.scheduler:
+        files.write_json(out / SCHEDULER, config if changed is None else changed)
+    return exact_already or changed is not None
 
 
 def components(base: Path) -> list[str]:

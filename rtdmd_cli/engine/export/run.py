@@ -14,6 +14,7 @@ from torch import Tensor
 from rtdmd_cli import __version__
 from rtdmd_cli.config.schema import Preset
 from rtdmd_cli.config.tune_reward import split_weights
+from rtdmd_cli.engine.backbones.common import evenly_spaced
 from rtdmd_cli.engine.backbones.families import FAMILIES as BACKBONES
 from rtdmd_cli.engine.backbones.loading import file_tensors
 from rtdmd_cli.engine.export import merged
@@ -210,8 +211,16 @@ def draw_own(request: Request, prompts: Sequence[str]) -> Own:
     plan = model.plan()
     pictures, euler = own_pictures(model, plan, prompts, (plan.eta, 0.0))
     side = request.source.preset.model.resolution
-    stock = model.backbone.stock_sigmas(plan.steps, model.backbone.latent_shape(side, side)).tolist()
-    agree = all(abs(a - b) < 1e-6 for a, b in zip(stock, plan.sigmas, strict=True))
+    backbone, shape = model.backbone, model.backbone.latent_shape(side, side)
+    changed = FAMILIES[
+        request.source.preset.model.family
+    ].scheduler  # then it is the few-step schedule that counts
+    stock = (
+        backbone.sigmas(evenly_spaced(plan.steps), shape)
+        if changed
+        else backbone.stock_sigmas(plan.steps, shape)
+    )
+    agree = all(abs(a - b) < 1e-6 for a, b in zip(stock.tolist(), plan.sigmas, strict=True))
     return Own(pictures, euler, plan.sigmas, agree, model.backbone.model_id.hash, model.model_hash)
 
 
@@ -238,7 +247,7 @@ def build(
             changes,
             own.sigmas,
             own.stock_already,
-            family.index,
+            family,
         )
         if not exact:
             say("the stock scheduler can't take the run's noise levels by itself: call it with sigmas=")

@@ -10,6 +10,7 @@ from rtdmd_cli.config.schema import Preset
 from rtdmd_cli.engine.backbones.families import FAMILIES
 from rtdmd_cli.engine.backbones.single_file import has_scales
 from rtdmd_cli.engine.export.code import Place, Stock
+from rtdmd_cli.engine.export.families import FAMILIES as EXPORTS
 from rtdmd_cli.engine.export.families import Bases, generator_base
 from rtdmd_cli.engine.export.names import is_hub_id, place_of
 
@@ -27,6 +28,11 @@ def stock_here(preset: Preset, stock: Stock, bases: Bases) -> Stock:
 
 def stock_there(preset: Preset, bases: Bases, pipeline: str) -> Stock:
     """The same as a card loads it: by hub ids where there are, else by paths without user names."""
+    changes = EXPORTS[preset.model.family].scheduler
+    return replace(_named(preset, bases, pipeline), scheduler=changes)
+
+
+def _named(preset: Preset, bases: Bases, pipeline: str) -> Stock:
     model = preset.model
     if bases.file is not None:
         return Stock(

@@ -18,6 +18,8 @@ from rtdmd_cli.engine.planning.skeleton import META, Configs, on_shapes, tensors
 from rtdmd_cli.engine.planning.stand_ins import quantise
 from rtdmd_cli.engine.storage import strict_json
 
+LANGUAGE = "text_config"  # of a config of transformers
+
 
 @dataclass(frozen=True)
 class Encoding:
@@ -33,10 +35,9 @@ def encoding(model: ModelConfig, hardware: HardwareConfig, dtype: torch.dtype, c
     """All text encoders of a model, one after another on the prompts that they get at once."""
     module = families.FAMILIES[model.family].module()
     batch, int8 = module.ENCODE_BATCH, hardware.text_encoder == "int8"
+    length = model.text_length + module.BACKBONE.unread
     found = [
-        encoder_cost(
-            module.LAYOUT.networks[name], json.dumps(configs[name]), model.text_length, batch, int8, dtype
-        )
+        encoder_cost(module.LAYOUT.networks[name], json.dumps(configs[name]), length, batch, int8, dtype)
         for name in module.LAYOUT.encoders
         if name in configs
     ]
@@ -54,10 +55,14 @@ def encoder_cost(
 ) -> dict[str, int]:
     """Of one encoder, whose config is `text`: as `Encoding`, but flops of a batch."""
     config = strict_json.parse(text)
-    key = "num_layers" if "num_layers" in config else "num_hidden_layers"
+    language = config.get(LANGUAGE, config)  # of a model that sees, the part that reads
+    key = "num_layers" if "num_layers" in language else "num_hidden_layers"
 
     def count(few: Mapping[str, int]) -> dict[str, int]:
-        encoder: Any = on_shapes(kind, config | {key: few[key]}, dtype)
+        shallow = {key: few[key]}
+        if LANGUAGE in config:
+            shallow = {LANGUAGE: language | shallow}
+        encoder: Any = on_shapes(kind, config | shallow, dtype)
         loaded = sum(tensor.nbytes for tensor in tensors_of([encoder]))
         if int8:
             quantise(encoder, "int8", blocks_only=False)
@@ -70,7 +75,7 @@ def encoder_cost(
             del kept
         return {"loaded": loaded, "weights": weights, "activations": activations, "flops": account.flops}
 
-    return extrapolated({key: config[key]}, count)
+    return extrapolated({key: language[key]}, count)
 
 
 def run_encoder(encoder: Any, length: int, batch: int) -> Any:

@@ -22,7 +22,6 @@ from rtdmd_cli.engine.backbones.base import Backbone, Conditioning
 from rtdmd_cli.engine.backbones.layout import Sources
 from rtdmd_cli.engine.backbones.loading import Loaded
 from rtdmd_cli.engine.backbones.two_bases import TwoBases
-from rtdmd_cli.engine.compute.tiling import enable_tiling
 
 META = torch.device("meta")
 Configs = Mapping[str, Mapping[str, Any]]
@@ -65,7 +64,7 @@ def skeleton(
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(dict(configs["scheduler"]))
     pipe = layout.pipeline(transformer=made["transformer"], vae=made["vae"], scheduler=scheduler, **absent)
     if hardware.vae_tiling:
-        enable_tiling(pipe.vae)
+        layout.tile(pipe.vae)
     loaded = Loaded(layout, model, Sources(Path()), pipe)
     if own_base:
         other = on_shapes(layout.networks["transformer"], configs["transformer"], dtype)

@@ -20,6 +20,7 @@ from huggingface_hub.errors import (
 from rtdmd_cli.config.loader import list_presets, load_preset
 from rtdmd_cli.config.places import is_single_file
 from rtdmd_cli.config.schema import SHARED_BASE, ModelConfig
+from rtdmd_cli.engine.families.table import MODELS
 from rtdmd_cli.engine.rewards.base import Need, RewardEntry
 from rtdmd_cli.engine.rewards.local import INDEX, at_hand, cached_files, missing
 from rtdmd_cli.engine.rewards.registry import REWARDS
@@ -28,17 +29,6 @@ from rtdmd_cli.engine.storage.hub import REPOSITORY, hub_failure, hub_folder
 from rtdmd_cli.errors import EnvironmentFailure, UsageError
 
 MODEL_INDEX = "model_index.json"
-LICENCES = {
-    "stabilityai/stable-diffusion-3-medium-diffusers": "Stability AI Community License",
-    "stabilityai/stable-diffusion-3.5-medium": "Stability AI Community License",
-    "black-forest-labs/FLUX.1-dev": "FLUX.1 [dev] Non-Commercial License",
-    "black-forest-labs/FLUX.2-klein-4B": "Apache-2.0",
-    "black-forest-labs/FLUX.2-klein-base-4B": "Apache-2.0",
-    "Tongyi-MAI/Z-Image": "Apache-2.0",
-    "black-forest-labs/FLUX.2-klein-9B": "FLUX Non-Commercial License",
-    "black-forest-labs/FLUX.2-klein-base-9B": "FLUX Non-Commercial License",
-}
-"""Licence of the weights of the models that the shipped presets name."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +50,14 @@ class Wanted:
         """Its name, or where it can be read."""
         if self.need is not None:
             return self.need.licence
-        page = f"see https://huggingface.co/{self.source}"
-        return LICENCES.get(self.source, page if re.fullmatch(REPOSITORY, self.source) else "your own")
+        known = MODELS.get(self.source.lower())
+        if known is not None:
+            return known.licence.text
+        return (
+            f"see https://huggingface.co/{self.source}"
+            if re.fullmatch(REPOSITORY, self.source)
+            else "your own"
+        )
 
 
 @dataclass(frozen=True)

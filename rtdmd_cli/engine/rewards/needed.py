@@ -17,6 +17,7 @@ from huggingface_hub import constants
 
 from rtdmd_cli.config.schema import ModelConfig, Preset
 from rtdmd_cli.config.tune_reward import split_paths, split_weights
+from rtdmd_cli.engine.families.table import MODELS
 from rtdmd_cli.engine.rewards.fetch import Wanted, cached_model, wanted_of_model
 from rtdmd_cli.engine.rewards.local import at_hand, readable
 from rtdmd_cli.engine.rewards.registry import REWARDS
@@ -24,17 +25,6 @@ from rtdmd_cli.engine.storage.hub import REPOSITORY
 from rtdmd_cli.errors import EnvironmentFailure
 
 PATIENCE = 3.0  # s, for the hub's first answer
-SIZES = {
-    "stabilityai/stable-diffusion-3-medium-diffusers": 16e9,
-    "stabilityai/stable-diffusion-3.5-medium": 17e9,
-    "black-forest-labs/FLUX.1-dev": 34e9,
-    "black-forest-labs/FLUX.2-klein-4B": 16e9,
-    "black-forest-labs/FLUX.2-klein-base-4B": 16e9,
-    "Tongyi-MAI/Z-Image": 21e9,
-    "black-forest-labs/FLUX.2-klein-9B": 35e9,
-    "black-forest-labs/FLUX.2-klein-base-9B": 35e9,
-}
-"""Bytes of the models that the shipped presets name, roughly: in bf16, by their numbers of parameters."""
 
 
 def models(model: ModelConfig) -> list[Wanted]:
@@ -62,7 +52,9 @@ def _of_hub(source: str) -> bool:
 
 def sentence(wanted: Wanted) -> str:
     """What is missing, how large it is, and under which licence."""
-    size = wanted.need.size if wanted.need is not None else SIZES.get(wanted.source)
+    model = MODELS.get(wanted.source.lower())
+    known = None if model is None else model.size
+    size = wanted.need.size if wanted.need is not None else known
     about = "of unknown size" if size is None else f"{'' if wanted.need else 'about '}{readable(int(size))}"
     return f"{wanted.source} ({about}; licence: {wanted.licence}) is not on this machine."
 

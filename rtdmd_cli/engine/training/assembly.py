@@ -32,13 +32,7 @@ def model_line(preset: Preset, backbone: Backbone) -> str:
     mixed = resolve_mixed_precision(preset.hardware, backbone.device, backbone.dtype)
     products = f", trained with products in {mixed}" if mixed else ""
     line = f"model {preset.model.path} on {backbone.device}, {backbone.dtype}{stored}{products}"
-    guidance = preset.model.guidance
-    if preset.model.family == "flux1" and guidance != 1 and not backbone.embedded_guidance:
-        line += (
-            f"; it has no input for guidance (FLUX.1-schnell has none either): model.guidance {guidance:g} is classifier-free "
-            "here, two evaluations a step; for a base that was distilled to few steps set it to 1"
-        )
-    return line.replace("torch.", "")
+    return f"{line}{backbone.remark(preset.model.guidance)}".replace("torch.", "")
 
 
 def encode_prompts(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch import nn
@@ -16,7 +18,7 @@ from tests.tiny_models import PROMPTS, sd3_config
 
 CPU = torch.device("cpu")
 CONFIGS = {"sd3": sd3_config, "flux1": lambda: tiny_config("flux1"), "flux2": lambda: tiny_config("flux2")}
-CONFIGS["zimage"] = lambda: tiny_config("zimage")
+CONFIGS |= {name: functools.partial(tiny_config, name) for name in ("zimage", "qwenimage")}
 ERROR = 0.05
 """Stated: largest relative error of the small models' embeddings in 8 bits."""
 

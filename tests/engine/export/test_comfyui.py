@@ -120,7 +120,7 @@ def test_no_two_steps_of_a_picture_share_their_noise() -> None:
         assert all(0 <= later_seed(first, step) < 2**53 for step in range(4))
 
 
-@pytest.mark.parametrize("family", ["sd3", "flux1", "zimage"])
+@pytest.mark.parametrize("family", ["sd3", "flux1", "zimage", "qwenimage"])
 def test_a_merged_transformer_takes_the_place_of_model_and_lora(family: str) -> None:
     for workflow in workflows(scene(family, merged=True)):
         assert not by_class(workflow, "LoraLoaderModelOnly")

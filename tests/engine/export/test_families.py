@@ -6,8 +6,9 @@ import pytest
 
 from rtdmd_cli.config.loader import list_presets, load_preset
 from rtdmd_cli.engine.backbones import families as backbones
-from rtdmd_cli.engine.export.families import FAMILIES, UNKNOWN, generator_base, generator_revision, licence_of
+from rtdmd_cli.engine.export.families import FAMILIES, generator_base, generator_revision, licence_of
 from rtdmd_cli.engine.export.names import is_hub_id, local_name, place_of, public_name
+from rtdmd_cli.engine.families.facts import UNKNOWN
 
 PRESETS = [info.name for info in list_presets()]
 
@@ -57,6 +58,7 @@ def test_a_loader_lists_every_file_that_its_nodes_name(family: str) -> None:
             "flux",
             "flux2",
             "lumina2",
+            "qwen_image",
         }
         assert {file.folder for file in loader.files} <= {
             "checkpoints",

@@ -238,7 +238,7 @@ def test_folder_and_size_come_from_the_environment(tmp_path: Path, monkeypatch: 
             open_cache(backbone)
 
 
-@pytest.mark.parametrize("family", ["sd3", "flux1", "flux2", "zimage"])
+@pytest.mark.parametrize("family", ["sd3", "flux1", "flux2", "zimage", "qwenimage"])
 def test_prompts_that_are_cut_off_are_said_in_one_line(
     tmp_path: Path, family: str, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,0 +1,1 @@
+"""What is known of each model family without loading it: one file per family, and the table of them."""
