@@ -154,10 +154,10 @@ def _unchanged(pipe: Any, x: Tensor) -> Tensor:
 class Tiny:
     """A family's small model: how it is built, and what a preset says of it. shape: of its latents.
 
-    blocks: lists of the transformer that hold adapted layers. shifts: whether the schedule follows the size. few: changes of
-    the scheduler's configuration for the few-step schedule. Of the stock pipeline: `encoded(pipe, prompts, length)`, each
-    prompt's own rows and its pooled part; `call(guidance)`, the arguments that mean this guidance here; `given`, our latents
-    for its `latents=`; `returned`, ours as it gives them out at the end.
+    blocks: lists of the transformer that hold adapted layers. idle: adapted layers that reach no picture. shifts: whether the
+    schedule follows the size. few: changes of the scheduler's configuration for the few-step schedule. Of the stock
+    pipeline: `encoded(pipe, prompts, length)`, each prompt's own rows and its pooled part; `call(guidance)`, the arguments
+    that mean this guidance here; `given`, our latents for its `latents=`; `returned`, ours as it gives them out at the end.
     """
 
     family: str
@@ -173,6 +173,7 @@ class Tiny:
     blocks: tuple[str, ...] = ("transformer_blocks",)
     shifts: bool = True
     few: Mapping[str, Any] = field(default_factory=dict)
+    idle: frozenset[str] = frozenset()
 
 
 def _sd3_encoded(pipe: Any, prompts: list[str], length: int) -> list[tuple[Tensor, Tensor | None]]:
@@ -267,6 +268,9 @@ TINY["qwenimage"] = Tiny(
     given=_packed,
     returned=_packed,
     few={"shift_terminal": None},
+    idle=frozenset(
+        f"transformer_blocks.1.attn.{end}" for end in ("add_q_proj", "to_add_out")
+    ),  # the last text
 )
 FAMILIES = tuple(name for name in TINY if name != "sd3")
 """One small model a family; the built-in one's own tests are `test_sd3`."""
