@@ -119,6 +119,8 @@ def _painted(
         options.dtype,
         options.quiet,
         options.checkpoint,
+        list(prompts.texts.values()),
+        (options.size, options.size),
     )
     settings = source.preset.evaluate
     side = options.size or settings.resolution or source.preset.model.resolution

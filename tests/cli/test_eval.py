@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from rtdmd_cli.cli import eval_steps
 from rtdmd_cli.cli.eval import eval_command
+from rtdmd_cli.engine.backbones.loading import Loaded, Opener
 from rtdmd_cli.engine.evaluation import generate_phase, score_phase
 from rtdmd_cli.errors import DataError, UsageError
 from rtdmd_cli.shapes.grammar import TASKS
@@ -323,3 +324,22 @@ def test_the_model_is_gone_before_the_judges_come(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(eval_steps, "_judged", look)
     result = run("shapes", "--limit", "6", "--steps", "1")
     assert result.exit_code == 0 and loaded, result.exception
+
+
+def test_the_text_encoders_leave_before_the_transformer_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    make_run(Path("runs"), "mine")
+    order: list[str] = []
+    for holder, name in ((Loaded, "drop_encoders"), (Opener, "encoder"), (Opener, "transformer")):
+        own = getattr(holder, name)
+
+        def told(*given: Any, own: Callable[..., Any] = own, name: str = name) -> Any:
+            order.append(name)
+            return own(*given)
+
+        monkeypatch.setattr(holder, name, told)
+    assert run("shapes", "--limit", "7", "--steps", "1", "--out", "found").exit_code == 0
+    first = {name: order.index(name) for name in set(order)}
+    assert first["encoder"] < first["drop_encoders"] < first["transformer"]
+    assert order.count("transformer") == 1 and order.index("transformer") > max(
+        place for place, name in enumerate(order) if name == "encoder"
+    )
