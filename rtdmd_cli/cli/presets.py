@@ -44,7 +44,9 @@ def _table(rows: list[tuple[str, ...]]) -> None:
 
 @app.command("list")
 def list_(as_json: Json = False) -> None:
-    """List the shipped presets: name, model family, description."""
+    """List the shipped presets: name, model family, description, and what a training takes by `rtdmd plan`."""
+    from dataclasses import asdict
+
     from rtdmd_cli.config import list_presets
 
     found = list_presets()
@@ -56,12 +58,18 @@ def list_(as_json: Json = False) -> None:
                     "family": info.family,
                     "description": info.description,
                     "path": str(info.path),
+                    "planned": asdict(info.planned) if info.planned else None,
                 }
                 for info in found
             ]
         )
     else:
-        _table([(info.name, info.family, info.description) for info in found])
+        _table(
+            [
+                (info.name, info.family, info.description + (f"; {info.planned}" if info.planned else ""))
+                for info in found
+            ]
+        )
 
 
 @app.command()

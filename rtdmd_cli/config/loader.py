@@ -25,6 +25,7 @@ from rtdmd_cli.config.fields import (
     shown,
     takes_text,
 )
+from rtdmd_cli.config.planned import Planned, planned
 from rtdmd_cli.config.schema import Preset
 from rtdmd_cli.errors import EnvironmentFailure, UsageError
 
@@ -38,12 +39,13 @@ LIST_HINT = "List the shipped presets: rtdmd presets list"
 
 @dataclass(frozen=True)
 class PresetInfo:
-    """One shipped preset."""
+    """One shipped preset. planned: what its header says that it takes; None for the built-in model's."""
 
     name: str
     description: str
     path: Path
     family: str
+    planned: Planned | None
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,8 @@ def list_presets() -> list[PresetInfo]:
     found = []
     for name, path in _shipped().items():
         preset = load_preset(name, environ={}).preset
-        found.append(PresetInfo(name, preset.description, path, preset.model.family))
+        figures = planned(strict_yaml.read_text(path))
+        found.append(PresetInfo(name, preset.description, path, preset.model.family, figures))
     return found
 
 

@@ -32,6 +32,9 @@ class Planned:
         """GiB on the card in the stage that takes more."""
         return max(self.card)
 
+    def __str__(self) -> str:
+        return f"{self.peak:.1f} GiB, {sum(self.hours):,.0f} h on an RTX {GPU}"
+
     def fits(self, card: float) -> bool:
         """Whether a card of so many GiB has SPARE left."""
         return self.peak <= card * (1 - SPARE)

@@ -32,6 +32,8 @@ def test_list() -> None:
     result = run("list")
     assert [line.split()[0] for line in result.stdout.splitlines()] == [info.name for info in list_presets()]
     assert "shapes-4step" in result.stdout and result.stderr == ""
+    figures = {info.name: info.planned for info in list_presets()}["sd3-4step-24gb"]
+    assert figures and f"; {figures.peak:.1f} GiB, " in result.stdout
 
 
 def test_list_json() -> None:
@@ -39,6 +41,8 @@ def test_list_json() -> None:
     assert {entry["name"] for entry in found} == {info.name for info in list_presets()}
     assert all(Path(entry["path"]).is_file() for entry in found)
     assert {entry["family"] for entry in found} == set(FAMILIES)
+    planned = {entry["name"]: entry["planned"] for entry in found}
+    assert planned["shapes-4step"] is None and len(planned["sd3-4step-24gb"]["card"]) == 2
 
 
 def test_show_prints_the_file() -> None:

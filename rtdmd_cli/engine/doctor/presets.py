@@ -2,16 +2,15 @@
 
 import torch
 
-from rtdmd_cli.config.loader import list_presets, preset_text
-from rtdmd_cli.config.planned import Planned, planned
+from rtdmd_cli.config.loader import list_presets
+from rtdmd_cli.config.planned import Planned
 from rtdmd_cli.engine.compute.host import GIB
 from rtdmd_cli.engine.doctor.check import Check
 
 
 def stated() -> dict[str, Planned]:
-    """The shipped presets for one card, those that take least of it first."""
-    found = {info.name: planned(preset_text(info.name)) for info in list_presets()}
-    known = {name: figures for name, figures in found.items() if figures}
+    """The shipped presets of published models, those that take least of a card first."""
+    known = {info.name: info.planned for info in list_presets() if info.planned}
     return dict(sorted(known.items(), key=lambda item: item[1].peak))
 
 

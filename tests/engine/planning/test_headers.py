@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import astuple
+from pathlib import Path
 
 import pytest
 from torch.utils._pytree import tree_leaves
@@ -14,10 +15,29 @@ from rtdmd_cli.engine.planning.gpus import UTILISATION, find_gpu
 from rtdmd_cli.engine.planning.plan import STAGES, Plan, plan_stage
 from scripts.plan_headers import figures
 
-ONE_CARD = [info.name for info in list_presets() if info.name.endswith(("-24gb", "-16gb", "-overnight"))]
+PRESETS = {info.name: info for info in list_presets() if not info.name.startswith("shapes-")}
+ONE_CARD = [name for name in PRESETS if name.endswith(("-24gb", "-16gb", "-overnight"))]
+README = Path(__file__).parents[3] / "README.md"
 COUNTED = "sd3-4step-overnight"
 """Counted anew in every test run; `python -m scripts.plan_headers` counts the others."""
 NIGHT = 10.0
+
+
+def cell(name: str) -> str:
+    """What the README's table says of a preset."""
+    figures = PRESETS[name].planned if name in PRESETS else None
+    return f"{figures.peak:.1f} GiB, {sum(figures.hours):,.0f} h" if figures else "-"
+
+
+def test_every_preset_is_planned_and_stands_in_the_readme() -> None:
+    assert all(info.planned for info in PRESETS.values())
+    rows = [line for line in README.read_text("utf-8").splitlines() if line.startswith("| `")]
+    for name in {name.partition("-4step")[0] + "-4step" for name in PRESETS}:
+        cells = " | ".join(cell(name + variant) for variant in ("", "-24gb", "-overnight"))
+        assert any(row.startswith(f"| `{name}` |") and row.endswith(f"| {cells} |") for row in rows), (
+            name,
+            cells,
+        )
 
 
 @pytest.mark.parametrize("name", ONE_CARD)
