@@ -292,6 +292,14 @@ def test_a_full_disk_under_stdout() -> None:
     assert result.stderr == "error: No space left on device.\nhint: Free some space on that disk.\n"
 
 
+@pytest.mark.parametrize("command", [("data", "list"), ("rewards", "list"), ("presets", "list")])
+def test_lists_in_a_terminal_of_ascii(command: tuple[str, ...]) -> None:
+    ascii_only = {"LC_ALL": "C", "PYTHONIOENCODING": "ascii:strict", "PYTHONUTF8": "0", "COLUMNS": "90"}
+    done = subprocess.run([*MODULE, *command], env=BUFFERED | ascii_only, capture_output=True)
+    assert done.returncode == 0 and done.stdout.isascii() and done.stderr.isascii() and len(done.stdout) > 500
+    assert b"error" not in done.stderr
+
+
 @pytest.mark.parametrize("redirection", ["2>/dev/full", "2>&-", "2>&- >&-"])
 def test_errors_that_nobody_can_read_change_no_exit_code(redirection: str) -> None:
     line = f"{shlex.join([*MODULE, 'presets', 'show', 'none'])} {redirection}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from importlib.resources import files
@@ -14,7 +15,7 @@ import typer
 from PIL import Image
 from typer.testing import CliRunner
 
-from rtdmd_cli.cli.sample import sample, say_foreign
+from rtdmd_cli.cli.sample import _texts, sample, say_foreign
 from rtdmd_cli.errors import DataError, EnvironmentFailure, RtdmdError, UsageError
 from tests.tiny_runs import make_run, write_preset
 
@@ -56,6 +57,21 @@ def test_paths_on_stdout_and_the_choice_on_stderr() -> None:
         "eta": "0.9",
     }
     assert {key: text[key] for key in wanted} == wanted and text["version"]
+
+
+def test_a_folder_whose_name_is_no_text() -> None:
+    """A name of the disk that is not UTF-8: it is made as given, and written escaped."""
+    make_run(Path("runs"), "mine")
+    result = run("a red circle", "--out", os.fsdecode(b"\xff\xfe"), "--json")
+    assert result.exit_code == 0, result.exception
+    assert b"\xff\xfe" in os.listdir(b".") and "\\udcff\\udcfe/0000-0000-seed0.png" in result.stdout
+
+
+def test_prompts_of_a_closed_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--prompts - <&-`: Python has no standard input then."""
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(UsageError, match="Standard input is closed"):
+        _texts(None, "-")
 
 
 def test_json_is_all_of_stdout_and_quiet_is_quiet() -> None:

@@ -10,7 +10,7 @@ import os
 import random
 import shutil
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -18,6 +18,10 @@ from typing import TypeVar
 import pytest
 
 from rtdmd_cli.engine.compute import signals
+from rtdmd_cli.engine.distill import run as distilling
+from rtdmd_cli.engine.storage.checkpoint import checkpoint_steps
+from rtdmd_cli.engine.storage.run_folder import RunFolder
+from rtdmd_cli.engine.training.trainer import Trainer
 from scripts.torture.commands import Command
 from tests.faults.cases import CASES, EVERY, SEED, fresh, left, prepare, run, whole
 from tests.faults.disks import (
@@ -139,6 +143,46 @@ def test_the_second_signal_stops_at_once_and_the_last_checkpoint_is_kept(
             disk = ActingDisk((call, call + 1), lambda: os.kill(os.getpid(), signal.SIGTERM))
             assert run(folder, CASES[name], disk) in (0, 143)
             goes_on(folder, name, references[name])
+
+
+def meanwhile(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
+    """Something happens in the second iteration of a distillation."""
+    real = distilling.iterate
+
+    def iterate(trainer: Trainer, iteration: int) -> None:
+        if iteration == 1:
+            act()
+        real(trainer, iteration)
+
+    monkeypatch.setattr(distilling, "iterate", iterate)
+
+
+def test_a_run_that_is_renamed_while_it_trains_goes_on_there(
+    start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = fresh(start, tmp_path / "here")
+    before, now = folder / "runs" / "one", RunFolder(folder / "runs" / "elsewhere")
+    meanwhile(monkeypatch, lambda: before.rename(now.path))
+    assert run(folder, CASES["distill"]) == 0
+    whole(folder)
+    assert not before.exists() and now.status()["state"] == "finished" and now.status()["iteration"] == 3
+    assert [row["iteration"] for row in now.metrics.read()] == [0, 1, 2, 3]
+    assert checkpoint_steps(now.checkpoints) == [2, 3]
+
+
+def test_a_run_that_is_deleted_while_it_trains_is_saved(
+    start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = fresh(start, tmp_path / "here")
+    made = RunFolder(folder / "runs" / "one")
+    with monkeypatch.context() as patch:
+        meanwhile(patch, lambda: shutil.rmtree(made.path))
+        assert run(folder, CASES["distill"]) == 3
+    assert "was moved or deleted while it trained: iteration 2 is saved in runs/one" in capfd.readouterr().err
+    assert made.status()["state"] == "failed" and checkpoint_steps(made.checkpoints) == [2]
+    assert run(folder, CASES["distill"], again=True) == 0
+    whole(folder)
+    assert made.status()["state"] == "finished" and checkpoint_steps(made.checkpoints) == [2, 3]
 
 
 def test_the_power_goes_at_any_moment(name: str, reference: Reference, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 from rtdmd_cli.engine.compute.tiling import enable_tiling
 from rtdmd_cli.engine.storage import strict_json
 from rtdmd_cli.engine.storage.digests import file_digest
-from rtdmd_cli.errors import DataError
+from rtdmd_cli.errors import DataError, EnvironmentFailure
 
 VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")
 SINGLE_FILE = ".safetensors"
@@ -108,13 +108,26 @@ def check_layout(layout: Layout, folder: Path) -> set[str]:
 
 @contextmanager
 def readable_model(layout: Layout, folder: Path) -> Iterator[None]:
-    """What the libraries raise over damaged files becomes DataError."""
+    """What the libraries raise over damaged files becomes DataError; EnvironmentFailure for one that may not be read."""
     try:
         yield
     except DAMAGE as error:
+        _require_permission(folder)
         raise DataError(
             f"The model in {folder} can't be loaded: {first_line(error)}", layout.renew
         ) from error
+
+
+def _require_permission(folder: Path) -> None:
+    """EnvironmentFailure for a file that the user may not read: the libraries say that there is none."""
+    for path in sorted(folder.rglob("*")):
+        try:
+            if path.is_file():
+                path.open("rb").close()
+        except PermissionError:
+            raise EnvironmentFailure(
+                f"Cannot read {path}: permission denied.", "Have its owner give you permission: chmod a+r"
+            ) from None
 
 
 def weight_names(folder: Path) -> set[str]:

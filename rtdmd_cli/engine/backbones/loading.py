@@ -35,6 +35,7 @@ from rtdmd_cli.engine.backbones.layout import (
 )
 from rtdmd_cli.engine.backbones.locating import locate
 from rtdmd_cli.engine.backbones.single_file import DAMAGED, read_transformer
+from rtdmd_cli.engine.backbones.sizes import check_sizes
 from rtdmd_cli.engine.backbones.two_bases import TwoBases, bases_of
 from rtdmd_cli.engine.compute.float32_products import CPU, emulates_bf16, multiply_in_float32
 from rtdmd_cli.engine.compute.quantise import place, shrink_encoder
@@ -196,6 +197,7 @@ def load_pipeline(
     folder, present = sources.folder, check_layout(layout, sources.folder)
     opener = Opener(layout, sources, frozenset(present), device, dtype, hardware)
     with readable_model(layout, folder), quiet_loading():
+        check_sizes(layout, folder)
         for name in layout.encoders:
             if name in present:
                 weight_names(folder / name)

@@ -83,6 +83,10 @@ class _Held:
         return self.tensors[name]
 
 
+_held: dict[Path, _Block] = {}
+"""Blocks that the disk didn't take, of this process: whoever opens the cache again has them, as if they were there."""
+
+
 class EmbeddingCache:
     """Prompts -> `Conditioning` by way of the disk: `ensure` first, then `fetch` whatever was ensured.
 
@@ -108,7 +112,6 @@ class EmbeddingCache:
         self._fits = dict(fits or {})
         self._excess = excess
         self._rows: dict[str, tuple[_Block, int]] = {}
-        self._in_memory = 0
         remove_leftovers(self._folder)
 
     def ensure(self, prompts: Sequence[str], encode: Callable[[Sequence[str]], Conditioning]) -> int:
@@ -137,6 +140,8 @@ class EmbeddingCache:
         wanted, fresh = {self._key(prompt): prompt for prompt in prompts}, 0
         self._find({key for key in wanted if key not in self._rows})
         known, self._rows = self._rows, {}
+        for path in {block.path for block, _ in known.values()}:
+            _held.pop(path, None)
         everything = list(wanted)
         for start in range(0, len(everything), BLOCK):
             keys = tuple(everything[start : start + BLOCK])
@@ -182,7 +187,10 @@ class EmbeddingCache:
         return hashlib.sha256(json.dumps([*self._identity, prompt]).encode()).hexdigest()
 
     def _find(self, wanted: set[str]) -> None:
-        """Note the rows of all blocks that hold a wanted key; such a block is verified first."""
+        """Note the rows of all blocks that hold a wanted key; one on disk is verified first."""
+        for held in _held.values():
+            if held.path.parent == self._folder and not wanted.isdisjoint(held.keys):
+                self._note(held)
         for path in sorted(_blocks(self._folder, "*.safetensors")):
             if wanted <= self._rows.keys():
                 return
@@ -225,13 +233,14 @@ class EmbeddingCache:
 
     def _hold(self, path: Path, keys: tuple[str, ...], data: bytes, error: EnvironmentFailure) -> None:
         """Keep a block that the disk didn't take in memory; raises `error` where that would be too much."""
-        if self._in_memory + len(data) > MEMORY_BYTES:
+        there = sum(tensor.nbytes for block in _held.values() for tensor in block.tensors.tensors.values())
+        if there + len(data) > MEMORY_BYTES:
             raise error
-        if not self._in_memory:
+        if not any(held.parent == self._folder for held in _held):
             log.warning("encoded prompts are held in memory, not in the cache: %s", error.message)
-        self._in_memory += len(data)
         tensors = load(data)
-        self._note(_Block(path, keys, _digest(tensors), _Held(tensors)))
+        _held[path] = _Block(path, keys, _digest(tensors), _Held(tensors))
+        self._note(_held[path])
 
     def _make_room(self, size: int) -> None:
         """Remove the blocks unused for longest, but none of this run's, until `size` bytes more fit."""

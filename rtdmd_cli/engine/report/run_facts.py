@@ -35,9 +35,9 @@ def grids(run: RunFolder, rows: str, unit: str) -> list[Picture]:
 
 
 def grid_steps(run: RunFolder) -> dict[int, Path]:
-    """The sample grids of a run by their step; other files beside them are left alone."""
+    """The sample grids of a run by their step; other files beside them, and what is none (a pipe), are left alone."""
     named = {path: _GRID.fullmatch(path.name) for path in sorted(run.samples.glob("step-*.png"))}
-    return {int(found[1]): path for path, found in named.items() if found}
+    return {int(found[1]): path for path, found in named.items() if found and path.is_file()}
 
 
 def trained_weights(config: DistillConfig) -> str:

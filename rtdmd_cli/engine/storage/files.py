@@ -131,12 +131,9 @@ def write_bytes(path: Path, data: bytes) -> None:
 def _write(path: Path, fill: Callable[[Path, int], None]) -> None:
     """`fill` gets the temporary path and its descriptor, which is locked: others see that its process lives."""
     make_folder(path.parent)
-    temporary = tmp_path(path)
-    with os_errors(path):
-        descriptor = disk.create(temporary)
+    temporary, descriptor = _create_locked(path)
     try:
         with os_errors(path):
-            _try_lock(descriptor)
             fill(temporary, descriptor)
             disk.flush_path(temporary)
             disk.replace(temporary, path)
@@ -146,6 +143,20 @@ def _write(path: Path, fill: Callable[[Path, int], None]) -> None:
             disk.remove_file(temporary)
         raise
     finally:
+        os.close(descriptor)
+
+
+def _create_locked(path: Path) -> tuple[Path, int]:
+    """A temporary file for `path`, and its locked descriptor.
+
+    Once more where another process took it for a dead one's before it was locked, and removes it.
+    """
+    while True:
+        temporary = tmp_path(path)
+        with os_errors(path):
+            descriptor = disk.create(temporary)
+            if _try_lock(descriptor) is not False and _is_it(descriptor, temporary):
+                return temporary, descriptor
         os.close(descriptor)
 
 
@@ -231,7 +242,7 @@ def building(final: Path, fixed: bool = False) -> Iterator[Path]:
     """
     make_folder(final.parent)
     path = final.with_name(f"{TMP_PREFIX}00000000-{final.name}") if fixed else tmp_path(final)
-    descriptor = _claim(path, final)
+    descriptor = _claim(path, final, fixed)
     try:
         yield path
     except BaseException:
@@ -243,14 +254,24 @@ def building(final: Path, fixed: bool = False) -> Iterator[Path]:
         os.close(descriptor)
 
 
-def _claim(path: Path, final: Path) -> int:
-    """Make an empty folder and lock it; its descriptor. What a killed process left there is removed first."""
+def _claim(path: Path, final: Path, fixed: bool) -> int:
+    """Make an empty folder and lock it; its descriptor. What a killed process left there is removed first.
+
+    Once more where another process took it for a dead one's before it was locked, and removes it.
+    """
     while True:
         make_folder(path)
-        descriptor = open_folder(path)
         try:
-            lock(descriptor, f"Another process is making {final}.", "Wait for it, or choose another name.")
-            if _is_it(descriptor, path):
+            descriptor = open_folder(path)
+        except EnvironmentFailure as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                continue
+            raise
+        try:
+            free = _try_lock(descriptor) is not False
+            if not free and fixed:
+                raise BusyError(f"Another process is making {final}.", "Wait for it, or choose another name.")
+            if free and _is_it(descriptor, path):
                 with os_errors(path, "read"):
                     left = any(path.iterdir())
                 if not left:
@@ -414,15 +435,28 @@ def _remove_leftovers(folder: Path, name: str | None, held: bool) -> Iterator[st
         if not found or name not in (None, entry.name[found.end() :]):
             continue
         with suppress(OSError, EnvironmentFailure):
-            if held or _is_dead(entry):
-                _remove(entry)
+            if _remove_left(entry, held):
                 yield entry.name
 
 
-def _is_dead(path: Path) -> bool:
-    """Whether the process that wrote there has ended: nobody holds it; by its age on a disk without locks."""
-    free = _probe(path)
-    return time.time() - path.lstat().st_mtime > DEAD_AFTER if free is None else free
+def _remove_left(path: Path, held: bool) -> bool:
+    """Remove it if the process that wrote there has ended: nobody holds it, and it is held meanwhile; whether it did.
+
+    On a disk without locks its age tells, where its folder isn't held.
+    """
+    if held:
+        _remove(path)
+        return True
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        free = _try_lock(descriptor)
+        if free is None:
+            free = time.time() - path.lstat().st_mtime > DEAD_AFTER
+        if free:
+            _remove(path)
+        return free
+    finally:
+        os.close(descriptor)
 
 
 def require_room(folder: Path, size: int, what: str) -> None:

@@ -12,7 +12,7 @@ from rtdmd_cli.engine.storage.checkpoint import (
     newest_valid,
     set_aside_after,
 )
-from rtdmd_cli.engine.storage.run_folder import RunFolder, State
+from rtdmd_cli.engine.storage.run_folder import RunFolder, State, is_run
 from rtdmd_cli.engine.training.start import Start
 from rtdmd_cli.engine.training.trackers import Tracker, open_tracker
 from rtdmd_cli.errors import PictureFailure, UsageError
@@ -79,7 +79,8 @@ def opened(
                 tracker = stack.enter_context(open_tracker(name, run.path, settings))
             yield run, tracker, done
         except BaseException as error:  # raised again; `failing` has said it where the training had begun
-            if processes.main and begun and run.status()["state"] == "running":
+            there = is_run(run.path)  # not where it was moved away meanwhile
+            if processes.main and begun and there and run.status()["state"] == "running":
                 end_start(run, error, done, total, new=start.run is None)
             raise
 

@@ -3,6 +3,7 @@
 The recipes themselves are `distill.recipe.iterate` and `tune_reward.recipe.tune`.
 """
 
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -27,6 +28,7 @@ from rtdmd_cli.engine.storage.run_folder import RunFolder, State
 from rtdmd_cli.engine.storage.scrubbing import scrub_text
 from rtdmd_cli.engine.training import memory
 from rtdmd_cli.engine.training.clock import Clock
+from rtdmd_cli.engine.training.following import follow, identity
 from rtdmd_cli.engine.training.opening import note_end
 from rtdmd_cli.engine.training.progress import training_progress
 from rtdmd_cli.engine.training.restoring import STATE_KEYS, groups
@@ -107,7 +109,8 @@ class Session:
     stage's own that survive a resume, `prompts` is what `prompts.reading.known_by` says of the prompts. Four records have a
     meaning here: with `stopped` (true) the run ends before its time; `best` is the step of a checkpoint that is
     made out of turn and never removed; `rewards_after`, mean rewards measured at the end, go into the status. `micro_batch`
-    is what a full memory has brought it down to. say: prints a line for people.
+    is what a full memory has brought it down to. say: prints a line for people. folder: by which the run's folder is known
+    again when it is renamed.
     """
 
     run: RunFolder
@@ -124,6 +127,7 @@ class Session:
     clock: Clock = field(default_factory=Clock)
     newest: dict[str, float] = field(default_factory=dict)
     say: Callable[[str], None] = lambda line: None
+    folder: os.stat_result | None = None
 
     @property
     def stopped(self) -> bool:
@@ -182,6 +186,7 @@ def train(session: Session, quiet: bool) -> StopRequest:
             catch_up(session)
         if processes.main:
             begin(session)
+            session.folder = identity(session.run)
     with training_progress(total, session.iteration, silent) as show:
         while session.iteration < total and not ended(session, stop):
             began = time.monotonic()
@@ -198,6 +203,7 @@ def train(session: Session, quiet: bool) -> StopRequest:
                 stop.during("finishing measures, pictures and checkpoint", session.kept),
             ):
                 if processes.main:
+                    follow(session, save)
                     note(session, took, stage.after(session))
         with stop.during("saving the checkpoint", session.kept):
             save_unsaved(session)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +17,10 @@ from safetensors.torch import load_file, save_file
 
 from rtdmd_cli.config.schema import Preset
 from rtdmd_cli.config.section import LoraConfig
-from rtdmd_cli.engine.backbones import flux2, layout, locating
+from rtdmd_cli.engine.backbones import flux2, layout, loading, locating
 from rtdmd_cli.engine.backbones.base import Conditioning
 from rtdmd_cli.engine.backbones.families import FAMILIES, locate_model
+from rtdmd_cli.engine.backbones.sizes import _most
 from rtdmd_cli.engine.backbones.two_bases import TwoBases
 from rtdmd_cli.engine.roles.adapters import Roles
 from rtdmd_cli.engine.roles.base import FAKE, GENERATOR, START, TEACHER
@@ -287,6 +290,48 @@ def test_a_damaged_folder(tmp_path: Path, name: str, part: str, message: str) ->
     with pytest.raises(DataError, match=message) as caught:
         load_tiny(name, path=folder)
     assert layout_of(name).pipeline.__name__ in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [
+        ("transformer", "num_layers", 10**9),
+        ("transformer", "attention_head_dim", 10**6),
+        ("text_encoder", "hidden_size", 10**6),
+        ("text_encoder_2", "d_ff", 10**9),
+        ("vae", "block_out_channels", [16, 10**7]),
+    ],
+)
+def test_sizes_that_no_weight_has_are_refused_before_anything_is_built(
+    tmp_path: Path, part: str, key: str, value: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(tiny_folder("flux1"), tmp_path / "model"))
+    config = folder / part / "config.json"
+    known = json.loads(config.read_text())
+    assert key in known
+    config.write_text(json.dumps(known | {key: value}))
+    monkeypatch.setattr(loading, "empty_transformer", None)
+    with pytest.raises(DataError, match=rf"{part}.config\.json doesn't go with the weights .*: {key} is 1"):
+        load_tiny("flux1", path=folder)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="root alone becomes somebody else")
+def test_a_file_that_may_not_be_read_is_no_damage(tmp_path: Path) -> None:
+    """As `save_pretrained` writes weights, for its user alone."""
+    folder = Path(shutil.copytree(tiny_folder("flux1"), tmp_path / "model"))
+    (folder / WEIGHTS).chmod(0o600)
+    for path in (folder, tmp_path, *tmp_path.parents[:2]):
+        path.chmod(0o755)
+    os.seteuid(54321)
+    try:
+        with pytest.raises(EnvironmentFailure, match=r"Cannot read .*safetensors: permission denied"):
+            load_tiny("flux1", path=folder)
+    finally:
+        os.seteuid(0)
+
+
+def test_a_table_that_no_weight_holds() -> None:
+    assert _most("pos_embed_max_size", 1, 192 * 192) == 192 and _most("theta", 1, 1) is None
 
 
 def test_a_folder_of_another_family() -> None:

@@ -74,9 +74,11 @@ def test_a_cache_that_cannot_be_written_is_no_end(
     assert "held in memory" in caplog.text and caplog.text.count("no space left") == 1
     assert same(held.fetch(wanted), encode(wanted)) and not blocks(tmp_path)
     assert held.ensure(wanted, encode) == 0
+    again = cache(tmp_path / "full")  # as a command does that encodes ahead, and frees the encoders
+    assert again.ensure(wanted, encode) == 0 and same(again.fetch(wanted), encode(wanted))
     monkeypatch.setattr(embeddings, "MEMORY_BYTES", 1000)
     with pytest.raises(EnvironmentFailure, match="no space left"):
-        cache(tmp_path / "full").ensure(wanted, encode)
+        cache(tmp_path / "other").ensure(wanted, encode)
 
 
 def test_blocks_that_a_killed_process_left_half_written_are_removed(tmp_path: Path) -> None:

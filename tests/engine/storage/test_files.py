@@ -217,6 +217,28 @@ def test_leftovers_of_processes_that_live_stay(tmp_path: Path, monkeypatch: pyte
     assert sorted(removed) == sorted(path.name for path in dead)
 
 
+def test_what_is_taken_for_dead_before_it_is_locked_is_made_once_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the making of a temporary file or folder and its lock another process cleans up."""
+    real, cleaned = files._try_lock, []
+
+    def late(descriptor: int, *kind: int) -> bool | None:
+        if not cleaned:
+            cleaned.append(None)
+            cleaned.extend(files.remove_leftovers(tmp_path))
+        return real(descriptor, *kind)
+
+    monkeypatch.setattr(files, "_try_lock", late)
+    files.write_text(tmp_path / "a", "new")
+    assert len(cleaned) == 2 and (tmp_path / "a").read_text() == "new"
+    cleaned.clear()
+    with files.building(tmp_path / "b") as folder:
+        (folder / "f").write_text("new")
+        files.rename_folder(folder, tmp_path / "b")
+    assert len(cleaned) == 2 and names(tmp_path) == ["a", "b"]
+
+
 def test_on_a_disk_without_locks_leftovers_go_by_their_age(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
