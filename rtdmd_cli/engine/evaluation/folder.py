@@ -105,4 +105,5 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def _is_empty(folder: Path) -> bool:
-    return not any(folder.iterdir())
+    """But for what a kill left of the first file, which goes when the folder is locked."""
+    return not any(path for path in folder.iterdir() if not path.name.startswith(files.TMP_PREFIX))
