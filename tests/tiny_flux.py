@@ -253,25 +253,25 @@ TINY: dict[str, Tiny] = {
         blocks=("layers", "noise_refiner", "context_refiner"),
         shifts=False,
     ),
-}
-TINY["qwenimage"] = Tiny(
-    "qwenimage",
-    build_qwenimage_pipeline,
-    4.0,
-    (4, 8, 8),
-    48,
-    ATTENTION,
-    encoded=_qwenimage_encoded,
-    call=lambda guidance: (
-        {"true_cfg_scale": guidance} | ({"negative_prompt": ["", ""]} if guidance > 1 else {})
+    "qwenimage": Tiny(
+        "qwenimage",
+        build_qwenimage_pipeline,
+        4.0,
+        (4, 8, 8),
+        48,
+        ATTENTION,
+        encoded=_qwenimage_encoded,
+        call=lambda guidance: (
+            {"true_cfg_scale": guidance} | ({"negative_prompt": ["", ""]} if guidance > 1 else {})
+        ),
+        given=_packed,
+        returned=_packed,
+        few={"shift_terminal": None},
+        idle=frozenset(
+            f"transformer_blocks.1.attn.{end}" for end in ("add_q_proj", "to_add_out")
+        ),  # the last text
     ),
-    given=_packed,
-    returned=_packed,
-    few={"shift_terminal": None},
-    idle=frozenset(
-        f"transformer_blocks.1.attn.{end}" for end in ("add_q_proj", "to_add_out")
-    ),  # the last text
-)
+}
 FAMILIES = tuple(name for name in TINY if name != "sd3")
 """One small model a family; the built-in one's own tests are `test_sd3`."""
 
