@@ -19,6 +19,7 @@ from rtdmd_cli.cli import eval_steps
 from rtdmd_cli.cli.eval import eval_command
 from rtdmd_cli.engine.backbones.loading import Loaded, Opener
 from rtdmd_cli.engine.evaluation import generate_phase, score_phase
+from rtdmd_cli.engine.storage.files import TMP_PREFIX
 from rtdmd_cli.errors import DataError, UsageError
 from rtdmd_cli.shapes.grammar import TASKS
 from tests.tiny_runs import make_run, write_preset
@@ -343,3 +344,13 @@ def test_the_text_encoders_leave_before_the_transformer_comes(monkeypatch: pytes
     assert order.count("transformer") == 1 and order.index("transformer") > max(
         place for place, name in enumerate(order) if name == "encoder"
     )
+
+
+def test_an_evaluation_killed_in_its_first_file_goes_on() -> None:
+    """What a kill leaves of that file is no reason to refuse the folder."""
+    make_run(Path("runs"), "mine")
+    Path("found").mkdir()
+    Path("found", f"{TMP_PREFIX}evaluation.json-1").write_text("{")
+    done = run("shapes", "--limit", "7", "--steps", "1", "--out", "found", "--resume")
+    assert done.exit_code == 0, done.exception
+    assert Path("found/evaluation.json").is_file()

@@ -4,6 +4,7 @@ The recipes themselves are `distill.recipe.iterate` and `tune_reward.recipe.tune
 """
 
 import os
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -24,11 +25,11 @@ from rtdmd_cli.engine.storage.checkpoint import (
     step_name,
     step_of,
 )
-from rtdmd_cli.engine.storage.run_folder import RunFolder, State
+from rtdmd_cli.engine.storage.run_folder import RunFolder, State, create_run
 from rtdmd_cli.engine.storage.scrubbing import scrub_text
 from rtdmd_cli.engine.training import memory
 from rtdmd_cli.engine.training.clock import Clock
-from rtdmd_cli.engine.training.following import follow, identity
+from rtdmd_cli.engine.training.following import found_again, gone, identity, new_name
 from rtdmd_cli.engine.training.opening import note_end
 from rtdmd_cli.engine.training.progress import training_progress
 from rtdmd_cli.engine.training.restoring import STATE_KEYS, groups
@@ -203,11 +204,32 @@ def train(session: Session, quiet: bool) -> StopRequest:
                 stop.during("finishing measures, pictures and checkpoint", session.kept),
             ):
                 if processes.main:
-                    follow(session, save)
+                    follow(session)
                     note(session, took, stage.after(session))
         with stop.during("saving the checkpoint", session.kept):
             save_unsaved(session)
     return stop
+
+
+def follow(session: Session) -> None:
+    """Go on where the run's folder lies now: another name beside the old one is said.
+
+    EnvironmentFailure where it is gone; a new run has a checkpoint of this iteration then.
+    """
+    assert session.folder is not None
+    before, now = session.run.path, found_again(session.run, session.folder)
+    if now is not None and now.path == before:
+        return
+    if now is not None:
+        session.run = now
+        session.last = session.last and now.checkpoints / session.last.name
+        session.say(f"{before} has been renamed: going on in {now.path}")
+        return
+    device, name = session.trainer.backbone.device, new_name(before)
+    session.run = create_run(before.parent, name, session.resolved, sys.argv, device, session.stage.name)
+    session.last = None
+    save(session)
+    raise gone(before, session.run, session.iteration)
 
 
 def catch_up(session: Session) -> None:
