@@ -118,7 +118,7 @@ CALLS: dict[Hashable, Call] = {}
 
 
 def call_on_shapes(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Hashable | None:
-    """What names a call whose results depend on its inputs' forms alone; None for any other.
+    """What names a call whose results depend on its inputs' forms (and torch's default dtype) alone; None for any other.
 
     Such a function writes to no input and makes new tensors, and its tensors are on `meta`. The blocks of a network are
     alike, so most calls were made before; torch's own way to the form of a result, in Python, takes a hundred times as
@@ -127,7 +127,7 @@ def call_on_shapes(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
     if not makes_new(function):
         return None
     try:
-        return function, form_of(args), form_of(tuple(kwargs.items()))
+        return function, form_of(args), form_of(tuple(kwargs.items())), torch.get_default_dtype()
     except NotOnShapes:
         return None
 

@@ -45,6 +45,18 @@ def test_results_are_new_each_time_and_views_are_never_known() -> None:
     assert torch.ops.aten._unsafe_view.default not in {key[0] for key in account.CALLS}  # type: ignore[index]
 
 
+def test_the_default_dtype_is_part_of_a_call() -> None:
+    """Libraries build a network under another one; what is made without a tensor has it."""
+    before = torch.get_default_dtype()
+    try:
+        with Account():
+            for dtype in (torch.float32, torch.bfloat16):
+                torch.set_default_dtype(dtype)
+                assert torch.empty(3, 5, device=META).dtype == dtype
+    finally:
+        torch.set_default_dtype(before)
+
+
 def test_numbers_and_writes_are_always_computed() -> None:
     with Account():
         assert (torch.ones(2) + 1).tolist() == [2.0, 2.0]
