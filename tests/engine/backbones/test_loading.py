@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -316,18 +317,19 @@ def test_sizes_that_no_weight_has_are_refused_before_anything_is_built(
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="root alone becomes somebody else")
-def test_a_file_that_may_not_be_read_is_no_damage(tmp_path: Path) -> None:
-    """As `save_pretrained` writes weights, for its user alone."""
-    folder = Path(shutil.copytree(tiny_folder("flux1"), tmp_path / "model"))
-    (folder / WEIGHTS).chmod(0o600)
-    for path in (folder, tmp_path, *tmp_path.parents[:2]):
-        path.chmod(0o755)
-    os.seteuid(54321)
-    try:
-        with pytest.raises(EnvironmentFailure, match=r"Cannot read .*safetensors: permission denied"):
-            load_tiny("flux1", path=folder)
-    finally:
-        os.seteuid(0)
+def test_a_file_that_may_not_be_read_is_no_damage() -> None:
+    """As `save_pretrained` writes weights, for its user alone. Another user can't enter pytest's own folders."""
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(shutil.copytree(tiny_folder("flux1"), Path(made, "model")))
+        (folder / WEIGHTS).chmod(0o600)
+        for path in (folder, Path(made)):
+            path.chmod(0o755)
+        os.seteuid(54321)
+        try:
+            with pytest.raises(EnvironmentFailure, match=r"Cannot read .*safetensors: permission denied"):
+                load_tiny("flux1", path=folder)
+        finally:
+            os.seteuid(0)
 
 
 def test_a_table_that_no_weight_holds() -> None:
