@@ -90,7 +90,7 @@ def read_exported(folder: Path) -> Exported:
             base_hash=str(body["base"]["hash"]),
             trained_on=tuple(str(name) for name in body["trained_on"]),
         )
-    except (KeyError, TypeError, ValueError, ValidationError) as error:
+    except (LookupError, TypeError, ValueError, ValidationError) as error:
         raise DataError(f"{folder / MANIFEST} is damaged: {type(error).__name__}.", AGAIN) from error
     if found.lora is None and not found.merged:
         raise DataError(f"{folder / MANIFEST} names no weights.", AGAIN)
@@ -130,7 +130,9 @@ def _lora(folder: Path, body: dict[str, Any]) -> Path | None:
     name = body["lora"]
     if name is None:
         return None
-    path = folder / str(name)
+    if not isinstance(name, str) or not isinstance(body["files"], dict):
+        raise TypeError("a name that is none, or no table of files")
+    path = folder / name
     if not path.resolve().is_relative_to(folder.resolve()):
         raise ValueError("a file outside the folder")
     _require_same(path, str(body["files"][name]["sha256"]))

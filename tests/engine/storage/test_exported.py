@@ -136,3 +136,13 @@ def test_whatever_its_description_holds(export: Path, data: st.DataObject) -> No
             assert str(export) in error.message and error.hint
     finally:
         (export / MANIFEST).write_text(text)
+
+
+@pytest.mark.parametrize("files", [[], "", 7, None], ids=repr)
+@pytest.mark.parametrize("lora", [False, 0, [], {}], ids=repr)
+def test_a_lora_without_a_name(export: Path, lora: object, files: object) -> None:
+    """Found by the test above: a list of files was asked for the entry of `false`."""
+    body = json.loads((export / MANIFEST).read_text()) | {"lora": lora, "files": files}
+    (export / MANIFEST).write_text(json.dumps(body))
+    with pytest.raises(DataError, match="is damaged: TypeError"):
+        read_exported(export)
