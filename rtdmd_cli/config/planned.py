@@ -10,9 +10,10 @@ GPU = "4090"
 SPARE = 0.08
 """Share of the card's memory that is left free: the allocator loses some to fragments."""
 LINES = re.compile(
-    r"# Planned, not measured \(rtdmd plan --gpu 4090\): card (?P<first>[\d.]+) GiB in stage 1 and "
+    rf"# Planned, not measured \(rtdmd plan --gpu {GPU}\): card (?P<first>[\d.]+) GiB in stage 1 and "
     r"(?P<second>[\d.]+) in stage 2 \((?P<decides>[^)]+)\),\n"
-    r"# host (?P<host>[\d.]+) GiB, disk (?P<disk>\d+) GiB; (?P<hours_1>[\d.]+) \+ (?P<hours_2>[\d.]+) hours on an RTX 4090\.\n"
+    r"# host (?P<host>[\d.]+) GiB, disk (?P<disk>\d+) GiB; (?P<hours_1>[\d.]+) \+ (?P<hours_2>[\d.]+) "
+    rf"hours on an RTX {GPU}\.\n"
 )
 
 

@@ -96,9 +96,8 @@ def read_transformer(
     with torch.device("meta"):
         expected = set(network.from_config(config).state_dict())
     converted = tensors
-    if (
-        tensors.keys() - expected and expected - tensors.keys()
-    ):  # other names; a part may be alike, as Z-Image's
+    # Other names than diffusers' own; a part of them may be alike, as Z-Image's are.
+    if tensors.keys() - expected and expected - tensors.keys():
         convert = SINGLE_FILE_LOADABLE_CLASSES[network.__name__]["checkpoint_mapping_fn"]
         converted = convert(checkpoint=tensors, config=config)  # takes what it knows out of `tensors`
     require_all(file, "is not used", {*converted, *tensors} - expected)

@@ -100,12 +100,13 @@ class Nf4Linear(Linear4bit):
 
     def forward(self, x: Tensor) -> Tensor:
         state: Any = self.weight.quant_state  # type: ignore[attr-defined] # bitsandbytes puts it there
-        if x.device.type != "cpu" or self.in_features % state.blocksize == 0:
-            if not emulates_bf16(x.device, x.dtype):
-                output: Tensor = super().forward(x)
-                return output
+        whole_rows = x.device.type != "cpu" or self.in_features % state.blocksize == 0
+        if whole_rows and emulates_bf16(x.device, x.dtype):
             y: Tensor = _WideNf4Product.apply(x, self.weight.data, state)
             return y if self.bias is None else y + self.bias.to(y.dtype)
+        if whole_rows:
+            output: Tensor = super().forward(x)
+            return output
         one_row = copy(state)
         one_row.shape = torch.Size((1, state.shape.numel()))
         weight = dequantize_4bit(self.weight.data, one_row).reshape(state.shape)

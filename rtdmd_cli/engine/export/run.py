@@ -211,15 +211,12 @@ def draw_own(request: Request, prompts: Sequence[str]) -> Own:
     plan = model.plan()
     pictures, euler = own_pictures(model, plan, prompts, (plan.eta, 0.0))
     side = request.source.preset.model.resolution
-    backbone, shape = model.backbone, model.backbone.latent_shape(side, side)
-    changed = FAMILIES[
-        request.source.preset.model.family
-    ].scheduler  # then it is the few-step schedule that counts
-    stock = (
-        backbone.sigmas(evenly_spaced(plan.steps), shape)
-        if changed
-        else backbone.stock_sigmas(plan.steps, shape)
-    )
+    backbone = model.backbone
+    shape = backbone.latent_shape(side, side)
+    if FAMILIES[request.source.preset.model.family].scheduler:  # an export changes the stock scheduler
+        stock = backbone.sigmas(evenly_spaced(plan.steps), shape)
+    else:
+        stock = backbone.stock_sigmas(plan.steps, shape)
     agree = all(abs(a - b) < 1e-6 for a, b in zip(stock.tolist(), plan.sigmas, strict=True))
     return Own(pictures, euler, plan.sigmas, agree, model.backbone.model_id.hash, model.model_hash)
 
