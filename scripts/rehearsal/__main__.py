@@ -144,6 +144,8 @@ def settings(made: Rehearsal, folder: Path, side: int) -> list[str]:
         "distill.micro_batch=1",
         "distill.fake_per_generator=1",
         "distill.sample_every=0",
+        f"previews.prompts=[{PROMPTS[0]}]",
+        "previews.baseline=false",
         "tune_reward.rewards=[pickscore]",
         f"tune_reward.reward_paths=[pickscore={folder / 'pickscore'}]",
         "tune_reward.held_out=[]",
