@@ -107,7 +107,7 @@ def show(resolved: Resolved, made: "Plan", memory: float | None) -> None:
         name = f"{row['stage']}: {row['phase']}" + (", host" if row["where"] == "host" else "")
         cells = "".join(f"{of[kind]:>13.2f}" if kind in of else f"{'':>13}" for kind in kinds)
         typer.echo(f"{name:<32}{row['peak_gib']:>8.2f}{cells}".rstrip())
-    for line in made.assumptions:
+    for line in figures["assumptions"]:
         console.say(line)
 
 

@@ -24,10 +24,32 @@ SCHEDULER = "scheduler"
 
 def published() -> dict[str, dict[str, dict[str, Any]]]:
     """Hub id -> component -> what of its config decides sizes; for the models of the shipped presets."""
-    models: dict[str, dict[str, dict[str, Any]]] = strict_json.parse(
-        (files(__package__) / TABLE).read_text(encoding="utf-8")
-    )["models"]
+    models: dict[str, dict[str, dict[str, Any]]] = _table()["models"]
     return models
+
+
+def published_format(source: str) -> str | None:
+    """`fp16` or `bf16`, of every network's files in a hub's repository; None where it is not known."""
+    found: str | None = _table()["formats"].get(source)
+    return found
+
+
+def _table() -> dict[str, Any]:
+    table: dict[str, Any] = strict_json.parse((files(__package__) / TABLE).read_text(encoding="utf-8"))
+    return table
+
+
+def find_folder(source: str, revision: str | None) -> Path | None:
+    """Where a model's files lie on this machine: the built-in one's, a folder, or the hub's cache; None for nowhere."""
+    if source in BUILTIN:
+        return Path(str(files("rtdmd_cli"))) / BUILTIN[source]
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    if not HUB_ID.fullmatch(source):
+        return None
+    there = try_to_load_from_cache(source, "model_index.json", revision=revision)
+    return Path(there).parent if isinstance(there, str) else None
 
 
 def find_configs(model: ModelConfig) -> dict[str, dict[str, Any]]:
@@ -39,18 +61,11 @@ def find_configs(model: ModelConfig) -> dict[str, dict[str, Any]]:
     source, key = model.path, "model.path"
     if is_single_file(source):
         source, key = model.components or "", "model.components"
-    if source in BUILTIN:
-        return _in_folder(layout, Path(str(files("rtdmd_cli"))) / BUILTIN[source])
-    if Path(source).expanduser().is_dir():
-        return _in_folder(layout, Path(source).expanduser())
-    table = published()
-    if source in table:
+    folder, table = find_folder(source, model.revision), published()
+    if source in table and not (folder and Path(source).expanduser().is_dir()):
         return table[source]
-    there = None
-    if HUB_ID.fullmatch(source):
-        there = try_to_load_from_cache(source, "model_index.json", revision=model.revision)
-    if isinstance(there, str):
-        return _in_folder(layout, Path(there).parent)
+    if folder is not None:
+        return _in_folder(layout, folder)
     raise EnvironmentFailure(
         f"The shapes of the model {source or model.path} are not known here.",
         f"Download it, or set {key} to a folder that holds it; known without: {', '.join(table)}.",

@@ -23,12 +23,20 @@ LANGUAGE = "text_config"  # of a config of transformers
 
 @dataclass(frozen=True)
 class Encoding:
-    """loaded: bytes as loaded; weights: bytes as used; activations: bytes beside them for a batch; flops: of a prompt."""
+    """parts: bytes as loaded, by encoder; weights: bytes as used; activations: bytes beside them for a batch.
 
-    loaded: int
+    flops: of a prompt.
+    """
+
+    parts: Mapping[str, int]
     weights: int
     activations: int
     flops: int
+
+    @property
+    def loaded(self) -> int:
+        """Bytes as loaded, of all encoders."""
+        return sum(self.parts.values())
 
 
 def encoding(model: ModelConfig, hardware: HardwareConfig, dtype: torch.dtype, configs: Configs) -> Encoding:
@@ -36,16 +44,18 @@ def encoding(model: ModelConfig, hardware: HardwareConfig, dtype: torch.dtype, c
     module = families.FAMILIES[model.family].module()
     batch, int8 = module.ENCODE_BATCH, hardware.text_encoder == "int8"
     length = model.text_length + module.BACKBONE.unread
-    found = [
-        encoder_cost(module.LAYOUT.networks[name], json.dumps(configs[name]), length, batch, int8, dtype)
+    found = {
+        name: encoder_cost(
+            module.LAYOUT.networks[name], json.dumps(configs[name]), length, batch, int8, dtype
+        )
         for name in module.LAYOUT.encoders
         if name in configs
-    ]
+    }
     return Encoding(
-        sum(each["loaded"] for each in found),
-        sum(each["weights"] for each in found),
-        max(each["activations"] for each in found),
-        sum(each["flops"] for each in found) // batch,
+        {name: each["loaded"] for name, each in found.items()},
+        sum(each["weights"] for each in found.values()),
+        max(each["activations"] for each in found.values()),
+        sum(each["flops"] for each in found.values()) // batch,
     )
 
 

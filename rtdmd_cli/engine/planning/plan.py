@@ -17,6 +17,7 @@ from rtdmd_cli.engine.planning.configs import find_configs
 from rtdmd_cli.engine.planning.depth import depths, extrapolated, with_depths
 from rtdmd_cli.engine.planning.encoding import Encoding, encoding
 from rtdmd_cli.engine.planning.gpus import UTILISATION, find_gpu, probe
+from rtdmd_cli.engine.planning.host import BASES, NOTE, PROCESS, loading
 from rtdmd_cli.engine.planning.phases import GENERATOR_TURN, RUNS, Phase, phases_of
 from rtdmd_cli.engine.planning.rewards import RewardCost, reward_cost
 from rtdmd_cli.engine.planning.skeleton import Configs, prompt_shape
@@ -31,8 +32,6 @@ ENCODE = "encode prompts"
 GIB = 2**30
 WORKSPACE = 3 * GIB // 4
 """Beside what torch allocates: the CUDA context and the libraries' workspaces. An allowance, not counted."""
-PROCESS = GIB
-"""Of the host: the program and its libraries. An allowance; 0.6 GiB was seen with a CPU build of torch."""
 PUBLISHED_PROMPTS = 25_432
 """Of PickScore's training set (method, section 5), whose file says it only once it is fetched."""
 PRELOADED = 2_000_000_000
@@ -230,16 +229,18 @@ def heavier(phase: Phase, weights: int, activations: int) -> Phase:
 
 
 def host_bytes(facts: Facts, found: Mapping[str, int]) -> dict[str, int]:
-    """By phase. Loading holds every component once, in the base's dtype, before it goes to the card."""
+    """By phase: what loading takes, see `host`, and what is held while the stage trains."""
     preset, cost = facts.preset, facts.encoding
-    networks = sum(size for name, size in found.items() if name.startswith("loaded/")) + cost.loaded
-    held = PROCESS + min(facts.prompts * facts.row, PRELOADED)
+    bases = {name: found[key] for name in BASES if (key := f"loaded/{name}") in found}
+    held = min(facts.prompts * facts.row, PRELOADED)
     held += cost.weights if facts.stay and not facts.encode_on_card else 0
+    packed = preset.hardware.text_encoder == "int8"
+    phases = loading(preset.model, facts.dtype, bases, cost.parts, packed, facts.encode_on_card, held)
     if facts.stage == "tune-reward":
         side = preset.model.resolution
         latents = (len(preset.sampler.raw_steps) + 1) * found["latent"] * 4
         held += preset.tune_reward.images_per_epoch * (latents + 3 * side * side * 4)
-    return {"load": PROCESS + networks, "train": held}
+    return phases | {"train": PROCESS + held}
 
 
 def disk_bytes(facts: Facts, found: Mapping[str, int]) -> dict[str, int]:
@@ -302,7 +303,7 @@ class Plan:
                 }
                 for stage in self.stages
             },
-            "assumptions": list(self.assumptions),
+            "assumptions": [*self.assumptions, NOTE],
         }
 
 
@@ -323,7 +324,7 @@ def rows(stage: StagePlan) -> list[dict[str, Any]]:
         {"stage": stage.stage, "phase": name, "where": "host", "peak_gib": gib(size)}
         for name, size in stage.host.items()
     ]
-    return [*host[:1], *card, *host[1:]]
+    return [*host[:-1], *card, *host[-1:]]
 
 
 def gib(size: float) -> float:
