@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rtdmd_cli.engine.storage.run_folder import RunFolder
+from tests import forked
 
 ROOT = Path(__file__).parents[1]
 ENDLESS = 1_000_000
@@ -64,8 +70,64 @@ def launch(folder: Path, *module: str) -> subprocess.Popen[str]:
     )
 
 
-def wait(process: subprocess.Popen[str], limit: float = LIMIT) -> Done:
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload([forked.__name__])
+_FORKING = threading.Lock()  # multiprocessing looks at all its processes whenever it starts one
+
+
+class Forked:
+    """A process of the program that was forked, as `fork` returns it, with the methods of a Popen that are used here."""
+
+    def __init__(self, folder: Path, arguments: tuple[str, ...], more: Mapping[str, str]) -> None:
+        self.output = Path(tempfile.mkdtemp())
+        self.own = environment(folder) | more
+        self.process = _SERVER.Process(target=forked.run, args=(folder, arguments, self.own, self.output))
+        with _FORKING, environment_of_server():
+            self.process.start()
+
+    def poll(self) -> int | None:
+        """The exit code, negative for a signal; None while it runs."""
+        with _FORKING:
+            return self.process.exitcode
+
+    def send_signal(self, number: signal.Signals) -> None:
+        if self.poll() is None:
+            os.kill(self.process.pid or 0, number)
+
+    def end(self, limit: float) -> Done:
+        """Its end, within `limit` seconds; after that it is killed, and TimeoutExpired is raised."""
+        deadline = time.monotonic() + limit
+        while (code := self.poll()) is None:
+            if time.monotonic() > deadline:
+                self.send_signal(signal.SIGKILL)
+                raise subprocess.TimeoutExpired("fork", limit)
+            time.sleep(0.01)
+        out, err = ((self.output / name).read_text("utf-8") for name in ("out", "err"))
+        shutil.rmtree(self.output)
+        return Done(code, out, err)
+
+
+@contextmanager
+def environment_of_server() -> Iterator[None]:
+    """The libraries read some variables when they are imported, which the fork server does when it starts."""
+    before = dict(os.environ)
+    os.environ.update(environment(Path(tempfile.gettempdir())))
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def fork(folder: Path, *arguments: str, **environ: str) -> Forked:
+    """`rtdmd ARGUMENTS ...` in `folder`, with its `environment` and `environ`, in a process that has all imports."""
+    return Forked(folder, arguments, environ)
+
+
+def wait(process: subprocess.Popen[str] | Forked, limit: float = LIMIT) -> Done:
     """Its end, within `limit` seconds; after that it is ended, and TimeoutExpired is raised."""
+    if isinstance(process, Forked):
+        return process.end(limit)
     try:
         out, err = process.communicate(timeout=limit)
     except subprocess.TimeoutExpired:
@@ -75,7 +137,7 @@ def wait(process: subprocess.Popen[str], limit: float = LIMIT) -> Done:
 
 
 def signalled(
-    process: subprocess.Popen[str],
+    process: subprocess.Popen[str] | Forked,
     run: RunFolder,
     number: signal.Signals,
     when: Callable[[RunFolder], bool],

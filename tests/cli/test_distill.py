@@ -1,6 +1,7 @@
 """`rtdmd distill` as a person runs it: real processes on the tiny model, killed, interrupted, resumed.
 
-The runs of `world` are made once, two processes at a time; every test looks at what they left behind.
+The runs of `world` are made once; every test looks at what they left behind. One process, "straight", is started from
+nothing, and all others are forked (`tests.commands.fork`).
 """
 
 from __future__ import annotations
@@ -8,7 +9,6 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -28,30 +28,44 @@ from rtdmd_cli.engine.storage.run_folder import RunFolder
 from rtdmd_cli.engine.training.restoring import accepted
 from rtdmd_cli.engine.training.start import Start
 from rtdmd_cli.errors import DataError, UsageError
-from tests.commands import ENDLESS, Done, World, contents, launch, newest, signalled, steps, timeless, wait
+from tests.commands import (
+    ENDLESS,
+    Done,
+    Forked,
+    World,
+    contents,
+    fork,
+    launch,
+    newest,
+    signalled,
+    steps,
+    timeless,
+    wait,
+)
 from tests.tiny_models import PROMPTS, TEXT_LENGTH, sd3_folder
 from tests.tiny_runs import add_checkpoint, generator_weights, make_run
 
-LONG = 40  # iterations of the run that is broken off again and again
-SHORT = 10  # of the others
+SAVE = 8  # iterations between two checkpoints of most runs
+LONG = 3 * SAVE  # iterations of the run that is broken off again and again
+SHORT, SHORT_SAVE = SAVE, 6  # of the others
 
 
 def write_preset(folder: Path) -> None:
-    """tiny.yaml and tiny.txt: pictures of 16 px, 8 a batch."""
+    """tiny.yaml and tiny.txt: pictures of 16 px, 4 a batch."""
     (folder / "tiny.txt").write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
     where = f"family: sd3, path: {sd3_folder()}, resolution: 16, text_length: {TEXT_LENGTH}"
     model = f"{{{where}, guidance: 4.0, teacher_steps: 1}}"
-    settings = "batch: 8, fake_per_generator: 2, prompts: tiny.txt, lora: {rank: 2, alpha: 4}"
+    settings = "batch: 4, fake_per_generator: 2, prompts: tiny.txt, lora: {rank: 2, alpha: 4}"
     steps = "generator_lr: 0.01, fake_lr: 0.01, eps: 0.001"
-    rhythm = "save_every: 10, keep: 10, log_every: 1, sample_every: 0"
+    rhythm = f"save_every: {SAVE}, keep: 10, log_every: 1, sample_every: 0"
     (folder / "tiny.yaml").write_text(
         f"model: {model}\ndistill: {{{settings}, {steps}, {rhythm}}}\nhardware: {{threads: 1}}\n",
         encoding="utf-8",
     )
 
 
-def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    return launch(folder, "rtdmd_cli", "distill", "--preset", "tiny.yaml", *arguments)
+def start(folder: Path, *arguments: str) -> Forked:
+    return fork(folder, "distill", "--preset", "tiny.yaml", *arguments)
 
 
 def train(folder: Path, name: str, iterations: int, *arguments: str) -> Done:
@@ -72,7 +86,7 @@ def break_off(
 def broken_run(folder: Path) -> dict[str, Done]:
     """The run "broken": ended by SIGTERM, SIGINT, and kill -9 soon after a checkpoint; then finished."""
     run, done = RunFolder(folder / "runs" / "broken"), {}
-    done["SIGTERM"] = break_off(folder, "broken", signal.SIGTERM, lambda r: newest(r) >= 2)
+    done["SIGTERM"] = break_off(folder, "broken", signal.SIGTERM, lambda r: newest(r) >= 1)
     first = newest(run)
     resume = ("--resume", "auto")
     done["SIGINT"] = break_off(folder, "broken", signal.SIGINT, lambda r: newest(r) >= first + 2, *resume)
@@ -91,8 +105,9 @@ def broken_run(folder: Path) -> dict[str, Done]:
 
 def other_runs(folder: Path) -> dict[str, Done]:
     """What is compared with it, and copies of that which are extended, damaged, poisoned."""
-    done = {"straight": train(folder, "straight", LONG, "--json")}
-    small = ("--set", "distill.micro_batch=1", "--set", "distill.save_every=4")
+    given = ("--preset", "tiny.yaml", "--name", "straight", "--set", f"distill.iterations={LONG}", "--json")
+    done = {"straight": wait(launch(folder, "rtdmd_cli", "distill", *given))}
+    small = ("--set", "distill.micro_batch=1", "--set", f"distill.save_every={SHORT_SAVE}")
     done["small"] = train(folder, "small", SHORT, *small, "--json", "--quiet")
     runs = folder / "runs"
     shutil.copytree(runs / "straight", runs / "longer")
@@ -102,7 +117,7 @@ def other_runs(folder: Path) -> dict[str, Done]:
     done["damaged"] = train(folder, "damaged", SHORT, *small, "--resume", "auto")
     shutil.copytree(runs / "small", runs / "poisoned")
     poison(runs / "poisoned" / "checkpoints" / f"step-{SHORT:06d}")
-    done["poisoned"] = train(folder, "poisoned", SHORT + 9, *small, "--resume", "runs/poisoned")
+    done["poisoned"] = train(folder, "poisoned", SHORT + 4, *small, "--resume", "runs/poisoned")
     return done
 
 
@@ -152,14 +167,14 @@ def test_a_run_from_start_to_end(world: World) -> None:
     assert result["checkpoint"] == f"runs/straight/checkpoints/step-{LONG:06d}" and result["seconds"] > 0
     assert f"iteration {LONG}/{LONG}" in done.err
     assert [row["iteration"] for row in run.metrics.read()] == list(range(1, LONG + 1))
-    assert steps(run) == [10, 20, 30, 40]
+    assert steps(run) == [SAVE, 2 * SAVE, LONG]
     assert run.status()["state"] == "finished" and run.status()["iteration"] == LONG
     assert (run.samples / f"step-{LONG:06d}.png").is_file() and (run.path / "health.png").is_file()
     assert "</html>" in run.report.read_text(encoding="utf-8")
 
 
 def test_micro_batches(world: World) -> None:
-    """1 x 8 equals 8 x 1; and --quiet leaves stderr empty."""
+    """1 x 4 equals 4 x 1; and --quiet leaves stderr empty."""
     done = world.done["small"]
     assert (done.code, done.err) == (0, "")
     assert json.loads(done.out)["iterations"] == SHORT
@@ -183,7 +198,7 @@ def test_signals_finish_the_iteration_and_save(world: World) -> None:
         assert done.code == code, done.err
         assert "--resume runs/broken" in done.err and "Traceback" not in done.err
     assert "continuing runs/broken at iteration" in world.done["SIGINT"].err
-    kept = [step for step in steps(world.run("broken")) if step % 10]
+    kept = [step for step in steps(world.run("broken")) if step % SAVE]
     assert len(kept) == 2  # saved where the signals came, between the regular ones
 
 
@@ -216,7 +231,7 @@ def test_a_damaged_checkpoint_is_skipped_aloud(world: World) -> None:
     done = world.done["damaged"]
     assert done.code == 0, done.err
     assert f"skipped the checkpoint step-{SHORT:06d}" in done.err and "fake.safetensors" in done.err
-    assert "continuing runs/damaged at iteration 8" in done.err
+    assert f"continuing runs/damaged at iteration {SHORT_SAVE}" in done.err
     assert_same_course(world, "damaged", "small", SHORT)
 
 
@@ -225,7 +240,7 @@ def test_a_weight_that_is_not_finite_ends_the_run(world: World) -> None:
     assert done.code == 5, done.err
     assert "error: The weight fake/transformer_blocks.0." in done.err and "Traceback" not in done.err
     assert f"at iteration {SHORT + 2}." in done.err  # made by the one before
-    assert steps(run) == [4, 8, SHORT]
+    assert steps(run) == [SHORT_SAVE, SHORT]
     load_checkpoint(world.checkpoint("poisoned", SHORT))  # as it was
     assert run.status()["state"] == "failed" and "The weight fake/" in run.status()["reason"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -123,11 +124,14 @@ def test_every_preset_is_ready_without_a_network(
     assert all(any(path in each for each in plan["findings"]) for path in missing)
 
 
+prompts_of = cache(read_prompt_set)  # thousands, and the same for many presets
+
+
 @pytest.mark.parametrize("name", [info.name for info in list_presets() if not info.name.startswith("shapes")])
 def test_every_real_preset_measures_on_prompts_that_it_does_not_train_on(name: str) -> None:
     tune = load_preset(name, environ={}).preset.tune_reward
     assert tune.eval_every and tune.watch.features and tune.held_out and tune.eval_prompts
-    trained, measured = read_prompt_set(tune.prompts), read_prompt_set(tune.eval_prompts)
+    trained, measured = prompts_of(tune.prompts), prompts_of(tune.eval_prompts)
     assert not set(trained.texts) & set(measured.texts)
     for reward in (*split_weights(tune.rewards), *tune.held_out):
         require_metadata(find_reward(reward), measured.metadata)

@@ -1,12 +1,14 @@
 """Both stages in two CPU processes (gloo), through the real commands: as one process with the same batch.
 
-The runs of `world` are made once; the tests look at what they left behind.
+The runs of `world` are made once; the tests look at what they left behind. Of those in two processes, "two" and
+"broken" come through the launcher; the others' processes are forked and get the variables that it would set.
 """
 
 from __future__ import annotations
 
 import json
 import signal
+import socket
 import subprocess
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from rtdmd_cli.cli.launching import children, without_option
 from rtdmd_cli.engine.storage.checkpoint import load_checkpoint
 from rtdmd_cli.engine.storage.run_folder import RunFolder
 from tests.cli.test_distill import write_preset
-from tests.commands import ROOT, World, as_overrides, launch, signalled, wait
+from tests.commands import ENDLESS, ROOT, Done, World, as_overrides, fork, launch, signalled, wait
 
 TWO = ("--processes", "2")
 TUNING = {
@@ -35,15 +37,26 @@ TUNING = {
 TILTED = ("--set", "tune_reward.matching=distill", "--set", "tune_reward.tilt=1")
 
 
-def distill(folder: Path, name: str, iterations: int, *arguments: str) -> subprocess.Popen[str]:
-    given = ["--preset", "tiny.yaml", "--name", name, "--set", f"distill.iterations={iterations}"]
-    return launch(folder, "rtdmd_cli", "distill", *given, *arguments)
+def distill(name: str, iterations: int, *arguments: str) -> tuple[str, ...]:
+    given = ("--preset", "tiny.yaml", "--name", name, "--set", f"distill.iterations={iterations}")
+    return ("distill", *given, *arguments)
 
 
-def tune(folder: Path, name: str, *arguments: str) -> subprocess.Popen[str]:
-    given = as_overrides("tune_reward", TUNING)
-    given += ["--set", "distill.eps=0.001", "--reward", "shapes-clip", "--from", "runs/one", "--name", name]
-    return launch(folder, "rtdmd_cli", "tune-reward", *given, *arguments)
+def tune(name: str, *arguments: str) -> tuple[str, ...]:
+    given = (*as_overrides("tune_reward", TUNING), "--set", "distill.eps=0.001", "--reward", "shapes-clip")
+    return ("tune-reward", *given, "--from", "runs/one", "--name", name, "--json", *arguments)
+
+
+def both(folder: Path, *arguments: str) -> Done:
+    """The command in two forked processes; how the one that speaks ended, if the other ended well too."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    ranks = ({"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2))
+    speaking, silent = (fork(folder, *arguments, **meeting, **rank) for rank in ranks)
+    done, other = wait(speaking), wait(silent)
+    assert (other.code, other.out) == (done.code, ""), other.err
+    return done
 
 
 @pytest.fixture(scope="module")
@@ -51,14 +64,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     """ "one": 4 iterations in one process; "two": 2 in two, then 2 more in two; both stages' second; a broken run."""
     folder = tmp_path_factory.mktemp("processes")
     write_preset(folder)
-    done = {"one": wait(distill(folder, "one", 4, "--json"))}
-    done["two"] = wait(distill(folder, "two", 2, *TWO, "--json"))
-    done["two resumed"] = wait(distill(folder, "two", 4, *TWO, "--json", "--resume", "auto"))
-    done["tuned one"] = wait(tune(folder, "tuned-one", "--json"))
-    done["tuned two"] = wait(tune(folder, "tuned-two", *TWO, "--json"))
-    done["tilted one"] = wait(tune(folder, "tilted-one", *TILTED, "--json"))
-    done["tilted two"] = wait(tune(folder, "tilted-two", *TILTED, *TWO, "--json"))
-    broken, run = distill(folder, "broken", 1_000_000, *TWO), RunFolder(folder / "runs/broken")
+    done = {"one": wait(fork(folder, *distill("one", 4, "--json")))}
+    done["two"] = wait(launch(folder, "rtdmd_cli", *distill("two", 2, *TWO, "--json")))
+    done["two resumed"] = both(folder, *distill("two", 4, "--json", "--resume", "auto"))
+    for kind, settings in (("tuned", ()), ("tilted", TILTED)):
+        done[f"{kind} one"] = wait(fork(folder, *tune(f"{kind}-one", *settings)))
+        done[f"{kind} two"] = both(folder, *tune(f"{kind}-two", *settings))
+    broken = launch(folder, "rtdmd_cli", *distill("broken", ENDLESS, *TWO))
+    run = RunFolder(folder / "runs/broken")
     done["broken"] = signalled(broken, run, signal.SIGTERM, lambda r: bool(r.metrics.read()))
     return World(folder, done)
 

@@ -1,6 +1,7 @@
 """`rtdmd tune-reward` as a person runs it, on the tiny model with the CLIPs of the shapes world.
 
-The processes of `world` are made once, two at a time; mistakes are tried in this process, as they load no model.
+The processes of `world` are made once: "straight" is started from nothing, the others are forked
+(`tests.commands.fork`). Mistakes are tried in this process, as they load no model.
 """
 
 from __future__ import annotations
@@ -8,7 +9,6 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -31,6 +31,7 @@ from tests.commands import (
     World,
     as_overrides,
     contents,
+    fork,
     launch,
     newest,
     signalled,
@@ -43,8 +44,9 @@ from tests.tiny_runs import add_checkpoint, generator_weights, make_run
 from tests.tiny_tuning import find
 
 TRAINED, JUDGE = "shapes-clip", "shapes-clip-heldout"
-LONG = 14  # epochs of the run that is broken off
-SHORT = 4
+SAVE = 3  # epochs between two checkpoints
+LONG = 10  # epochs of the run that is broken off
+SHORT = SAVE
 RECIPE = {
     "prompts": "tiny.txt",
     "images_per_epoch": 8,
@@ -54,7 +56,7 @@ RECIPE = {
     "generator_lr": 0.01,
     "fake_lr": 0.01,
     "held_out": f"[{JUDGE}]",
-    "save_every": 4,
+    "save_every": SAVE,
     "keep": 10,
     "sample_every": 0,
     "eval_images": 2,
@@ -63,9 +65,9 @@ SETTINGS = as_overrides("tune_reward", RECIPE)
 SETTINGS += ["--set", "distill.eps=0.001", "--set", "hardware.threads=1", "--reward", TRAINED]
 
 
-def start(folder: Path, name: str, epochs: int, *arguments: str) -> subprocess.Popen[str]:
-    given = ["--name", name, "--set", f"tune_reward.epochs={epochs}", *SETTINGS, *arguments]
-    return launch(folder, "rtdmd_cli", "tune-reward", *given)
+def tune(name: str, epochs: int) -> tuple[str, ...]:
+    """The command line of a run."""
+    return ("tune-reward", "--name", name, "--set", f"tune_reward.epochs={epochs}", *SETTINGS)
 
 
 def break_off(
@@ -73,14 +75,14 @@ def break_off(
 ) -> Done:
     """Start or continue the endless run "broken", and send it a signal as soon as `when` holds."""
     run = RunFolder(folder / "runs" / "broken")
-    process = start(folder, "broken", ENDLESS, *arguments)
+    process = fork(folder, *tune("broken", ENDLESS), *arguments)
     return signalled(process, run, number, when)
 
 
 def broken_run(folder: Path) -> dict[str, Done]:
     """The run "broken": ended by SIGTERM, then by kill -9 between two checkpoints; then finished."""
     run, done = RunFolder(folder / "runs" / "broken"), {}
-    done["SIGTERM"] = break_off(folder, signal.SIGTERM, lambda r: newest(r) >= 2)
+    done["SIGTERM"] = break_off(folder, signal.SIGTERM, lambda r: newest(r) >= 1)
     saved = steps(run)
     done["SIGKILL"] = break_off(
         folder,
@@ -89,15 +91,15 @@ def broken_run(folder: Path) -> dict[str, Done]:
         *("--resume", "auto"),
     )
     done["before the kill"] = Done(newest(run), "", "")
-    done["broken"] = wait(start(folder, "broken", LONG, "--resume", "auto"))
+    done["broken"] = wait(fork(folder, *tune("broken", LONG), "--resume", "auto"))
     return done
 
 
 def other_runs(folder: Path) -> dict[str, Done]:
     """What is compared with it."""
-    done = {"straight": wait(start(folder, "straight", LONG, "--json"))}
+    done = {"straight": wait(launch(folder, "rtdmd_cli", *tune("straight", LONG), "--json"))}
     small = ("--set", "tune_reward.micro_batch=1", "--set", "tune_reward.rewards_in_memory=one", "--quiet")
-    done["small"] = wait(start(folder, "small", SHORT, *small))
+    done["small"] = wait(fork(folder, *tune("small", SHORT), *small))
     return done
 
 
@@ -125,7 +127,7 @@ def test_a_run_from_start_to_end(world: World) -> None:
     assert "from runs/first, step-000010" in done.err and f"{LONG}/{LONG}" in done.err
     assert "rtdmd sample" in done.err and "Traceback" not in done.err
     assert [row["iteration"] for row in run.metrics.read()] == list(range(1, LONG + 1))
-    assert steps(run) == [4, 8, 12, 14]
+    assert steps(run) == [3, 6, 9, LONG]
     assert (run.stage, run.status()["state"]) == ("tune-reward", "finished")
     assert (run.samples / f"step-{LONG:06d}.png").is_file() and (run.path / "health.png").is_file()
     page = run.report.read_text(encoding="utf-8")
