@@ -26,9 +26,9 @@ from rtdmd_cli.cli.starting import (
     find_start,
     in_processes,
     is_follower,
+    load_recipe,
 )
-from rtdmd_cli.config.loader import Resolved, load_preset
-from rtdmd_cli.config.places import with_whole_paths
+from rtdmd_cli.config.loader import Resolved
 
 if TYPE_CHECKING:
     from rtdmd_cli.engine.training.session import Outcome
@@ -63,7 +63,8 @@ def distill(
     Example: rtdmd distill --preset shapes-4step
     """
     hardware = [f"hardware.{key}={value}" for key, value in (("device", device), ("dtype", dtype)) if value]
-    resolved = with_whole_paths(load_preset(preset, [*(overrides or []), *hardware]))
+    settings, place = [*(overrides or []), *hardware], Path(preset).stem if name is None else name
+    resolved = load_recipe(preset, settings, resume, out, place)
     if not dry_run:
         in_processes(processes)
     quiet, silent = quiet or is_follower(), is_follower()

@@ -13,11 +13,13 @@ import typer
 from rtdmd_cli.cli import completing, console
 from rtdmd_cli.cli.starting import Out
 from rtdmd_cli.config.places import shown_from
+from rtdmd_cli.errors import BusyError, EnvironmentFailure
 
 if TYPE_CHECKING:
     from rtdmd_cli.engine.storage.runs import RunSummary
 
 PORT = 8778
+KILLED = "killed"  # a state of `storage.runs`
 WIDE = 120  # columns, from which on the table has figures and preset
 STAGES = {"distill": "1", "tune-reward": "2"}
 SHOWN_FIGURES = 3  # of a run, in the table for people
@@ -55,7 +57,7 @@ def list_(out: Out = Path("runs"), as_json: Json = False, quiet: Quiet = False) 
     for each in found:
         if each.problem:
             console.say(f"{each.run.path} is damaged: {each.problem}", quiet)
-    if any(each.state == "killed" for each in found):
+    if any(each.state == KILLED for each in found):
         console.say("killed: no process works on it any more; go on with --resume auto", quiet)
 
 
@@ -116,23 +118,48 @@ def figures(each: RunSummary) -> str:
 @app.command()
 def show(name: Name, out: Out = Path("runs"), as_json: Json = False, quiet: Quiet = False) -> None:
     """Show one run: what it is, how far it came, its checkpoints, its last figures, its command."""
+    from rtdmd_cli.engine.report.run_facts import grid_steps
     from rtdmd_cli.engine.storage.runs import find_run, recorded, saved, summary
 
     run = find_run(name, out)
     each, kept, environment = summary(run), saved(run), recorded(run)
+    if end_report(each):
+        console.say(f"{run.report} was of a run that goes on: now it says how it ended", quiet)
     details = row(each) | {
         "checkpoints": list(kept.steps),
         "newest_checkpoint": kept.newest,
         "damaged_checkpoints": dict(kept.skipped),
-        "grids": len(list(run.samples.glob("step-*.png"))),
+        "grids": len(grid_steps(run)),
         "report": run.report if run.report.is_file() else None,
         "command": environment.get("command"),
         "rtdmd": environment.get("rtdmd"),
         "device": environment.get("device"),
     }
     console.show(details if as_json else readable(details), as_json)
-    if each.state in ("killed", "interrupted", "failed"):
+    if each.state in (KILLED, "interrupted", "failed"):
         console.say(f"Go on with: {going_on(each)}", quiet)
+
+
+def end_report(each: RunSummary) -> bool:
+    """Have report.html say how the run ended where it still is that of a run that goes on; whether it was.
+
+    A process that is killed leaves such a page. One that can't be written, or whose run is taken up just now, stays.
+    """
+    from rtdmd_cli.engine.report.html import STATUS_WORDS, ended_page
+    from rtdmd_cli.engine.storage.files import write_text
+
+    words = {**STATUS_WORDS, KILLED: "The run was killed"}
+    if each.state not in words or each.state == "running" or not each.run.report.is_file():
+        return False
+    try:
+        with each.run.lock():
+            before = each.run.report.read_text("utf-8")
+            after = ended_page(before, words[each.state])
+            if after != before:
+                write_text(each.run.report, after)
+    except (BusyError, EnvironmentFailure, OSError, UnicodeDecodeError):  # to be looked at, not to be mended
+        return False
+    return after != before
 
 
 def going_on(each: RunSummary) -> str:

@@ -11,7 +11,7 @@ import typer
 
 from rtdmd_cli.cli import completing, console
 from rtdmd_cli.config.loader import Resolved, load_preset
-from rtdmd_cli.config.places import MOVABLE, is_gone, located, where_to_look
+from rtdmd_cli.config.places import MOVABLE, is_gone, located, where_to_look, with_whole_paths
 from rtdmd_cli.errors import DataError, RtdmdError, UsageError
 
 if TYPE_CHECKING:
@@ -131,6 +131,31 @@ def in_processes(count: int | None) -> None:
     raise typer.Exit(launch(count, sys.argv[1:]))
 
 
+def load_recipe(preset: str, settings: Sequence[str], resume: str, out: Path, run_name: str) -> Resolved:
+    """The preset with whole paths, errors of `load_preset`; where its file is gone, the hint names the continued run's own.
+
+    resume: as given; run_name: of the run that `auto` continues.
+    """
+    try:
+        return with_whole_paths(load_preset(preset, settings))
+    except UsageError as error:
+        own = None if os.path.exists(preset) else own_preset(resume, out, run_name)
+        if own is None:
+            raise
+        raise UsageError(error.message, f"The run has a copy of its own: --preset {own}") from error
+
+
+def own_preset(resume: str, out: Path, run_name: str) -> Path | None:
+    """The preset in the folder of the run that --resume names; None where it names none. DataError if it is gone."""
+    from rtdmd_cli.engine.storage.run_folder import resolve_run
+
+    if resume == "never":
+        return None
+    require_presets(resume, out / run_name, out)
+    found = resolve_run(str(out / run_name) if resume == AUTO else resume, out)
+    return found.run.preset if found and found.run else None
+
+
 def find_prompts(source: str, dry_run: bool, key: str) -> "PromptSet | None":
     """The prompts that `key` of a preset names; errors of `read_prompt_set`, and DataError for a file that was moved.
 
@@ -219,7 +244,8 @@ def reference_of(resume: str, run: Path, out: Path) -> "RunReference | None":
     """What `--resume auto` or `--resume PATH` names; None where auto finds no run of that path to continue."""
     from rtdmd_cli.engine.storage import run_folder
 
-    if resume != "auto":
+    require_presets(resume, run, out)
+    if resume != AUTO:
         named = run_folder.resolve_run(resume, out)
         if named is None:
             raise UsageError(
@@ -231,6 +257,24 @@ def reference_of(resume: str, run: Path, out: Path) -> "RunReference | None":
         return run_folder.RunReference(run_folder.RunFolder(run), None)
     run_folder.refuse_existing(run)
     return None
+
+
+def require_presets(resume: str, run: Path, out: Path) -> None:
+    """DataError where --resume names a run but for its preset, without which nothing tells what it trained.
+
+    run: which `auto` continues.
+    """
+    from rtdmd_cli.engine.storage import checkpoint, run_folder, runs
+
+    for folder in (run,) if resume == AUTO else (Path(resume), out / resume):
+        if not runs.looks_like_run(folder) or run_folder.is_run(folder):
+            continue
+        newest, _ = checkpoint.newest_valid(folder / "checkpoints")
+        own = f"go on in a run of its own: --resume {newest} --name OTHER" if newest else "leave --resume out"
+        raise DataError(
+            f"The run {folder} is damaged: {run_folder.PRESET} is missing.",
+            f"Restore that file, or {own}",
+        )
 
 
 def require_same_training(

@@ -27,9 +27,10 @@ from rtdmd_cli.cli.starting import (
     find_start,
     in_processes,
     is_follower,
+    load_recipe,
 )
 from rtdmd_cli.config.loader import Resolved, check_overrides, load_preset
-from rtdmd_cli.config.places import MOVABLE, is_gone, located, with_whole_paths
+from rtdmd_cli.config.places import MOVABLE, is_gone, located
 from rtdmd_cli.config.tune_reward import split_weights
 from rtdmd_cli.errors import DataError, UsageError
 
@@ -103,13 +104,13 @@ def tune_reward(
     settings = settings_of(reward, overrides or [], device, dtype)
     check_overrides(settings, preset or DEFAULT_PRESET)  # before a run is looked for
     run, checkpoint = stage_1_of(from_, out, quiet)
-    resolved = with_whole_paths(load_preset(preset or str(run.preset), settings))
+    run_name = run.path.resolve().name + SUFFIX if name is None else name
+    resolved = load_recipe(preset or str(run.preset), settings, resume, out, run_name)
     require_same_model(run, resolved)
     from rtdmd_cli.engine.prompts.reading import known_by
 
     config = resolved.preset.tune_reward
     prompts, eval_prompts = prompts_of(resolved, dry_run)
-    run_name = run.path.resolve().name + SUFFIX if name is None else name
     known = known_by(prompts, eval_prompts) if prompts and eval_prompts else None
     start = find_start(resume, out, name, run_name, resolved, known, quiet, TUNE_REWARD, allow_change or ())
     if dry_run or prompts is None or eval_prompts is None:

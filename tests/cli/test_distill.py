@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from rtdmd_cli.cli.checking import require_folders
-from rtdmd_cli.cli.starting import DISTILL, find_prompts, find_start
+from rtdmd_cli.cli.starting import DISTILL, find_prompts, find_start, load_recipe
 from rtdmd_cli.config.loader import Resolved, dump_resolved, load_preset
 from rtdmd_cli.engine.sampling.model_source import resolve
 from rtdmd_cli.engine.storage.checkpoint import load_checkpoint, save_checkpoint
@@ -417,6 +417,43 @@ def test_a_run_whose_files_were_moved_says_what_it_looks_for(
     base.mkdir()
     with pytest.raises(DataError, match="other settings: model.path was"):
         find_start("auto", run.path.parent, None, "mine", now, "", False, DISTILL)
+
+
+def test_a_run_whose_preset_is_gone_says_how_it_goes_on(run: RunFolder, tmp_path: Path) -> None:
+    newest, wanted = run.checkpoints / "step-000020", resolved(run)
+    run.preset.unlink()
+
+    def begin(resume: str, name: str | None = None) -> Start:
+        return find_start(resume, run.path.parent, name, name or "mine", wanted, None, True, DISTILL)
+
+    for reference in ("auto", "mine", str(run.path)):
+        with pytest.raises(DataError, match=r"mine is damaged: preset\.resolved\.yaml is missing") as caught:
+            begin(reference)
+        assert caught.value.hint.endswith(f"--resume {newest} --name OTHER")
+    started = begin(str(newest), "other")
+    assert started.run is None and started.checkpoint is not None and started.checkpoint.step == 20
+    shutil.rmtree(run.checkpoints)
+    with pytest.raises(DataError) as caught:
+        begin("auto")
+    assert caught.value.hint.endswith("leave --resume out")
+
+
+def test_a_preset_file_that_is_gone_is_found_in_the_run(run: RunFolder, tmp_path: Path) -> None:
+    out, gone = run.path.parent, str(tmp_path / "gone.yaml")
+    for reference in ("auto", "mine", str(run.path), str(run.checkpoints / "step-000010")):
+        with pytest.raises(UsageError, match="There is no preset file") as caught:
+            load_recipe(gone, [], reference, out, "mine")
+        assert caught.value.hint == f"The run has a copy of its own: --preset {run.preset}"
+    for reference, name in (("never", "mine"), ("auto", "other")):
+        with pytest.raises(UsageError, match="There is no preset file") as caught:
+            load_recipe(gone, [], reference, out, name)
+        assert "rtdmd presets list" in caught.value.hint
+    again = load_recipe(str(run.preset), ["distill.iterations=3"], "auto", out, "mine")
+    assert again.preset.distill.iterations == 3
+    own = str(run.preset)
+    run.preset.unlink()
+    with pytest.raises(DataError, match="is damaged"):
+        load_recipe(own, [], "auto", out, "mine")
 
 
 def test_a_damaged_preset_in_the_run(run: RunFolder) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import re
 import shlex
 import shutil
+import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +20,10 @@ from typer.testing import CliRunner
 
 from rtdmd_cli.cli import failures
 from rtdmd_cli.cli.app import app
+from rtdmd_cli.config.loader import load_preset
+from rtdmd_cli.engine.distill.report import write_run_report
 from rtdmd_cli.engine.report.grid import GridRow, picture_grid, save_picture, save_png
+from rtdmd_cli.engine.report.run_facts import live_now
 from rtdmd_cli.engine.report.viewer_server import Viewer
 from rtdmd_cli.engine.storage.files import write_json
 from rtdmd_cli.engine.storage.run_folder import RunFolder
@@ -133,6 +138,51 @@ def test_a_killed_run_says_how_it_goes_on(runs: Path) -> None:
     again = shlex.split(told.partition("Go on with: ")[2])
     assert again == ["rtdmd", "distill", "--preset", str(run.preset), "--resume", str(run.path)]
     assert "Go on with" not in call(runs, "show", "first", "--out", str(runs)).stderr
+
+
+def test_the_report_of_a_killed_run_says_so_when_the_run_is_looked_at(runs: Path, tmp_path: Path) -> None:
+    run = RunFolder(Path(shutil.copytree(runs / "killed", tmp_path / "killed")))
+    preset = load_preset(str(run.preset), environ={}).preset
+    write_run_report(run, preset, "running", 7, 3.0, live=live_now(60.0, 1.0))
+    living = run.report.read_text("utf-8")
+    assert "The run is under way: <strong>7" in living and "location.reload" in living
+    with run.lock():  # it is worked on
+        call(runs, "show", str(run.path))
+    assert run.report.read_text("utf-8") == living
+    assert "now it says how it ended" in call(runs, "show", str(run.path)).stderr
+    page = run.report.read_text("utf-8")
+    assert "The run was killed. When this page was written: <strong>7" in page
+    assert not any(word in page for word in ("The run goes on", "under way", "<script", "script-src"))
+    over = living.replace(living.partition('id="live"')[2].partition("</div>")[0], "")
+    assert len(over) - len(page) < 3000 and page.endswith("</main>\n</body>\n</html>\n")
+    assert "now it says" not in call(runs, "show", str(run.path)).stderr
+    assert run.report.read_text("utf-8") == page
+
+
+@pytest.fixture
+def impatience() -> Iterator[None]:
+    """A test that waits for a pipe fails after a minute."""
+
+    def give_up(number: int, frame: object) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def test_a_pipe_in_the_place_of_a_grid_is_no_picture(runs: Path, tmp_path: Path, impatience: None) -> None:
+    run = RunFolder(Path(shutil.copytree(runs / "first", tmp_path / "piped")))
+    os.mkfifo(run.samples / "step-000030.png")
+    assert json.loads(call(runs, "show", str(run.path), "--json").stdout)["grids"] == 2
+    page = tmp_path / "page.html"
+    assert call(runs, "compare", str(run.path), str(runs / "second"), "--out", str(page)).exit_code == 0
+    write_run_report(run, load_preset(str(run.preset), environ={}).preset, "finished", 20, 41.0)
+    for path in (page, run.report):
+        text = path.read_text("utf-8")
+        assert "data:image/png" in text and "Iteration 20" in text and "Iteration 30" not in text
 
 
 def test_an_unknown_run_is_refused_with_those_there_are(runs: Path) -> None:

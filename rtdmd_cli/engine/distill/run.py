@@ -125,11 +125,14 @@ def _run(
     def make() -> RunFolder:
         return create_run(out, name, resolved, command, device)
 
+    seconds = float(saved.state["seconds"]) if saved else 0.0
+
+    def report(run: RunFolder, state: State, done: int) -> None:
+        live = live_now(None, None) if state == "running" else None
+        write_run_report(run, resolved.preset, state, done, seconds, live=live)
+
     total = resolved.preset.distill.iterations
-    with opened(start, out / name, make, resolved, total, processes, say) as (run, tracker, done):
-        seconds = float(saved.state["seconds"]) if saved else 0.0
-        if processes.main:
-            write_run_report(run, resolved.preset, "running", done, seconds, live=live_now(None, None))
+    with opened(start, out / name, make, resolved, total, processes, say, report) as (run, tracker, done):
         first = len(prompts) + len(own)
         texts, rows = pictures.chosen(resolved.preset, prompts.texts, len(prompts))
         say(pictures.drawing_line(resolved.preset, len(texts)))

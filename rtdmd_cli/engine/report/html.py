@@ -7,6 +7,7 @@ pictures are data URIs, and the content security policy forbids everything else.
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -36,7 +37,7 @@ NO_CURVE = frozenset({"time", "seconds", "left_out"})  # clocks among the metric
 
 Points = tuple[Sequence[float], Sequence[float]]
 Status = Literal["finished", "interrupted", "failed", "running"]
-STATUS_WORDS: dict[Status, str] = {
+STATUS_WORDS: dict[str, str] = {
     "finished": "The run finished",
     "interrupted": "The run was interrupted",
     "failed": "The run failed",
@@ -225,6 +226,24 @@ RELOAD = """
 """Reads a live page anew, keeping the scroll position and what is unfolded; says when there has been no news."""
 
 
+LIVE = '<div class="live" id="live"'
+_SCRIPT = re.compile(r"<script>.*?</script>\n(?=</body>)", re.DOTALL)
+_SCRIPT_POLICY = re.compile("; script-src 'sha256-[^']*'")
+
+
+def ended_page(page: str, words: str) -> str:
+    """The page of a run that goes on as that of one that has ended; any other page stays as it is.
+
+    words: how it ended, a sentence without its full stop. Figures and curves are those of the page.
+    """
+    before, live, rest = page.partition(LIVE)
+    if not live:
+        return page
+    text = _SCRIPT.sub("", before + rest.partition("</div>")[2])
+    told = f"{words}. When this page was written: <strong>"
+    return _SCRIPT_POLICY.sub("", text, count=1).replace(f"{STATUS_WORDS['running']}: <strong>", told, 1)
+
+
 def live_html(live: Live, unit: str) -> str:
     """That the run goes on, the time left, and, hidden until then, that it may have died."""
     left = (
@@ -236,7 +255,7 @@ def live_html(live: Live, unit: str) -> str:
     patience = max(PATIENCE, 3 * (live.seconds_each or 0))
     until = round(1000 * (live.written.timestamp() + patience))
     return (
-        f'<div class="live" id="live" data-until="{until}" data-reload="{1000 * RELOAD_SECONDS}" role="status">'
+        f'{LIVE} data-until="{until}" data-reload="{1000 * RELOAD_SECONDS}" role="status">'
         f"The run goes on{left}{each if live.seconds_each and live.seconds_each >= 1 else ''}. "
         f"Written {live.written:%Y-%m-%d %H:%M:%S} UTC; this page reads itself anew every {RELOAD_SECONDS} s. "
         f'<strong id="stale" hidden>No news for {format_duration(patience)}: the run may have been killed. '

@@ -1,7 +1,7 @@
 """The folder of a run around a training: opened, locked, as it was at a checkpoint; and what its status says at the end."""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from rtdmd_cli.config.loader import Resolved, dump_resolved, preset_values
@@ -15,7 +15,7 @@ from rtdmd_cli.engine.storage.checkpoint import (
 from rtdmd_cli.engine.storage.run_folder import RunFolder, State, is_run
 from rtdmd_cli.engine.training.start import Start
 from rtdmd_cli.engine.training.trackers import Tracker, open_tracker
-from rtdmd_cli.errors import PictureFailure, UsageError
+from rtdmd_cli.errors import EnvironmentFailure, PictureFailure, UsageError
 
 
 def rewind(
@@ -56,10 +56,12 @@ def opened(
     total: int,
     processes: Processes,
     say: Callable[[str], None],
+    report: Callable[[RunFolder, State, int], None],
 ) -> Iterator[tuple[RunFolder, Tracker, int]]:
     """The run folder, locked and as it was at the start's checkpoint, its tracker, and the iterations done.
 
-    place: of a new run; make: makes it; say: prints a line for people.
+    place: of a new run; make: makes it; say: prints a line for people. report(run, state, iterations): writes the
+    report, here of a run that goes on, and again if it ends before it trains.
     Only the main process touches the disk; the others go on when it is ready.
     """
     run, done = start.run or RunFolder(place), start.checkpoint.step if start.checkpoint else 0
@@ -77,20 +79,28 @@ def opened(
                     run.note_changes(start.changes, done)
                 settings = preset_values(resolved.preset)
                 tracker = stack.enter_context(open_tracker(name, run.path, settings))
+                if processes.main:
+                    report(run, "running", done)
             yield run, tracker, done
         except BaseException as error:  # raised again; `failing` has said it where the training had begun
             there = is_run(run.path)  # not where it was moved away meanwhile
             if processes.main and begun and there and run.status()["state"] == "running":
-                end_start(run, error, done, total, new=start.run is None)
+                state = end_start(run, error, done, total, new=start.run is None)
+                with suppress(EnvironmentFailure):  # of a full disk, say: what is to be said is the error
+                    if state is not None:
+                        report(run, state, done)
             raise
 
 
-def end_start(run: RunFolder, error: BaseException, done: int, total: int, new: bool) -> None:
-    """After a start that failed: a new run leaves nothing behind, but for one that a signal ended, which can go on."""
+def end_start(run: RunFolder, error: BaseException, done: int, total: int, new: bool) -> State | None:
+    """After a start that failed: a new run leaves nothing behind, but for one that a signal ended, which can go on.
+
+    The state that the run has now; None where it is gone.
+    """
     if new and not isinstance(error, KeyboardInterrupt):
         files.remove_folder(run.path)
-    else:
-        note_end(run, error, done, total)
+        return None
+    return note_end(run, error, done, total)
 
 
 def note_end(run: RunFolder, error: BaseException, iteration: int, total: int) -> State:

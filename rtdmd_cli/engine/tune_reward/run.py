@@ -24,7 +24,7 @@ from rtdmd_cli.engine.roles.adapters import Roles
 from rtdmd_cli.engine.roles.base import FAKE, GENERATOR, RoleSet
 from rtdmd_cli.engine.roles.full import FullRoles
 from rtdmd_cli.engine.storage.checkpoint import Checkpoint
-from rtdmd_cli.engine.storage.run_folder import RunFolder, create_run
+from rtdmd_cli.engine.storage.run_folder import RunFolder, State, create_run
 from rtdmd_cli.engine.training import memory
 from rtdmd_cli.engine.training import previews as pictures
 from rtdmd_cli.engine.training.assembly import assemble, encode_prompts, model_line, training_sigmas
@@ -103,15 +103,22 @@ def _run(
     def make() -> RunFolder:
         return create_run(out, name, resolved, command, core.backbone.device, STAGE)
 
-    epochs = resolved.preset.tune_reward.epochs
-    with opened(start, out / name, make, resolved, epochs, core.processes, say) as (run, tracker, done):
-        seconds = float(saved.state["seconds"]) if saved else 0.0
-        records, known = records_of(start, loaded.tuner.config), known_by(loaded.prompts, loaded.eval_prompts)
-        if core.processes.main:
-            others, live = held_out_of(resolved.preset.tune_reward, loaded.mixture), live_now(None, None)
-            write_tune_report(run, resolved.preset, "running", done, seconds, records, others, None, live)
+    preset, epochs = resolved.preset, resolved.preset.tune_reward.epochs
+    seconds = float(saved.state["seconds"]) if saved else 0.0
+    records, known = records_of(start, loaded.tuner.config), known_by(loaded.prompts, loaded.eval_prompts)
+
+    def report(run: RunFolder, state: State, done: int) -> None:
+        live = live_now(None, None) if state == "running" else None
+        others = held_out_of(preset.tune_reward, loaded.mixture)
+        write_tune_report(run, preset, state, done, seconds, records, others, None, live)
+
+    with opened(start, out / name, make, resolved, epochs, core.processes, say, report) as (
+        run,
+        tracker,
+        done,
+    ):
         with stop.during(DRAWING, kept_by(start)):
-            stage, measurement = _begin(loaded, resolved.preset, run, say)
+            stage, measurement = _begin(loaded, preset, run, say)
             stop.check()
         session = Session(run, resolved, core, stage, tracker, done, seconds, records, known)
         session.last, session.stop = saved.path if start.run and saved else None, stop

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +18,7 @@ from rtdmd_cli.config.previews import PreviewsConfig
 from rtdmd_cli.config.schema import DistillConfig, HardwareConfig, Preset
 from rtdmd_cli.config.section import LoraConfig
 from rtdmd_cli.engine.backbones.common import PipelineBackbone
+from rtdmd_cli.engine.compute import signals
 from rtdmd_cli.engine.distill import run as distill_run
 from rtdmd_cli.engine.distill.run import STAGE, build_trainer, run_distill
 from rtdmd_cli.engine.prompts.reading import PromptSet, known_by
@@ -121,6 +124,28 @@ def test_a_start_that_fails_leaves_nothing_and_can_be_tried_again(
             run(runs, "first", Start(None, None), absent)
     assert "rtdmd[trackio]" in caught.value.hint and list(runs.iterdir()) == []
     assert run(runs, "first", Start(None, None)).iterations == 2
+
+
+def test_a_run_that_is_stopped_at_once_in_its_first_pictures_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two signals before anything was trained: status and report agree, and the run can be taken up."""
+    monkeypatch.setenv("RTDMD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(signals, "APART", 0.0)
+    made = RunFolder(tmp_path / "first")
+
+    def twice(*given: object) -> None:
+        assert "The run is under way" in made.report.read_text("utf-8")
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch, pytest.raises(signals.Stopped) as stopped:
+        patch.setattr(pictures, "make_previews", twice)
+        run(tmp_path, "first", Start(None, None))
+    assert stopped.value.at_once and made.status()["state"] == "interrupted"
+    page = made.report.read_text("utf-8")
+    assert "The run was interrupted: <strong>0 of 2</strong>" in page and "<script" not in page
+    assert run(tmp_path, "first", Start(made, None)).iterations == 2
 
 
 def test_the_report_lives_and_then_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
