@@ -23,6 +23,7 @@ from tests import forked
 ROOT = Path(__file__).parents[1]
 ENDLESS = 1_000_000
 LIMIT = 3600  # s, of one process: only a hang meets it, however busy the machine is
+PROGRAM = "rtdmd_cli.cli.app"
 TIMES = ("seconds", "iterations_per_second")
 
 
@@ -78,10 +79,12 @@ _FORKING = threading.Lock()  # multiprocessing looks at all its processes whenev
 class Forked:
     """A process of the program that was forked, as `fork` returns it, with the methods of a Popen that are used here."""
 
-    def __init__(self, folder: Path, arguments: tuple[str, ...], more: Mapping[str, str]) -> None:
+    def __init__(
+        self, folder: Path, arguments: tuple[str, ...], more: Mapping[str, str], program: str
+    ) -> None:
         self.output = Path(tempfile.mkdtemp())
-        self.own = environment(folder) | more
-        self.process = _SERVER.Process(target=forked.run, args=(folder, arguments, self.own, self.output))
+        given = (folder, arguments, environment(folder) | more, self.output, program)
+        self.process = _SERVER.Process(target=forked.run, args=given)
         with _FORKING, environment_of_server():
             self.process.start()
 
@@ -119,9 +122,12 @@ def environment_of_server() -> Iterator[None]:
         os.environ.update(before)
 
 
-def fork(folder: Path, *arguments: str, **environ: str) -> Forked:
-    """`rtdmd ARGUMENTS ...` in `folder`, with its `environment` and `environ`, in a process that has all imports."""
-    return Forked(folder, arguments, environ)
+def fork(folder: Path, *arguments: str, program: str = PROGRAM, **environ: str) -> Forked:
+    """`rtdmd ARGUMENTS ...` in `folder`, with its `environment` and `environ`, in a process that has all imports.
+
+    program: the module of another one, see `forked.run`.
+    """
+    return Forked(folder, arguments, environ, program)
 
 
 def wait(process: subprocess.Popen[str] | Forked, limit: float = LIMIT) -> Done:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 
 from rtdmd_cli.engine.compute.importing import quick_imports
@@ -18,11 +19,13 @@ with quick_imports():  # as the commands have it
     import rtdmd_cli.cli.app
     import rtdmd_cli.cli.distill
     import rtdmd_cli.cli.eval
+    import rtdmd_cli.cli.export
     import rtdmd_cli.cli.sample
     import rtdmd_cli.cli.tune_reward
     import rtdmd_cli.engine.backbones.sd3
     import rtdmd_cli.engine.distill.run
     import rtdmd_cli.engine.evaluation.run
+    import rtdmd_cli.engine.export.run
     import rtdmd_cli.engine.rewards.shapes_clip
     import rtdmd_cli.engine.sampling.pictures
     import rtdmd_cli.engine.tune_reward.run  # noqa: F401
@@ -30,8 +33,13 @@ with quick_imports():  # as the commands have it
 IMPORTED_IN = os.getpid()
 
 
-def run(folder: Path, arguments: Sequence[str], environment: Mapping[str, str], output: Path) -> None:
-    """`rtdmd ARGUMENTS` in `folder`; stdout and stderr go to the files `out` and `err` of `output`."""
+def run(
+    folder: Path, arguments: Sequence[str], environment: Mapping[str, str], output: Path, program: str
+) -> None:
+    """`PROGRAM ARGUMENTS` in `folder`; stdout and stderr go to the files `out` and `err` of `output`.
+
+    program: a module with a function `main`, which takes its arguments from sys.argv.
+    """
     assert os.getpid() != IMPORTED_IN, "the fork server could not import this module"
     for name, number in (("out", 1), ("err", 2)):
         descriptor = os.open(output / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -40,5 +48,5 @@ def run(folder: Path, arguments: Sequence[str], environment: Mapping[str, str], 
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
-    sys.argv = ["rtdmd", *arguments]
-    sys.exit(rtdmd_cli.cli.app.main())
+    sys.argv = [program, *arguments]
+    sys.exit(import_module(program).main())

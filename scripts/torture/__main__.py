@@ -14,7 +14,7 @@ from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
-from scripts.torture.commands import COMMANDS, prepare
+from scripts.torture.commands import COMMANDS, Command, prepare
 from scripts.torture.trials import Reference, Trial, attempt, measure, run
 
 
@@ -27,6 +27,11 @@ def main() -> int:
         "nothing left behind.",
     )
     parser.add_argument("--kills", type=int, default=20, help="how many, shared among the commands in turns")
+    parser.add_argument(
+        "--writes",
+        type=int,
+        help="how many more, each in the middle of a write to a file that stands alone; default: a quarter of --kills",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of commands' order, instants and calls")
     parser.add_argument(
         "--work", type=Path, help="an empty folder to work in, kept; default: a temporary one"
@@ -38,7 +43,10 @@ def main() -> int:
     load_modules()
     require_one_thread()
     prepare(work / "start", work / "model", run)
-    trials = torture(work, given.kills, given.seed)
+    references = dict[str, Reference]()
+    trials = torture(work, given.kills, given.seed, references)
+    writes = given.kills // 4 if given.writes is None else given.writes
+    trials += torture_writes(work, writes, given.seed, references)
     lost = [trial for trial in trials if trial.lost]
     used = resource.getrusage(resource.RUSAGE_CHILDREN), resource.getrusage(resource.RUSAGE_SELF)
     summary = {
@@ -57,18 +65,21 @@ def main() -> int:
 
 
 def load_modules() -> None:
-    """Import what the commands import, once for all forks."""
-    import rtdmd_cli.cli.distill
-    import rtdmd_cli.cli.eval
-    import rtdmd_cli.cli.export
-    import rtdmd_cli.cli.sample
-    import rtdmd_cli.cli.tune_reward
-    import rtdmd_cli.engine.distill.run
-    import rtdmd_cli.engine.evaluation.report
-    import rtdmd_cli.engine.evaluation.run
-    import rtdmd_cli.engine.export.run
-    import rtdmd_cli.engine.sampling.pictures
-    import rtdmd_cli.engine.tune_reward.run  # noqa: F401
+    """Import what the commands import, and as they do, once for all forks."""
+    from rtdmd_cli.engine.compute.importing import quick_imports
+
+    with quick_imports():
+        import rtdmd_cli.cli.distill
+        import rtdmd_cli.cli.eval
+        import rtdmd_cli.cli.export
+        import rtdmd_cli.cli.sample
+        import rtdmd_cli.cli.tune_reward
+        import rtdmd_cli.engine.distill.run
+        import rtdmd_cli.engine.evaluation.report
+        import rtdmd_cli.engine.evaluation.run
+        import rtdmd_cli.engine.export.run
+        import rtdmd_cli.engine.sampling.pictures
+        import rtdmd_cli.engine.tune_reward.run  # noqa: F401
 
 
 def require_one_thread() -> None:
@@ -77,21 +88,20 @@ def require_one_thread() -> None:
         raise RuntimeError("More than one thread runs before the first fork: set OMP_NUM_THREADS=1")
 
 
-def torture(work: Path, kills: int, seed: int) -> list[Trial]:
+def torture(work: Path, kills: int, seed: int, references: dict[str, Reference]) -> list[Trial]:
     """So many kills, command by command in turns; each command's first run is the one to compare with.
 
     A command that ends before its instant is no kill, and another instant is tried; twice as many trials at most.
+    references: by the command's name; those that are missing are measured and put there.
     """
-    draw, references = random.Random(seed), dict[str, Reference]()
+    draw = random.Random(seed)
     trials: list[Trial] = []
     order = list(COMMANDS)
     draw.shuffle(order)
     done = 0
     while done < kills and len(trials) < 2 * kills:
         command, by_call = order[done % len(order)], done // len(order) % 2 == 0
-        if command.name not in references:
-            references[command.name] = measure(work / "start", work, command)
-        reference = references[command.name]
+        reference = _reference(work, command, references)
         instant = None if by_call else draw.uniform(0, reference.seconds)
         call = draw.randint(1, reference.calls) if by_call else None
         trial = attempt(work / "start", work, reference, instant, call)
@@ -101,7 +111,33 @@ def torture(work: Path, kills: int, seed: int) -> list[Trial]:
     return trials
 
 
+def torture_writes(work: Path, kills: int, seed: int, references: dict[str, Reference]) -> list[Trial]:
+    """So many kills in the middle of a write to a file that stands alone, in turns of the commands that have such.
+
+    Nearly all calls of the disk are of files in folders that get their names when they are whole, so that `torture` hardly
+    meets one of these. references: as there.
+    """
+    draw, trials, order = random.Random(f"{seed} writes"), list[Trial](), list(COMMANDS)
+    draw.shuffle(order)
+    for number in range(2 * kills):
+        reference = _reference(work, order[number % len(order)], references)
+        if len(trials) == kills or not reference.writes:
+            continue
+        trial = attempt(work / "start", work, reference, write=draw.randint(1, reference.writes))
+        trials.append(trial)
+        say(f"{len(trials)}/{kills} {trial.command} {_where(reference, trial)}: {_outcome(trial)}")
+    return trials
+
+
+def _reference(work: Path, command: Command, references: dict[str, Reference]) -> Reference:
+    if command.name not in references:
+        references[command.name] = measure(work / "start", work, command)
+    return references[command.name]
+
+
 def _where(reference: Reference, trial: Trial) -> str:
+    if trial.write is not None:
+        return f"in write {trial.write} of {reference.writes} to a file that stands alone"
     if trial.call is not None:
         return f"at call {trial.call} of {reference.calls}"
     return f"after {trial.instant:.2f} of {reference.seconds:.2f} s"

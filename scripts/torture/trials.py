@@ -85,22 +85,30 @@ def count_calls() -> None:
     files.disk = CountingDisk(Path("calls").resolve())
 
 
-def kill_at(call: int) -> None:
-    """In a process that was forked: SIGKILL instead of the `call`-th call of the disk."""
+def kill_at(call: int, alone: bool = False) -> None:
+    """In a process that was forked: SIGKILL instead of the `call`-th call of the disk.
+
+    alone: in the middle of the `call`-th write to a file that stands alone.
+    """
     from rtdmd_cli.engine.storage import files
     from scripts.torture.disks import KillingDisk
 
-    files.disk = KillingDisk(call)
+    files.disk = KillingDisk(call, alone)
 
 
 @dataclass(frozen=True)
 class Reference:
-    """An undisturbed command: what it left, its seconds, its calls of the disk."""
+    """An undisturbed command: what it left, its seconds, its calls of the disk.
+
+    writes: those of the calls that write a file that stands alone, as status.json and metrics.jsonl do; other files lie
+    in folders that get their names when they are whole.
+    """
 
     command: Command
     left: dict[str, str]
     seconds: float
     calls: int
+    writes: int
 
 
 def measure(start_from: Path, work: Path, command: Command) -> Reference:
@@ -111,30 +119,44 @@ def measure(start_from: Path, work: Path, command: Command) -> Reference:
     code = end(start(folder, command.arguments, count_calls))
     assert code == 0, (folder / "output.txt").read_text("utf-8")[-2000:]
     seconds = time.monotonic() - began
-    reference = Reference(command, contents(folder), seconds, int((folder / "calls").read_text()))
+    counts = [int((folder / name).read_text()) for name in ("calls", "writes")]
+    reference = Reference(command, contents(folder), seconds, *counts)
     shutil.rmtree(folder)
     return reference
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What one kill did. instant: seconds after the start, or None; call: of the disk, or None. lost: "" for nothing."""
+    """What one kill did, and when: `instant`, seconds after the start, `call` of the disk, or `write`, as `Reference` has it.
+
+    lost: "" for nothing.
+    """
 
     command: str
     instant: float | None
     call: int | None
     killed: bool
     lost: str
+    write: int | None = None
 
 
 def attempt(
-    start_from: Path, work: Path, reference: Reference, instant: float | None, call: int | None
+    start_from: Path,
+    work: Path,
+    reference: Reference,
+    instant: float | None = None,
+    call: int | None = None,
+    write: int | None = None,
 ) -> Trial:
-    """Kill the command once, look at what is left, run it to its end and compare; only look where it ended before."""
+    """Kill the command once, look at what is left, run it to its end and compare; only look where it ended before.
+
+    One of instant, call and write is given: see `Trial`.
+    """
     command, folder = reference.command, work / "trial"
     shutil.copytree(start_from, folder)
-    if call is not None:
-        code = end(start(folder, command.arguments, lambda: kill_at(call)))
+    at = call if write is None else write
+    if at is not None:
+        code = end(start(folder, command.arguments, lambda: kill_at(at, alone=write is not None)))
     else:
         child = start(folder, command.arguments)
         time.sleep(instant or 0.0)
@@ -153,7 +175,7 @@ def attempt(
         shutil.rmtree(folder)
     else:
         folder.rename(work / f"lost-{time.time_ns()}")
-    return Trial(command.name, instant, call, killed, lost)
+    return Trial(command.name, instant, call, killed, lost, write)
 
 
 def broken(folder: Path) -> str:
@@ -169,6 +191,9 @@ def broken(folder: Path) -> str:
                 exported.read_exported(path)
         for path in (*finished(folder, "runs/*/*.json"), *finished(folder, "evals/*/*.json")):
             strict_json.read(path)
+        for path in finished(folder, "runs/*/report.html"):
+            if not path.read_bytes().endswith(b"</html>\n"):
+                return f"{path} is not whole"
     except (RtdmdError, ValueError) as error:
         return str(error)
     gone = [name for name, text in MINE.items() if not _is(folder / name, text)]
@@ -190,7 +215,7 @@ def contents(folder: Path) -> dict[str, str]:
     found = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if path.is_file() and not name.startswith("cache/") and name not in ("output.txt", "calls"):
+        if path.is_file() and not name.startswith("cache/") and name not in ("output.txt", "calls", "writes"):
             data = _timeless(path).replace(str(folder).encode(), b"HERE")  # presets hold whole paths
             found[name] = "" if path.name in VOLATILE else hashlib.sha256(data).hexdigest()
     leftovers = [path for path in (folder / "cache").rglob(".tmp-*") if path.is_dir()]
