@@ -55,11 +55,13 @@ def make_run(
     steps: tuple[int, ...] = (10,),
     state: State = "finished",
     stage: str = "distill",
+    begun_from: Path | None = None,
 ) -> RunFolder:
     """A run with a checkpoint for each of `steps`, its EMA drawn from the step."""
     out.mkdir(parents=True, exist_ok=True)
     preset = write_preset(out / f".{name}.yaml")
-    run = create_run(out, name, load_preset(str(preset), environ={}), ["rtdmd"], torch.device("cpu"), stage)
+    resolved, cpu = load_preset(str(preset), environ={}), torch.device("cpu")
+    run = create_run(out, name, resolved, ["rtdmd"], cpu, stage, begun_from)
     for step in steps:
         add_checkpoint(run, step, generator_weights(step))
     run.set_status(state)

@@ -1,6 +1,5 @@
 """`rtdmd distill`: stage 1."""
 
-import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -24,6 +23,7 @@ from rtdmd_cli.cli.starting import (
     Resume,
     find_prompts,
     find_start,
+    going_on,
     in_processes,
     is_follower,
     load_recipe,
@@ -109,10 +109,10 @@ def result(outcome: "Outcome", iterations: int) -> dict[str, object]:
 def finish(outcome: "Outcome", quiet: bool) -> None:
     """Say how the run goes on. Exit: a signal ended it."""
     if outcome.signal_exit_code:
-        again = shlex.join(
-            ["--preset", str(outcome.run / "preset.resolved.yaml"), "--resume", str(outcome.run)]
-        )
-        console.say(f"Stopped and saved. Go on with: rtdmd distill {again}", quiet)
+        from rtdmd_cli.engine.storage.run_folder import RunFolder
+
+        again = going_on(RunFolder(outcome.run), DISTILL.name)
+        console.say(f"Stopped and saved. Go on with: {again}", quiet)
         raise typer.Exit(outcome.signal_exit_code)
     console.say(
         f'Look at {outcome.run / "report.html"}, or draw: rtdmd sample "a photo of a red ring" -n 4', quiet

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rtdmd_cli.cli import completing, console
-from rtdmd_cli.cli.starting import Out
+from rtdmd_cli.cli.starting import Out, going_on
 from rtdmd_cli.config.places import shown_from
 from rtdmd_cli.errors import BusyError, EnvironmentFailure
 
@@ -137,7 +137,7 @@ def show(name: Name, out: Out = Path("runs"), as_json: Json = False, quiet: Quie
     }
     console.show(details if as_json else readable(details), as_json)
     if each.state in (KILLED, "interrupted", "failed"):
-        console.say(f"Go on with: {going_on(each)}", quiet)
+        console.say(f"Go on with: {going_on(each.run, each.stage)}", quiet)
 
 
 def end_report(each: RunSummary) -> bool:
@@ -160,14 +160,6 @@ def end_report(each: RunSummary) -> bool:
     except (BusyError, EnvironmentFailure, OSError, UnicodeDecodeError):  # to be looked at, not to be mended
         return False
     return after != before
-
-
-def going_on(each: RunSummary) -> str:
-    """The command that continues a run; of stage 2 its end, as that needs the stage-1 run as well."""
-    path = str(each.run.path)
-    if each.stage == "tune-reward":
-        return f"the same command and {shlex.join(['--resume', path])}"
-    return shlex.join(["rtdmd", "distill", "--preset", str(each.run.preset), "--resume", path])
 
 
 def readable(details: dict[str, Any]) -> dict[str, Any]:

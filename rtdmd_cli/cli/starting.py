@@ -1,6 +1,7 @@
 """What `distill` and `tune-reward` share: their options, and where a training starts, anew or continued."""
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -129,6 +130,22 @@ def in_processes(count: int | None) -> None:
     from rtdmd_cli.cli.launching import launch
 
     raise typer.Exit(launch(count, sys.argv[1:]))
+
+
+def going_on(run: "RunFolder", stage: str | None) -> str:
+    """The command that continues a run; of stage 2 its end alone, where it isn't known what it began from.
+
+    stage: "distill", "tune-reward", or None where the folder doesn't tell.
+    """
+    again = ["--preset", str(run.preset), "--resume", str(run.path)]
+    if stage != TUNE_REWARD.name:
+        return shlex.join(["rtdmd", "distill", *again])
+    begun = run.begun_from
+    places = [] if begun is None else [begun, begun.parent.parent]  # its run, where the checkpoint has gone
+    stage_1 = next((path for path in places if path.is_dir()), None)
+    if stage_1 is None:
+        return f"the same command and {shlex.join(['--resume', str(run.path)])}"
+    return shlex.join(["rtdmd", "tune-reward", "--from", str(stage_1), *again])
 
 
 def load_recipe(preset: str, settings: Sequence[str], resume: str, out: Path, run_name: str) -> Resolved:

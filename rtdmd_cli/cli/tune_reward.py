@@ -1,7 +1,6 @@
 """`rtdmd tune-reward`: stage 2."""
 
 import json
-import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,6 +24,7 @@ from rtdmd_cli.cli.starting import (
     Resume,
     find_prompts,
     find_start,
+    going_on,
     in_processes,
     is_follower,
     load_recipe,
@@ -302,8 +302,10 @@ def finish(outcome: "Outcome", quiet: bool) -> None:
     from rtdmd_cli.engine.tune_reward.watch import advice
 
     if outcome.signal_exit_code:
-        again = shlex.join(["--resume", str(outcome.run)])
-        console.say(f"Stopped and saved. Go on with the same command and {again}", quiet)
+        from rtdmd_cli.engine.storage.run_folder import RunFolder
+
+        again = going_on(RunFolder(outcome.run), TUNE_REWARD.name)
+        console.say(f"Stopped and saved. Go on with: {again}", quiet)
         raise typer.Exit(outcome.signal_exit_code)
     advised = advice(outcome.records)
     if advised:

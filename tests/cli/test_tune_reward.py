@@ -7,6 +7,7 @@ The processes of `world` are made once: "straight" is started from nothing, the 
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -44,6 +45,7 @@ from tests.tiny_runs import add_checkpoint, generator_weights, make_run
 from tests.tiny_tuning import find
 
 TRAINED, JUDGE = "shapes-clip", "shapes-clip-heldout"
+STAGE_1 = "checkpoints/step-000010"
 SAVE = 3  # epochs between two checkpoints
 LONG = 10  # epochs of the run that is broken off
 SHORT = SAVE
@@ -360,7 +362,7 @@ def test_a_reward_without_a_gradient_is_noted(
 
 def tuned_run(name: str, *settings: str) -> RunFolder:
     """A run of tune-reward with a checkpoint, as far as finding it goes."""
-    run = make_run(Path("runs"), name, (), stage="tune-reward")
+    run = make_run(Path("runs"), name, (), "interrupted", "tune-reward", Path("runs/first") / STAGE_1)
     prompts = read_prompt_set("tiny.txt")
     meta = {"prompts_sha256": known_by(prompts, prompts)}
     save_checkpoint(run.checkpoints, 5, {"ema": generator_weights(5)}, {"stage": "tune-reward"}, 9, meta)
@@ -397,6 +399,25 @@ def test_a_run_is_continued_by_name_path_and_auto(folder: Path, call: Call) -> N
         )  # not a new one of the default name
     assert begin(call, "--resume", "mine", "--name", "other") == (5, "runs/other")
     assert begin(call, "--resume", "auto") == (0, "runs/first-tuned")
+
+
+def test_a_broken_run_is_shown_with_the_command_that_continues_it(folder: Path, call: Call) -> None:
+    """Also where its folder was moved; where stage 1's checkpoint has gone its run is named, without that the end alone."""
+
+    def told(name: str) -> list[str]:
+        return shlex.split(call("runs", "show", name).err.partition("Go on with: ")[2])
+
+    run = tuned_run("mine")
+    again = ["--preset", str(run.preset), "--resume", str(run.path)]
+    assert told("mine") == ["rtdmd", "tune-reward", "--from", f"runs/first/{STAGE_1}", *again]
+    done = call(*told("mine")[1:], "--dry-run", "--json")
+    assert done.code == 0 and json.loads(done.out)["start"] == 5
+    Path("runs").rename("elsewhere")
+    assert told("elsewhere/mine")[2:4] == ["--from", f"elsewhere/first/{STAGE_1}"]
+    shutil.rmtree(Path("elsewhere/first") / STAGE_1)
+    assert told("elsewhere/mine")[2:4] == ["--from", "elsewhere/first"]
+    shutil.rmtree("elsewhere/first")
+    assert told("elsewhere/mine") == ["the", "same", "command", "and", "--resume", "elsewhere/mine"]
 
 
 def test_what_may_change_when_a_run_is_continued(folder: Path, call: Call) -> None:

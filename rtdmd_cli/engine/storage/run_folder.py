@@ -36,6 +36,8 @@ State: TypeAlias = Literal["running", "finished", "interrupted", "failed"]
 PRESET = "preset.resolved.yaml"
 STATUS = "status.json"
 ENVIRONMENT = "environment.json"
+FROM = "from"
+"""In environment.json: stage 1's checkpoint, of a run of tune-reward."""
 PICTURES = "pictures"
 """Folder, in that of the grids, of the grids' pictures one by one."""
 PACKAGES = (
@@ -121,6 +123,15 @@ class RunFolder:
             return str(strict_json.read(path).get("stage", "distill"))
         except (OSError, ValueError, AttributeError) as error:
             raise DataError(f"{path} is missing or damaged.", "Restore it, or take another run.") from error
+
+    @property
+    def begun_from(self) -> Path | None:
+        """The checkpoint of stage 1 that a run of tune-reward began from; None where its record doesn't say."""
+        try:
+            told = strict_json.read(self.path / ENVIRONMENT).get(FROM)
+        except (OSError, ValueError, AttributeError):
+            return None
+        return Path(os.path.normpath(self.path / told)) if isinstance(told, str) else None
 
     @property
     def checkpoints(self) -> Path:
@@ -221,11 +232,13 @@ def create_run(
     command: Sequence[str],
     device: torch.device,
     stage: str = "distill",
+    begun_from: Path | None = None,
 ) -> RunFolder:
     """Make <out>/<name>, whole or not at all, with preset, environment and status "running".
 
-    command: the argument list as typed. Raises UsageError for a bad name or an existing folder that is not
-    empty, EnvironmentFailure for disk and permission.
+    command: the argument list as typed. begun_from: of stage 2, stage 1's checkpoint; noted as a path from the run's
+    folder on. Raises UsageError for a bad name or an existing folder that is not empty, EnvironmentFailure for disk
+    and permission.
     """
     from rtdmd_cli.engine.compute.mixed import products_of
 
@@ -241,6 +254,8 @@ def create_run(
         files.write_text(made.preset, dump_resolved(resolved.preset))
         products = {"matrix_products": products_of(resolved.preset.hardware, device)}
         environment = {"stage": stage, **describe_environment(command, device), **products}
+        if begun_from is not None:
+            environment[FROM] = scrub_text(os.path.relpath(begun_from.resolve(), run.path.resolve()))
         files.write_json(made.path / ENVIRONMENT, environment)
         made.set_status("running", iteration=0)
         files.rename_folder(folder, run.path)

@@ -81,12 +81,13 @@ def run_tune(
     with stop_on_signals() as stop, stop.during(LOADING, kept_by(start)):
         stop.quiet = quiet
         loaded = _load(resolved.preset, prompts, eval_prompts, begin, say, stop)
-        return _run(loaded, resolved, start, out, name, command, say, stop)
+        return _run(loaded, resolved, begin.path, start, out, name, command, say, stop)
 
 
 def _run(
     loaded: "_Loaded",
     resolved: Resolved,
+    begun_from: Path,
     start: Start,
     out: Path,
     name: str,
@@ -101,7 +102,7 @@ def _run(
     stop.check()
 
     def make() -> RunFolder:
-        return create_run(out, name, resolved, command, core.backbone.device, STAGE)
+        return create_run(out, name, resolved, command, core.backbone.device, STAGE, begun_from)
 
     preset, epochs = resolved.preset, resolved.preset.tune_reward.epochs
     seconds = float(saved.state["seconds"]) if saved else 0.0
