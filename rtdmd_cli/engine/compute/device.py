@@ -54,6 +54,14 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
+def is_float32_on_cpu(tensor: Tensor) -> bool:
+    """Whether its numbers are float32 in host memory.
+
+    Subclasses of Tensor may have none, as where shapes alone are computed.
+    """
+    return tensor.device.type == "cpu" and tensor.dtype == torch.float32 and type(tensor) is Tensor
+
+
 def to_host(tensor: Tensor) -> Tensor:
     """A copy in host memory, queued behind the device's work: `wait` before it is read."""
     return tensor.to("cpu", non_blocking=True)

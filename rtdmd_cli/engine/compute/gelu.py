@@ -17,6 +17,8 @@ from diffusers.models.activations import GELU
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rtdmd_cli.engine.compute.device import is_float32_on_cpu
+
 LINEAR = 2 * math.sqrt(2 / math.pi)
 CUBIC = 0.044715 * LINEAR
 """2u = LINEAR x + CUBIC x^3."""
@@ -44,14 +46,9 @@ class SigmoidGELU(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         x: Tensor = self.proj(hidden_states)
-        if torch.compiler.is_compiling() or not (self._wanted() and _plain(x)):
+        if torch.compiler.is_compiling() or not (self._wanted() and is_float32_on_cpu(x)):
             return F.gelu(x, approximate="tanh")
         return gelu(x)
-
-
-def _plain(x: Tensor) -> bool:
-    """Whether x is float32 in host memory; subclasses of Tensor may have none, as where shapes alone are computed."""
-    return x.device.type == "cpu" and x.dtype == torch.float32 and type(x) is Tensor
 
 
 def gelu(x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from rtdmd_cli.config.schema import HardwareConfig
 from rtdmd_cli.engine.compute.device import resolve_dtype
 from rtdmd_cli.engine.compute.gelu import quicken_gelu
+from rtdmd_cli.engine.compute.joint_attention import join_projections
 
 
 def resolve_mixed_precision(
@@ -91,8 +92,8 @@ def take_contiguous(module: nn.Module, wanted: Callable[[], bool]) -> None:
 class MixedPrecision:
     """Products of `modules` in `dtype`, in their forward passes while `active` is entered; of none by default.
 
-    dtype: None to keep their format. On a CPU slices are gathered for them (`take_contiguous`), and what float32 there is
-    goes through a quicker gelu (`quicken_gelu`).
+    dtype: None to keep their format. On a CPU slices are gathered for them (`take_contiguous`), and what stays in float32
+    takes quicker ways there: `quicken_gelu`, `join_projections`.
     """
 
     def __init__(self, modules: Iterable[nn.Module] = (), dtype: torch.dtype | None = torch.bfloat16) -> None:
@@ -101,8 +102,13 @@ class MixedPrecision:
         for module in modules:
             if dtype is not None:
                 cast_forward(module, self._wanted)
-            take_contiguous(module, lambda: self._active)
-            quicken_gelu(module, lambda: self._active)
+            else:
+                quicken_gelu(module, self._entered)
+                join_projections(module, self._entered)
+            take_contiguous(module, self._entered)
+
+    def _entered(self) -> bool:
+        return self._active
 
     def _wanted(self) -> torch.dtype | None:
         return self.dtype if self._active else None
