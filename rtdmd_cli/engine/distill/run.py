@@ -132,7 +132,11 @@ def _run(
         write_run_report(run, resolved.preset, state, done, seconds, live=live)
 
     total = resolved.preset.distill.iterations
-    with opened(start, out / name, make, resolved, total, processes, say, report) as (run, tracker, done):
+    with opened(start, out / name, make, resolved, total, processes, say, report, stop.quiet) as (
+        run,
+        tracker,
+        done,
+    ):
         first = len(prompts) + len(own)
         texts, rows = pictures.chosen(resolved.preset, prompts.texts, len(prompts))
         say(pictures.drawing_line(resolved.preset, len(texts)))

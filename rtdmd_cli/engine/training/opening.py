@@ -57,11 +57,12 @@ def opened(
     processes: Processes,
     say: Callable[[str], None],
     report: Callable[[RunFolder, State, int], None],
+    quiet: bool,
 ) -> Iterator[tuple[RunFolder, Tracker, int]]:
     """The run folder, locked and as it was at the start's checkpoint, its tracker, and the iterations done.
 
     place: of a new run; make: makes it; say: prints a line for people. report(run, state, iterations): writes the
-    report, here of a run that goes on, and again if it ends before it trains.
+    report, here of a run that goes on, and again if it ends before it trains. quiet: trackers print nothing.
     Only the main process touches the disk; the others go on when it is ready.
     """
     run, done = start.run or RunFolder(place), start.checkpoint.step if start.checkpoint else 0
@@ -78,7 +79,7 @@ def opened(
                     done, begun = rewind(run, resolved, start.checkpoint, total, say), True
                     run.note_changes(start.changes, done)
                 settings = preset_values(resolved.preset)
-                tracker = stack.enter_context(open_tracker(name, run.path, settings))
+                tracker = stack.enter_context(open_tracker(name, run.path, settings, quiet))
                 if processes.main:
                     report(run, "running", done)
             yield run, tracker, done

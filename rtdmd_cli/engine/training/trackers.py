@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-from rtdmd_cli.engine.rewards.printing import prints_on_stderr
+from rtdmd_cli.engine.rewards.printing import prints_nowhere, prints_on_stderr
 from rtdmd_cli.errors import EnvironmentFailure
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
@@ -74,11 +74,11 @@ def require_tracker(name: str) -> None:
 
 
 @contextmanager
-def open_tracker(name: str, run: Path, settings: Mapping[str, Any]) -> Iterator[Tracker]:
+def open_tracker(name: str, run: Path, settings: Mapping[str, Any], quiet: bool = False) -> Iterator[Tracker]:
     """The tracker "none", or one of TRACKERS, closed at the end.
 
     settings: the preset's values by their keys. tensorboard writes event files into the run folder, wandb and trackio
-    keep their own. Raises as `require_tracker`.
+    keep their own. quiet: what their packages print is dropped. Raises as `require_tracker`.
     """
     if name == "none":
         yield _Silent()
@@ -93,7 +93,8 @@ def open_tracker(name: str, run: Path, settings: Mapping[str, Any]) -> Iterator[
         key: value if isinstance(value, bool | int | float | str) else str(value)
         for key, value in settings.items()
     }
-    with prints_on_stderr():
+    printing = prints_nowhere if quiet else prints_on_stderr
+    with printing():
         accelerator.init_trackers(
             project_name="rtdmd",
             config=plain,
@@ -102,7 +103,7 @@ def open_tracker(name: str, run: Path, settings: Mapping[str, Any]) -> Iterator[
     try:
         yield _Accelerate(accelerator, name)
     finally:
-        with prints_on_stderr():
+        with printing():
             _finish(accelerator, name)
 
 

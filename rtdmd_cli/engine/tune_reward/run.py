@@ -113,7 +113,7 @@ def _run(
         others = held_out_of(preset.tune_reward, loaded.mixture)
         write_tune_report(run, preset, state, done, seconds, records, others, None, live)
 
-    with opened(start, out / name, make, resolved, epochs, core.processes, say, report) as (
+    with opened(start, out / name, make, resolved, epochs, core.processes, say, report, stop.quiet) as (
         run,
         tracker,
         done,

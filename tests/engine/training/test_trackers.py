@@ -22,3 +22,17 @@ def test_tensorboard_takes_rows_and_grids(tmp_path: Path) -> None:
     events.Reload()
     assert [(each.step, each.value) for each in events.Scalars("fake_loss")] == [(3, 0.5)]
     assert [(each.step, each.width, each.height) for each in events.Images("samples")] == [(3, 40, 24)]
+
+
+def test_trackio_prints_on_stderr_and_nothing_when_quiet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    pytest.importorskip("trackio")
+    printed = {}
+    for quiet in (False, True):
+        with open_tracker("trackio", tmp_path, {"distill.lr": 0.1}, quiet) as tracker:
+            tracker.log({"iteration": 3, "fake_loss": 0.5})
+        printed[quiet] = capfd.readouterr()
+    assert "rtdmd" in printed[False].err and printed[False].out == ""
+    assert printed[True] == ("", "")
