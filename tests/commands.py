@@ -11,9 +11,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,8 @@ class Forked:
         self.output = Path(tempfile.mkdtemp())
         given = (folder, arguments, environment(folder) | more, self.output, program)
         self.process = _SERVER.Process(target=forked.run, args=given)
-        with _FORKING, environment_of_server():
+        start_server()
+        with _FORKING:
             self.process.start()
 
     def poll(self) -> int | None:
@@ -110,13 +111,16 @@ class Forked:
         return Done(code, out, err)
 
 
-@contextmanager
-def environment_of_server() -> Iterator[None]:
-    """The libraries read some variables when they are imported, which the fork server does when it starts."""
+def start_server() -> None:
+    """Start this process's fork server, of which there is one, with all imports; one that runs goes on.
+
+    The libraries read some variables when they are imported.
+    """
     before = dict(os.environ)
     os.environ.update(environment(Path(tempfile.gettempdir())))
     try:
-        yield
+        with _FORKING:
+            forkserver.ensure_running()
     finally:
         os.environ.clear()
         os.environ.update(before)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 
@@ -33,6 +34,14 @@ with quick_imports():  # as the commands have it
 IMPORTED_IN = os.getpid()
 
 
+def reopen_streams() -> None:
+    """sys.stdout and sys.stderr as Python makes them for what descriptors 1 and 2 are now."""
+    out = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    err = open(2, "w", 1, encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
+    sys.stdout = sys.__stdout__ = out  # type: ignore[misc]
+    sys.stderr = sys.__stderr__ = err  # type: ignore[misc]
+
+
 def run(
     folder: Path, arguments: Sequence[str], environment: Mapping[str, str], output: Path, program: str
 ) -> None:
@@ -45,8 +54,12 @@ def run(
         descriptor = os.open(output / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(descriptor, number)
         os.close(descriptor)
+    reopen_streams()
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
     sys.argv = [program, *arguments]
-    sys.exit(import_module(program).main())
+    code = import_module(program).main()
+    with suppress(OSError):  # the reader has left
+        sys.stdout.flush()
+    os._exit(code)  # multiprocessing would flush once more, and fail

@@ -136,7 +136,12 @@ def train_teacher(settings: Settings) -> None:
     meeting = tmp_path(settings.work / "meeting")
     threads = max(torch.get_num_threads() // settings.processes, 1)
     try:
-        mp.spawn(_teacher_process, (settings, meeting, threads), nprocs=settings.processes)
+        mp.start_processes(
+            _teacher_process,
+            (settings, meeting, threads),
+            nprocs=settings.processes,
+            start_method="forkserver",
+        )
     finally:
         meeting.unlink(missing_ok=True)
 

@@ -22,6 +22,7 @@ from tests.commands import LIMIT, environment, newest
 from tests.faults.cases import CASES, prepare
 
 PROGRAM = [sys.executable, "-m", "rtdmd_cli"]
+STRACE = ["strace", "-f", "--seccomp-bpf", "-e", "trace=connect,sendto,sendmsg,sendmmsg"]
 
 
 @pytest.fixture(scope="module")
@@ -41,15 +42,15 @@ def test_a_reader_that_leaves_does_not_end_a_training(folder: Path) -> None:
     """`rtdmd distill 2>&1 | head -1`: what can't be written is dropped, and the training goes on."""
     reading, writing = os.pipe()
     process = subprocess.Popen(
-        distill("read", 12), cwd=folder, env=environment(folder), stdout=subprocess.DEVNULL, stderr=writing
+        distill("read", 6), cwd=folder, env=environment(folder), stdout=subprocess.DEVNULL, stderr=writing
     )
     os.close(writing)
     assert os.read(reading, 1)  # the first line has come, and the reader leaves
     os.close(reading)
     assert process.wait(LIMIT) == 0
     run = RunFolder(folder / "runs" / "read")
-    assert (run.status()["state"], run.status()["iteration"], newest(run)) == ("finished", 12, 12)
-    assert (run.checkpoints / "step-000012").is_dir()
+    assert (run.status()["state"], run.status()["iteration"], newest(run)) == ("finished", 6, 6)
+    assert (run.checkpoints / "step-000006").is_dir()
 
 
 def test_a_terminal_that_is_closed_saves_as_a_ctrl_c_does(folder: Path) -> None:
@@ -87,23 +88,19 @@ def test_a_terminal_that_is_closed_saves_as_a_ctrl_c_does(folder: Path) -> None:
     assert (run.checkpoints / f"step-{status['iteration']:06d}").is_dir()
 
 
-@pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
+def can_trace() -> bool:
+    """Whether strace is here and may trace, which containers can forbid."""
+    tried = [*STRACE, "-o", os.devnull, sys.executable, "-c", ""]
+    return shutil.which("strace") is not None and subprocess.run(tried, capture_output=True).returncode == 0
+
+
+@pytest.mark.skipif(not can_trace(), reason="strace is not installed, or may not trace")
 def test_a_sample_asks_no_host_and_leaves_nothing_in_the_home_folder(folder: Path) -> None:
     home, trace = folder / "home", folder / "trace"
     home.mkdir()
     arguments = ["sample", PROMPTS[0], "--from", "runs/base", "--out", "traced", "--quiet"]
     subprocess.run(
-        [
-            "strace",
-            "-f",
-            "--seccomp-bpf",
-            "-e",
-            "trace=connect,sendto",
-            "-o",
-            str(trace),
-            *PROGRAM,
-            *arguments,
-        ],
+        [*STRACE, "-o", str(trace), *PROGRAM, *arguments],
         cwd=folder,
         env=environment(folder) | {"HOME": str(home)},
         check=True,

@@ -24,6 +24,7 @@ from rtdmd_cli.shapes.render import Scene
 from scripts import train_shapes
 from scripts.shapes_training import clip, loop, stages, teacher, vae
 from scripts.shapes_training.stages import Settings
+from tests.commands import start_server
 
 STEPS = 4
 
@@ -216,6 +217,7 @@ def test_package_names_the_stage_that_is_missing(tmp_path: Path) -> None:
 
 
 def test_two_processes_take_the_same_step_as_one(trained: Settings, tmp_path: Path) -> None:
+    start_server()
     for name in ("vae", "latents.safetensors", "shift.json"):
         (tmp_path / name).symlink_to(trained.work / name)
     stages.train_teacher(replace(tiny(tmp_path), teacher_steps=1, processes=2))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rtdmd_cli.config.schema import DistillConfig, HardwareConfig, Preset
+from rtdmd_cli.config.schema import DistillConfig, HardwareConfig, Preset, SamplerConfig
 from rtdmd_cli.config.section import LoraConfig
 from rtdmd_cli.config.tune_reward import TuneRewardConfig
 from rtdmd_cli.engine.backbones.families import FAMILIES
@@ -30,6 +30,7 @@ from rtdmd_cli.engine.tune_reward.run import tuner_on
 from tests.tiny_flux import TINY, tiny_config, tiny_folder
 
 PROMPTS = [0, 0, 1, 1]
+STEPS = (1000, 900, 600)  # of a rollout: two that draw noise and the last
 
 
 class Brightness:
@@ -67,6 +68,7 @@ def preset_of(name: str, train: str, boundaries: str) -> Preset:
     return Preset(
         name="tiny",
         model=tiny_config(name),
+        sampler=SamplerConfig(raw_steps=STEPS),
         distill=DistillConfig.model_validate(
             {"batch": 4, "micro_batch": 2 if every else 4, "train": train, "lora": lora, **settings}
         ),
@@ -136,10 +138,10 @@ def epoch_on_shapes(tuner: Tuner) -> Rollouts:
     """Images in host memory, as an epoch's are; the part that rolls them out runs on shapes too."""
     cond = conditioning(tuner.core, PROMPTS[:2])
     with torch.no_grad(), tuner.core.roles.role("generator"):
-        x, logp = roll_out_part(tuner, Draws(tuner.core, ROLLOUT, 0, range(2)), cond, (0, 2))
-    assert x.shape == (2, 5, *tuner.core.shape) and logp.shape == (2, 3)
-    images, logps = torch.zeros(4, 5, *tuner.core.shape), torch.zeros(4, 3)
-    return Rollouts(images, logps, torch.tensor(PROMPTS), (0, 2), (range(2), range(2, 4)), 0, 4)
+        x, logp = roll_out_part(tuner, Draws(tuner.core, ROLLOUT, 0, range(2)), cond, (0, 1))
+    assert x.shape == (2, 4, *tuner.core.shape) and logp.shape == (2, 2)
+    images, logps = torch.zeros(4, 4, *tuner.core.shape), torch.zeros(4, 2)
+    return Rollouts(images, logps, torch.tensor(PROMPTS), (0, 1), (range(2), range(2, 4)), 0, 4)
 
 
 @pytest.mark.parametrize(("name", "train", "boundaries"), CASES)
