@@ -21,10 +21,9 @@ def _fitting(offers: Iterable[tuple[str, str]], incomplete: str) -> Offers:
 
 def presets(incomplete: str) -> Offers:
     """The shipped presets."""
-    from rtdmd_cli.config.loader import preset_folder
+    from rtdmd_cli.config.loader import preset_names
 
-    names = sorted(path.stem for path in preset_folder().glob("*.yaml"))
-    return _fitting([(name, "preset") for name in names], incomplete)
+    return _fitting([(name, "preset") for name in preset_names()], incomplete)
 
 
 def _runs(out: Path, incomplete: str) -> Offers:

@@ -116,8 +116,13 @@ def preset_text(name_or_path: str) -> str:
     return strict_yaml.read_text(preset_path(name_or_path))
 
 
+def preset_names() -> list[str]:
+    """The names of the shipped presets, in order; no file is read."""
+    return list(_shipped())
+
+
 def list_presets() -> list[PresetInfo]:
-    """The shipped presets by name."""
+    """The shipped presets by name, each read and checked, which takes half a second."""
     found = []
     for name, path in _shipped().items():
         preset = load_preset(name, environ={}).preset

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from rtdmd_cli.cli import app
-from rtdmd_cli.config import list_presets
+from rtdmd_cli.config import preset_names
 from rtdmd_cli.config.loader import load_preset
 from rtdmd_cli.config.tune_reward import split_weights
 from rtdmd_cli.engine.prompts.reading import read_prompt_set
@@ -107,7 +107,7 @@ def test_from_nothing_to_a_picture(
     assert len({each["model_hash"] for each in pictures.values()}) == 3
 
 
-@pytest.mark.parametrize("name", [info.name for info in list_presets()])
+@pytest.mark.parametrize("name", preset_names())
 def test_every_preset_is_ready_without_a_network(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
@@ -127,7 +127,7 @@ def test_every_preset_is_ready_without_a_network(
 prompts_of = cache(read_prompt_set)  # thousands, and the same for many presets
 
 
-@pytest.mark.parametrize("name", [info.name for info in list_presets() if not info.name.startswith("shapes")])
+@pytest.mark.parametrize("name", [name for name in preset_names() if not name.startswith("shapes")])
 def test_every_real_preset_measures_on_prompts_that_it_does_not_train_on(name: str) -> None:
     tune = load_preset(name, environ={}).preset.tune_reward
     assert tune.eval_every and tune.watch.features and tune.held_out and tune.eval_prompts

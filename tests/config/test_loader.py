@@ -16,6 +16,7 @@ from rtdmd_cli.config import (
     list_presets,
     load_preset,
     loader,
+    preset_names,
     preset_path,
     preset_sha256,
     preset_text,
@@ -50,6 +51,7 @@ def refused(name: str, *overrides: str, **environ: str) -> UsageError:
 
 def test_shipped_presets() -> None:
     found = {info.name: info for info in list_presets()}
+    assert list(found) == preset_names()
     assert {*SHAPES, *PUBLISHED, *CARRIED, *SMALL, *NIGHT} == set(found)
     for name, info in found.items():
         preset = load(name).preset

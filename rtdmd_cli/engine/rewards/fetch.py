@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
     RevisionResolutionError,
 )
 
-from rtdmd_cli.config.loader import list_presets, load_preset
+from rtdmd_cli.config.loader import load_preset, preset_names
 from rtdmd_cli.config.places import is_single_file
 from rtdmd_cli.config.schema import SHARED_BASE, ModelConfig
 from rtdmd_cli.engine.families.table import MODELS
@@ -77,7 +77,7 @@ def find_wanted(name: str) -> list[Wanted]:
     """
     if name in REWARDS:
         return _of_reward(REWARDS[name])
-    presets = [info.name for info in list_presets()]
+    presets = preset_names()
     if name in presets or name.endswith((".yaml", ".yml")):
         return wanted_of_model(load_preset(name).preset.model)
     if name.startswith("builtin:") or os.path.isdir(name) or re.fullmatch(REPOSITORY, name):

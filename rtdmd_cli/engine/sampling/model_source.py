@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rtdmd_cli.config.loader import list_presets, load_preset, preset_path
+from rtdmd_cli.config.loader import load_preset, preset_names, preset_path
 from rtdmd_cli.config.places import PATHS, is_gone
 from rtdmd_cli.config.schema import SHARED_BASE, Preset
 from rtdmd_cli.engine.backbones.base import Backbone
@@ -119,7 +119,7 @@ def resolve(reference: str | None, out: Path, checkpoint: str | None = None) -> 
 
 def _namesake(reference: str) -> list[str]:
     """A line where a preset bears the name of what was found among the runs."""
-    if reference not in [info.name for info in list_presets()]:
+    if reference not in preset_names():
         return []
     return [f"`{reference}` is a run here; the base model of the preset is --from {preset_path(reference)}"]
 
@@ -250,10 +250,10 @@ def _of_hub(reference: str) -> Source | None:
     """The base model that a hub id names, by the first shipped preset of it; None where there is none."""
     if not _is_hub_id(reference):
         return None
-    for info in list_presets():
-        preset = load_preset(info.name, environ={}).preset
+    for name in preset_names():
+        preset = load_preset(name, environ={}).preset
         if preset.model.path == reference:
-            note = f"{reference} as the preset {info.name} has it"
+            note = f"{reference} as the preset {name} has it"
             return Source("teacher", preset, None, f"{reference} (base model)", (note,))
     return None
 
@@ -265,7 +265,7 @@ def _is_hub_id(reference: str) -> bool:
 
 def _unknown(reference: str, out: Path) -> UsageError:
     shown = reference if len(reference) <= 80 else reference[:77] + "..."
-    names = [info.name for info in list_presets()]
+    names = preset_names()
     if out.is_dir():
         with os_errors(out, "list"):
             names += [path.name for path in out.iterdir() if is_run(path)]

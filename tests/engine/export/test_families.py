@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from rtdmd_cli.config.loader import list_presets, load_preset
+from rtdmd_cli.config.loader import load_preset, preset_names
 from rtdmd_cli.engine.backbones import families as backbones
 from rtdmd_cli.engine.export.families import FAMILIES, generator_base, generator_revision, licence_of
 from rtdmd_cli.engine.export.names import is_hub_id, local_name, place_of, public_name
 from rtdmd_cli.engine.families.facts import UNKNOWN
 
-PRESETS = [info.name for info in list_presets()]
+PRESETS = preset_names()
 
 
 def test_every_family_can_be_exported() -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rtdmd_cli.config.loader import list_presets, load_preset
+from rtdmd_cli.config.loader import load_preset, preset_names
 from rtdmd_cli.engine.backbones.families import FAMILIES as BACKBONES
 from rtdmd_cli.engine.export.families import FAMILIES
 from rtdmd_cli.engine.planning.configs import published
@@ -29,9 +29,9 @@ from rtdmd_cli.engine.storage.lora_files import lora_tensors
 
 GOLDEN = Path(__file__).with_name("lora_keys.json")
 MODELS = tuple(
-    info.name
-    for info in list_presets()
-    if not (info.name.startswith("shapes") or info.name.endswith(("-24gb", "-16gb", "-overnight")))
+    name
+    for name in preset_names()
+    if not (name.startswith("shapes") or name.endswith(("-24gb", "-16gb", "-overnight")))
 )
 """The preset of every published model."""
 
