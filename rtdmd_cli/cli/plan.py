@@ -101,12 +101,12 @@ def show(resolved: Resolved, made: "Plan", memory: float | None) -> None:
     console.show(summary(figures), False)
     typer.echo("")
     kinds = ("weights", "adapters", "gradients", "optimiser", "activations", "workspace")
-    typer.echo(f"{'phase':<32}{'GiB':>8}" + "".join(f"{kind:>13}" for kind in kinds))
+    typer.echo(f"{'phase':<36}{'GiB':>8}" + "".join(f"{kind:>13}" for kind in kinds))
     for row in figures["phases"]:
         of = row.get("kinds_gib", {})
         name = f"{row['stage']}: {row['phase']}" + (", host" if row["where"] == "host" else "")
         cells = "".join(f"{of[kind]:>13.2f}" if kind in of else f"{'':>13}" for kind in kinds)
-        typer.echo(f"{name:<32}{row['peak_gib']:>8.2f}{cells}".rstrip())
+        typer.echo(f"{name:<36}{row['peak_gib']:>8.2f}{cells}".rstrip())
     for line in figures["assumptions"]:
         console.say(line)
 

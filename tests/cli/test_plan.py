@@ -36,7 +36,12 @@ def test_a_plan_and_a_dry_run_say_the_same(
     monkeypatch.setenv("RTDMD_CACHE", str(tmp_path / "cache"))
     plan = figures(capsys, "plan", *SMALL, "--stage", "distill", "--gpu", "4090")
     assert plan["vram_gb"] == 24 and plan["fits"] is True and plan.keys() >= TOTALS | {"phases", "decides"}
-    assert {row["phase"] for row in plan["phases"]} >= {"load transformer", "fake turn", "generator turn", "train"}
+    assert {row["phase"] for row in plan["phases"]} >= {
+        "load transformer",
+        "fake turn",
+        "generator turn",
+        "train",
+    }
     dry = figures(capsys, "distill", *SMALL, "--dry-run", "--out", str(tmp_path))
     assert {key: dry[key] for key in TOTALS} == {key: plan[key] for key in TOTALS}
     other = figures(

@@ -26,11 +26,12 @@ from rtdmd_cli.engine.training.matching import add_fake_gradients, add_matching_
 from rtdmd_cli.engine.training.previews import COUNT
 from rtdmd_cli.engine.training.trainer import Trainer
 from rtdmd_cli.engine.tune_reward.fake_score import add_recorded_fake_gradients
+from rtdmd_cli.engine.tune_reward.pull import latent_gradient
 from rtdmd_cli.engine.tune_reward.recipe import accumulate_generator
-from rtdmd_cli.engine.tune_reward.rollouts import Rollouts, Tuner
+from rtdmd_cli.engine.tune_reward.rollouts import Pull, Rollouts, Tuner
 from rtdmd_cli.engine.tune_reward.run import tuner_on
 
-ROLL, GRID, DECODE = "rollout", "sample grid", "decode"
+ROLL, GRID, DECODE, DECODE_GRADIENT = "rollout", "sample grid", "decode", "gradient of decode"
 FAKE_TURN, GENERATOR_TURN, MATCHING = "fake turn", "generator turn", "generator matching"
 KINDS = ("weights", "adapters", "gradients", "optimiser", "activations")
 
@@ -200,6 +201,11 @@ def count_turns(run: Run, tuner: Tuner, size: int) -> None:
         with turn(run, core, MATCHING, GENERATOR, parts):
             add_matching_gradients(core, "generator", 0, prompts)
         tuner = replace(tuner, config=config.model_copy(update={"dmd_weight": 0.0}))
+    if tuner.backprop_weight:
+        side = run.preset.model.resolution
+        with run.phase(DECODE_GRADIENT):
+            latent_gradient(core.backbone, x[:, -1], torch.empty(size, 3, side, side, device=META))
+        rollouts = replace(rollouts, pull=Pull(torch.empty(size, device=META), torch.empty_like(x[:, -1])))
     with turn(run, core, GENERATOR_TURN, GENERATOR, parts):
         accumulate_generator(tuner, 0, rollouts, torch.empty(size, device=META))
 

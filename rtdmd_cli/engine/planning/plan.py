@@ -21,7 +21,7 @@ from rtdmd_cli.engine.planning.host import BASES, NOTE, PROCESS, loading
 from rtdmd_cli.engine.planning.phases import GENERATOR_TURN, RUNS, Phase, phases_of
 from rtdmd_cli.engine.planning.rewards import RewardCost, reward_cost
 from rtdmd_cli.engine.planning.skeleton import Configs, prompt_shape
-from rtdmd_cli.engine.planning.work import REWARD, stage_flops
+from rtdmd_cli.engine.planning.work import GRADIENT, REWARD, stage_flops
 from rtdmd_cli.engine.prompts.public_sets import DATA, PREFIX
 from rtdmd_cli.engine.rewards.registry import find_reward
 from rtdmd_cli.engine.rewards.scoring import SCORE_BATCH
@@ -180,44 +180,28 @@ def with_encoders(facts: Facts, phases: Sequence[Phase]) -> list[Phase]:
 
 
 def with_rewards(facts: Facts, phases: Sequence[Phase]) -> list[Phase]:
-    """The phases of scoring, and reward models beside the others: all, or, one by one, those with a gradient in its turn.
-
-    What their gradients need is added to that turn's own peak, which is an upper bound.
-    """
+    """The phases of scoring and of the rewards' gradients; beside the others all reward models, or none of them."""
     costs, config = facts.rewards, facts.preset.tune_reward
     if not costs:
         return list(phases)
     keep = sum(cost.weights for cost in costs.values()) if config.rewards_in_memory == "all" else 0
     found = [heavier(phase, keep if phase.name != ENCODE else 0, 0) for phase in phases]
-    for place, phase in enumerate(found):
-        if phase.name == GENERATOR_TURN and config.backprop_weight:
-            found[place] = with_gradients(facts, phase, bool(keep))
-    count, last = min(SCORE_BATCH, config.images_per_epoch), found[-1].kinds
-    side = facts.preset.model.resolution
+    count, size = min(SCORE_BATCH, config.images_per_epoch), config.micro_batch or config.images_per_epoch
+    picture = 3 * facts.preset.model.resolution**2 * 4
+    held = {kind: phases[-1].kinds[kind] for kind in ("weights", "adapters", "gradients", "optimiser")}
+
+    def judged(name: str, cost: RewardCost, activations: int, flops: int) -> Phase:
+        weights = held["weights"] + (keep or cost.weights)
+        return Phase(name, held | {"weights": weights, "activations": activations}, flops)
+
     for name, cost in costs.items():
-        weights = phases[-1].kinds["weights"] + (keep or cost.weights)
-        held = {kind: last[kind] for kind in ("adapters", "gradients", "optimiser")}
-        taken = count * (cost.activations + 3 * side * side * 4)
-        found.append(
-            Phase(REWARD + name, {"weights": weights, **held, "activations": taken}, count * cost.flops)
-        )
+        found.append(judged(REWARD + name, cost, count * (cost.activations + picture), count * cost.flops))
+    for name in split_weights(config.rewards) if config.backprop_weight else ():
+        if find_reward(name).differentiable:  # a backward pass costs about as much as a forward one
+            cost = costs[name]
+            taken = size * (cost.graph + 2 * picture)
+            found.append(judged(GRADIENT + name, cost, taken, 2 * size * cost.flops))
     return found
-
-
-def with_gradients(facts: Facts, phase: Phase, kept: bool) -> Phase:
-    """The generator's turn with the rewards' gradients in it. A backward pass costs about as much as a forward one."""
-    config = facts.preset.tune_reward
-    costs = [
-        cost for name, cost in facts.rewards.items() if name in split_weights(config.rewards) and _flows(name)
-    ]
-    size = config.micro_batch or config.images_per_epoch
-    weights = 0 if kept else sum(cost.weights for cost in costs)
-    heavy = heavier(phase, weights, size * sum(cost.graph for cost in costs))
-    return Phase(heavy.name, heavy.kinds, heavy.flops + 2 * size * sum(cost.flops for cost in costs))
-
-
-def _flows(name: str) -> bool:
-    return find_reward(name).differentiable
 
 
 def heavier(phase: Phase, weights: int, activations: int) -> Phase:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -108,10 +107,6 @@ class RewardsOnShapes:
     def differentiable(self) -> tuple[str, ...]:
         return tuple(name for name in self.weights if find_reward(name).differentiable)
 
-    @contextmanager
-    def hold_differentiable(self) -> Iterator[None]:
-        yield
-
     def score(self, images: Tensor, prompts: Sequence[int]) -> Scores:
         """Never called: scores are numbers that decide what is trained on, and shapes have none."""
         raise AssertionError("scores on shapes")
@@ -120,8 +115,6 @@ class RewardsOnShapes:
         """Not known, so that every image takes part in back-propagation."""
         return None
 
-    def differentiable_sum(self, images: Tensor, prompts: Sequence[int]) -> Tensor:
-        return images.mean(dim=(1, 2, 3))
-
-    def require_finite(self) -> None:
-        """Shapes always are."""
+    def pull(self, images: Tensor, prompts: Sequence[int], size: int) -> tuple[Tensor, Tensor]:
+        """Never called, as `score`: each reward's part is a phase of its own."""
+        raise AssertionError("gradients on shapes")

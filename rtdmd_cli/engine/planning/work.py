@@ -10,6 +10,8 @@ from rtdmd_cli.engine.tune_reward.run import stage_1_settings
 
 REWARD = "reward "
 """Begins the names of the phases of scoring."""
+GRADIENT = "gradient of "
+"""Begins the names of the phases in which gradients by pictures and latents are taken."""
 
 
 def stage_flops(preset: Preset, stage: str, flops: dict[str, int], encoding: int) -> float:
@@ -66,7 +68,8 @@ def tune_flops(preset: Preset, flops: dict[str, int]) -> float:
     fake = 0.0 if config.tilt else rest
     fakes = matched if config.tilt or config.matching == "distill" else images
     epoch += fakes / size * (flops.get(names.FAKE_TURN, 0) + fake)
-    epoch += images / size * flops[names.GENERATOR_TURN]
+    gradients = sum(value for name, value in flops.items() if name.startswith(GRADIENT))
+    epoch += images / size * (flops[names.GENERATOR_TURN] + gradients)
     epoch += matched / size * (flops.get(names.MATCHING, 0) + rest * (names.MATCHING in flops))
     return config.epochs * epoch + measuring_flops(preset, flops, size, scoring)
 

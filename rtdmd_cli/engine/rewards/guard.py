@@ -136,12 +136,24 @@ NO_GRADIENT = "has no gradient to the pictures, though it says that it is differ
 def picture_gradient(
     reward: Reward, images: Tensor, texts: Sequence[str], metadata: Sequence[Metadata], seconds: float | None
 ) -> Tensor:
-    """The gradient [n,3,H,W] of the scores' sum by images [n,3,H,W]. Failed as `answer_with_gradient`."""
+    """The gradient [n,3,H,W] of the scores' sum by images [n,3,H,W]. Failed as `answer_with_gradient`, and if not finite."""
+    gradient = scores_and_gradient(reward, images, texts, metadata, seconds)[1]
+    if not bool(gradient.isfinite().all()):
+        raise Failed("has a gradient to the pictures that is not finite")
+    return gradient
+
+
+def scores_and_gradient(
+    reward: Reward, images: Tensor, texts: Sequence[str], metadata: Sequence[Metadata], seconds: float | None
+) -> tuple[Tensor, Tensor]:
+    """Scores [n] and the gradient [n,3,H,W] of their sum by images [n,3,H,W]. Failed as `answer_with_gradient`.
+
+    What is not finite is passed on as it is.
+    """
     own = images.detach().clone().requires_grad_()
     scores = answer_with_gradient(reward, own, texts, metadata, seconds)
-
-    if not scores.requires_grad:
-        raise Failed(NO_GRADIENT)
+    if not scores.requires_grad:  # then they are not finite
+        return scores, torch.full_like(own, torch.nan)
 
     def backward() -> Tensor | None:
         return torch.autograd.grad(scores.sum(), own, allow_unused=True)[0]
@@ -149,9 +161,7 @@ def picture_gradient(
     gradient = guarded(backward, None if seconds is None else seconds * len(images))
     if gradient is None:
         raise Failed(NO_GRADIENT)
-    if not bool(gradient.isfinite().all()):
-        raise Failed("has a gradient to the pictures that is not finite")
-    return gradient
+    return scores.detach(), gradient
 
 
 def _call(

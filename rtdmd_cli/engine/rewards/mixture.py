@@ -8,9 +8,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from rtdmd_cli.engine.algo.flow import move
+from rtdmd_cli.engine.compute.device import to_host, wait
 from rtdmd_cli.engine.prompts.reading import PromptSet
 from rtdmd_cli.engine.rewards.base import Reward, RewardEntry, require_metadata
-from rtdmd_cli.engine.rewards.guard import Failed, answer_with_gradient, load_reward, picture_gradient
+from rtdmd_cli.engine.rewards.guard import Failed, load_reward, picture_gradient, scores_and_gradient
 from rtdmd_cli.engine.rewards.registry import find_reward
 from rtdmd_cli.engine.rewards.scoring import DEFAULT_LIMITS, Limits, Scores, Unjudged, score_all
 from rtdmd_cli.errors import DataError, NumericalError, RewardFailure, UsageError
@@ -44,7 +46,6 @@ class RewardMixture:
         self._keep = in_memory == "all"
         self._limits = limits
         self._loaded: dict[str, Reward] = {}
-        self._answers: list[tuple[str, Sequence[int], Tensor]] = []
 
     @property
     def differentiable(self) -> tuple[str, ...]:
@@ -97,53 +98,56 @@ class RewardMixture:
         return Scores(scores, tuple(unjudged))
 
     def combined(self, rewards: Mapping[str, Tensor]) -> Tensor | None:
-        """What `differentiable_sum` gives, [N], from undivided rewards; None where none is differentiable."""
+        """The values of `pull`, [N], from undivided rewards; None where none is differentiable."""
         parts = [self._scale(name) * rewards[name] for name in self.differentiable]
         return torch.stack(parts).sum(dim=0) if parts else None
 
     def _scale(self, name: str) -> float:
         return self.weights[name] / self._entries[name].divisor
 
-    def differentiable_sum(self, images: Tensor, prompts: Sequence[int]) -> Tensor:
-        """Weighted sum [B] of the differentiable rewards, each over its divisor, with gradient to images [B,3,H,W].
+    def pull(self, images: Tensor, prompts: Sequence[int], size: int) -> tuple[Tensor, Tensor]:
+        """Weighted sum [n] of the differentiable rewards, each over its divisor, and its gradient by images [n,3,H,W].
 
-        RewardFailure for a reward that fails. Values that are not finite pass: reading them would stall the queue;
-        `require_finite` names them afterwards.
+        All on the CPU. One reward after another, on `size` pictures at a time. RewardFailure for a reward that fails,
+        NumericalError for one whose value or gradient is not finite.
         """
+        total, gradient = torch.zeros(len(images)), torch.zeros_like(images)
+        for name in self.differentiable:
+            scale, found = self._scale(name), list[tuple[Tensor, Tensor]]()
+            with self._hold([name]) as (reward,):
+                for start in range(0, len(images), size):
+                    part = move(images[start : start + size], self._device)
+                    answer = self._scores_and_gradient(name, reward, part, prompts[start : start + size])
+                    found.append((to_host(answer[0].float()), to_host(answer[1].float())))
+                wait(self._device)
+            values, by_picture = (torch.cat(each) for each in zip(*found, strict=True))
+            self._require_finite(name, "", values, prompts)
+            self._require_finite(name, "'s gradient", by_picture.flatten(1).sum(dim=1), prompts)
+            total += scale * values
+            gradient += scale * by_picture
+        return total, gradient
+
+    def _scores_and_gradient(
+        self, name: str, reward: Reward, images: Tensor, prompts: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
         chosen = self.prompts.pick(prompts)
-        total = images.new_zeros(len(images))
-        with self._hold(self.differentiable) as rewards:
-            for name, reward in zip(self.differentiable, rewards, strict=True):
-                try:
-                    values = answer_with_gradient(
-                        reward, images, chosen.texts, chosen.metadata, self._limits.seconds
-                    )
-                except Failed as failed:
-                    raise RewardFailure(
-                        f"The reward {name} {failed}{failed.place}, where its gradient is taken.",
-                        f"Check it, then go on with --resume: rtdmd rewards check {name}",
-                    ) from failed
-                self._answers.append((name, tuple(prompts), values.detach()))
-                total = total + self._scale(name) * values
-        return total
+        try:
+            return scores_and_gradient(reward, images, chosen.texts, chosen.metadata, self._limits.seconds)
+        except Failed as failed:
+            raise RewardFailure(
+                f"The reward {name} {failed}{failed.place}, where its gradient is taken.",
+                f"Check it, then go on with --resume: rtdmd rewards check {name}",
+            ) from failed
 
-    def require_finite(self) -> None:
-        """NumericalError for the first value of `differentiable_sum` that was not finite, since rewards were last held."""
-        for name, prompts, values in self._answers:
-            for row in (~values.isfinite()).nonzero().flatten().tolist()[:1]:
-                text = self.prompts.texts[prompts[row]]
-                raise NumericalError(
-                    f"The reward {name} is not finite for prompt {prompts[row] + 1} ({text!r}), "
-                    "where its gradient is taken.",
-                    f"Check it: rtdmd rewards check {name}",
-                )
-
-    @contextmanager
-    def hold_differentiable(self) -> Iterator[None]:
-        """Within the block the differentiable rewards stay loaded, for the micro-batches of a turn."""
-        self._answers.clear()
-        with self._hold(self.differentiable):
-            yield
+    def _require_finite(self, name: str, what: str, values: Tensor, prompts: Sequence[int]) -> None:
+        """NumericalError for the first of values [n] that is not."""
+        for row in (~values.isfinite()).nonzero().flatten().tolist()[:1]:
+            text = self.prompts.texts[prompts[row]]
+            raise NumericalError(
+                f"The reward {name}{what} is not finite for prompt {prompts[row] + 1} ({text!r}), "
+                "where its gradient is taken.",
+                f"Check it: rtdmd rewards check {name}",
+            )
 
     @contextmanager
     def _hold(self, names: Sequence[str]) -> Iterator[list[Reward]]:

@@ -8,6 +8,7 @@ One epoch, one optimiser step of each role:
     roll out           K images a prompt; chosen steps draw fresh noise, the others noise that the group shares
     rewards            of the decoded images, several at once; an image that one of them can't judge is left out
     advantages         per reward against the prompt's group, weighted, whitened, clipped
+    pull               gradient of the rewards by the clean latents (`pull.py`)
     fake's turn        section 3's loss on these images (s = 0)
     generator's turn   clipped surrogate on the chosen steps; on the last step distribution matching and the
                        reward's own gradient
@@ -22,7 +23,6 @@ stream, epoch, image), so that micro-batches and resumed runs see the same ones.
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -35,11 +35,12 @@ from rtdmd_cli.engine.algo.losses import clipped_policy_loss, gaussian_kl, rewar
 from rtdmd_cli.engine.backbones.base import Conditioning
 from rtdmd_cli.engine.compute import optim
 from rtdmd_cli.engine.compute.device import to_host, wait
-from rtdmd_cli.engine.rewards.scoring import Scores, require_judged
+from rtdmd_cli.engine.rewards.scoring import require_judged
 from rtdmd_cli.engine.rewards.sharing import gathered, require_work
 from rtdmd_cli.engine.training.matching import Boundary, add_matching_gradients, matching_loss
-from rtdmd_cli.engine.training.trainer import Draws, add, back_propagate, check, move_role
+from rtdmd_cli.engine.training.trainer import Draws, add, back_propagate, move_role
 from rtdmd_cli.engine.tune_reward.fake_score import matched_prompts, update_fake_score
+from rtdmd_cli.engine.tune_reward.pull import below_margin, take_pull
 from rtdmd_cli.engine.tune_reward.rollouts import (
     Rollouts,
     Tuner,
@@ -48,7 +49,6 @@ from rtdmd_cli.engine.tune_reward.rollouts import (
     roll_out,
     transition,
 )
-from rtdmd_cli.errors import NumericalError
 
 GENERATOR = "tune/generator"
 """Name of the random stream of the generator's turn; stage 1's is another."""
@@ -64,17 +64,20 @@ def tune(tuner: Tuner, epoch: int) -> None:
     core.begin()
     with core.processes.agreeing():
         rollouts = roll_out(tuner, epoch)
-        own = score(tuner, rollouts)
+        images = decoded(tuner, rollouts)
+        own = tuner.rewards.score(images, rollouts.prompts_of([i for part in rollouts.parts for i in part]))
     scores = gathered(core.processes, rollouts.prompts, own)
     rows = require_judged(scores, config.max_bad_share, f"epoch {epoch + 1}", tuner.tell)
     require_work(core.processes, rows, len(rollouts.prompts))
     rewards = {name: values[rows] for name, values in scores.rewards.items()}
     advantages = advantages_of(tuner, rewards, rows, len(rollouts.prompts))
     rollouts = replace(rollouts.only(rows), reward=tuner.rewards.combined(scores.rewards))
+    if tuner.backprop_weight:
+        with core.processes.agreeing():
+            rollouts = replace(rollouts, pull=take_pull(tuner, rollouts, images))
     if config.dmd_weight:  # nothing else needs the fake score
         update_fake_score(tuner, epoch, rollouts, advantages)
-    with tuner.rewards.hold_differentiable() if tuner.backprop_weight else nullcontext():
-        update_generator(tuner, epoch, rollouts, advantages)
+    update_generator(tuner, epoch, rollouts, advantages)
     core.metrics = core.processes.sum_figures(core.metrics)
     core.metrics |= {f"reward/{name}": float(values.mean()) for name, values in rewards.items()}
     if left_out := len(rollouts.prompts) - len(rows):
@@ -82,16 +85,15 @@ def tune(tuner: Tuner, epoch: int) -> None:
 
 
 @torch.no_grad()
-def score(tuner: Tuner, rollouts: Rollouts) -> Scores:
-    """Every reward of this process's decoded images."""
+def decoded(tuner: Tuner, rollouts: Rollouts) -> Tensor:
+    """This process's images [n,3,H,W], on the CPU."""
     backbone = tuner.core.backbone
     images = [
         to_host(backbone.decode(move(rollouts.x[rollouts.rows(part), -1], backbone.device)))
         for part in rollouts.parts
     ]
     wait(backbone.device)
-    own = [image for part in rollouts.parts for image in part]
-    return tuner.rewards.score(torch.cat(images), rollouts.prompts_of(own))
+    return torch.cat(images)
 
 
 def advantages_of(tuner: Tuner, rewards: dict[str, Tensor], rows: Tensor, count: int) -> Tensor:
@@ -112,11 +114,7 @@ def update_generator(tuner: Tuner, epoch: int, rollouts: Rollouts, advantages: T
     accumulate_generator(tuner, epoch, rollouts, advantages)
     total = config.epochs if config.lr_decay != "none" else None
     rate = optim.learning_rate_at(epoch, config.generator_lr, config.lr_warmup, total)
-    try:
-        move_role(core, "generator", core.generator_optimizer, rate, epoch)
-    except NumericalError:
-        tuner.rewards.require_finite()  # a reward at fault has a better name than the loss
-        raise
+    move_role(core, "generator", core.generator_optimizer, rate, epoch)
     decay = optim.ema_decay_at(epoch, config.ema_decay, warmup=False)
     optim.ema_update(core.ema, core.roles.named_parameters("generator"), decay)
     core.generator_updates += 1
@@ -189,29 +187,18 @@ def last_step_loss(
         matching = matching_loss(core, draws, [point], cond, share) / share
         loss = loss + config.dmd_weight * matching
     if tuner.backprop_weight:
+        assert rollouts.pull is not None
         places = below_margin(tuner, rollouts, draws.indices)
         pulled = [draws.indices[place] for place in places]
         if x0 is None or config.backprop_steps > 1:
             x0 = clean_latent(tuner, rollouts, pulled, cond.select(places), config.backprop_steps)
         else:
             x0 = x0[move(torch.tensor(places), x0.device)]
-        reward = tuner.rewards.differentiable_sum(core.backbone.decode(x0), rollouts.prompts_of(pulled))
-        check(core, "The weighted reward", reward.sum())
+        reward = rollouts.pull.reward_of(x0, rollouts.rows(pulled))
         hinge, part = reward_hinge_loss(reward, config.backprop_margin), len(pulled) / len(draws.indices)
         add(core, {"hinge_loss": hinge.loss, "hinge_active": hinge.metrics["active"]}, share * part)
         loss = loss + config.backprop_weight * part * hinge.loss
     return loss
-
-
-def below_margin(tuner: Tuner, rollouts: Rollouts, rows: Sequence[int]) -> list[int]:
-    """Places in `rows` of the images whose reward lies under the hinge's margin, by what was recorded.
-
-    The others have no gradient, so none is computed. At least one place, so that there is a gradient, if only of 0.
-    """
-    if rollouts.reward is None:
-        return list(range(len(rows)))
-    low = (rollouts.reward[list(rows)] < tuner.config.backprop_margin).tolist()
-    return [place for place, is_low in enumerate(low) if is_low] or [0]
 
 
 def clean_latent(

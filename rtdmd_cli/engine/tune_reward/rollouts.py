@@ -1,7 +1,6 @@
 """An epoch's images of stage 2: prompts, stochastic steps, latents and log-probabilities (method, section 4)."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Protocol
@@ -31,24 +30,19 @@ class Rewards(Protocol):
         """Names of those with a gradient."""
         ...
 
-    def hold_differentiable(self) -> AbstractContextManager[None]:
-        """Within the block the differentiable rewards stay loaded."""
-        ...
-
     def score(self, images: Tensor, prompts: Sequence[int]) -> Scores:
         """Each reward of images [N,3,H,W] on the CPU and their prompts' indices, and what could not be judged."""
         ...
 
     def combined(self, rewards: Mapping[str, Tensor]) -> Tensor | None:
-        """What `differentiable_sum` gives, [N], from rewards that are known; None where none is differentiable."""
+        """The values of `pull`, [N], from rewards that are known; None where none is differentiable."""
         ...
 
-    def differentiable_sum(self, images: Tensor, prompts: Sequence[int]) -> Tensor:
-        """Weighted sum [B] of the differentiable rewards, each over its divisor, with gradient to the images."""
-        ...
+    def pull(self, images: Tensor, prompts: Sequence[int], size: int) -> tuple[Tensor, Tensor]:
+        """Weighted sum [n] of the differentiable rewards, each over its divisor, and its gradient by images [n,3,H,W].
 
-    def require_finite(self) -> None:
-        """NumericalError, naming it, for a reward that gave `differentiable_sum` a value that is not finite."""
+        All on the CPU. size: how many pictures are judged at a time.
+        """
         ...
 
 
@@ -81,13 +75,30 @@ class Tuner:
 
 
 @dataclass(frozen=True)
+class Pull:
+    """Where the rewards pull the epoch's pictures, on the CPU; 0 for those that lie above the hinge's margin.
+
+    reward [n]: weighted sum of the differentiable rewards; gradient [n,C,H,W]: of it by the clean latent.
+    """
+
+    reward: Tensor
+    gradient: Tensor
+
+    def reward_of(self, x0: Tensor, rows: Sequence[int]) -> Tensor:
+        """The reward [b] of those rows, with its gradient to x0 [b,C,H,W], which holds their values."""
+        own = list(rows)
+        reward, gradient = (move(each[own], x0.device) for each in (self.reward, self.gradient))
+        return reward + ((x0 - x0.detach()) * gradient).flatten(1).sum(dim=1)
+
+
+@dataclass(frozen=True)
 class Rollouts:
     """The images of an epoch, on the CPU; of several processes each has its own part of the N images.
 
     x [n,T+1,C,H,W] float32: x[:, k] at `sigmas[k]`, the last the clean latent. logp [n,T-1] of the stochastic
     steps. prompts [N]: prompt indices, group after group. steps: the chosen ones. parts: this process's micro-batches,
     by the images' numbers; first: the number of its first image; count: images of all processes in any part.
-    reward [N]: weighted sum of the differentiable rewards, where it is known.
+    reward [N]: weighted sum of the differentiable rewards, where it is known. pull: their gradient, where it is followed.
     """
 
     x: Tensor
@@ -98,6 +109,7 @@ class Rollouts:
     first: int
     count: int
     reward: Tensor | None = None
+    pull: Pull | None = None
 
     def only(self, rows: Tensor) -> "Rollouts":
         """Without the other rows in any part: nothing is trained on them. All else is as it was, noise included."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,8 @@ from rtdmd_cli.engine.training.assembly import training_sigmas
 from rtdmd_cli.engine.training.trainer import Draws, Trainer
 from rtdmd_cli.engine.tune_reward import recipe as tune
 from rtdmd_cli.engine.tune_reward.fake_score import update_fake_score
-from rtdmd_cli.engine.tune_reward.rollouts import ROLLOUT, Rollouts, Tuner, conditioning, roll_out_part
+from rtdmd_cli.engine.tune_reward.pull import latent_gradient
+from rtdmd_cli.engine.tune_reward.rollouts import ROLLOUT, Pull, Rollouts, Tuner, conditioning, roll_out_part
 from rtdmd_cli.engine.tune_reward.run import tuner_on
 from tests.tiny_flux import TINY, tiny_config, tiny_folder
 
@@ -39,21 +39,14 @@ class Brightness:
     weights = {"brightness": 1.0}
     differentiable = ("brightness",)
 
-    @contextmanager
-    def hold_differentiable(self) -> Iterator[None]:
-        yield
-
     def score(self, images: Tensor, prompts: Sequence[int]) -> Scores:
         raise NotImplementedError
 
     def combined(self, rewards: Mapping[str, Tensor]) -> Tensor | None:
         return rewards["brightness"]
 
-    def differentiable_sum(self, images: Tensor, prompts: Sequence[int]) -> Tensor:
-        return images.mean(dim=(1, 2, 3))
-
-    def require_finite(self) -> None:
-        """Always."""
+    def pull(self, images: Tensor, prompts: Sequence[int], size: int) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
 
 
 def configs_of(folder: Path) -> dict[str, Any]:
@@ -141,7 +134,8 @@ def epoch_on_shapes(tuner: Tuner) -> Rollouts:
         x, logp = roll_out_part(tuner, Draws(tuner.core, ROLLOUT, 0, range(2)), cond, (0, 1))
     assert x.shape == (2, 4, *tuner.core.shape) and logp.shape == (2, 2)
     images, logps = torch.zeros(4, 4, *tuner.core.shape), torch.zeros(4, 2)
-    return Rollouts(images, logps, torch.tensor(PROMPTS), (0, 1), (range(2), range(2, 4)), 0, 4)
+    pull = Pull(torch.zeros(4), images[:, -1])
+    return Rollouts(images, logps, torch.tensor(PROMPTS), (0, 1), (range(2), range(2, 4)), 0, 4, pull=pull)
 
 
 @pytest.mark.parametrize(("name", "train", "boundaries"), CASES)
@@ -152,6 +146,9 @@ def test_a_turn_of_stage_2_reads_once(name: str, train: str, boundaries: str) ->
     tuner = tuner_on(sigmas, made.backbone, preset, Brightness(), 2, made.prompts(2).select, made.prompts(1))
     reading(tuner.core, reads)
     rollouts, advantages = epoch_on_shapes(tuner), torch.zeros(4)
+    x0 = torch.empty(2, *tuner.core.shape, device="meta")
+    side = preset.model.resolution
+    assert latent_gradient(made.backbone, x0, torch.empty(2, 3, side, side, device="meta")).shape == x0.shape
     update_fake_score(tuner, 0, rollouts, advantages)
     assert len(reads) == 1
     tune.update_generator(tuner, 0, rollouts, advantages)

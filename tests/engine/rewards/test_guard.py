@@ -191,25 +191,25 @@ def test_a_right_gradient_passes_and_is_right() -> None:
 
 def test_one_that_fails_where_its_gradient_is_taken() -> None:
     """In the middle of a training: exit code 5, and what was trained is saved."""
-    images = pictures().requires_grad_()
+    images = pictures()
     mixture = mixture_of(Mine(lambda images, known: sys.exit(0) if images.requires_grad else None))
-    assert mixture.score(images.detach(), [0, 1]).unjudged == ()
+    assert mixture.score(images, [0, 1]).unjudged == ()
     with pytest.raises(
         RewardFailure, match=r"my:Own raised SystemExit: 0 \(test_guard.py.*gradient is taken"
     ):
-        mixture.differentiable_sum(images, [0, 1])
+        mixture.pull(images, [0, 1], 2)
 
 
 def test_a_reward_does_not_change_the_pictures_of_the_next() -> None:
     def black(images: Tensor, metadata: Sequence[Any]) -> None:
         images.data.zero_()
 
-    images = pictures().requires_grad_()
+    images = pictures()
     mixture = mixture_of(Mine(black), Mine(lambda images, known: None))
-    total = mixture.differentiable_sum(images, [0, 1])
+    total, _ = mixture.pull(images, [0, 1], 2)
     torch.testing.assert_close(total, 2 * pictures().mean((1, 2, 3)))
     assert torch.equal(images, pictures())
-    found = mixture.score(images.detach(), [0, 1]).rewards
+    found = mixture.score(images, [0, 1]).rewards
     assert torch.equal(found["my:Own"], found["my:Own1"])
 
 

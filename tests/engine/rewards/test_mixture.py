@@ -84,16 +84,16 @@ def test_a_measurement_begins_with_the_rewards_held_out() -> None:
     assert torch.equal(scores["judge"], REWARDS["judge"][0].score(pictures(3), TEXTS, [{}] * 3))
 
 
-def test_the_differentiable_sum() -> None:
-    """Weighted, each over its divisor, without those that have no gradient; the gradient reaches the pixels."""
+@pytest.mark.parametrize("size", [1, 3, 4])
+def test_the_pull(size: int) -> None:
+    """Weighted, each over its divisor, without those that have no gradient; with the gradient by the pixels."""
     mixture = opened({"one": 3.0, "two": 0.5, "rule": 100.0}, ("judge",))
     assert mixture.differentiable == ("one", "two")
     images = pictures().requires_grad_()
-    total = mixture.differentiable_sum(images, [0, 1, 2, 0])
+    total, found = mixture.pull(images.detach(), [0, 1, 2, 0], size)
     one, two = (REWARDS[name][0].score(images, [""] * 4, [{}] * 4) for name in ("one", "two"))
     expected = 3.0 * one + 0.5 * two / 4
-    torch.testing.assert_close(total, expected)
-    (found,) = torch.autograd.grad(total.sum(), images)
+    torch.testing.assert_close(total, expected.detach())
     (wanted,) = torch.autograd.grad(expected.sum(), images)
     torch.testing.assert_close(found, wanted)
     assert found.abs().max() > 0
@@ -101,7 +101,7 @@ def test_the_differentiable_sum() -> None:
 
 @pytest.mark.parametrize("where", ["all", "one"])
 def test_when_rewards_are_loaded(where: str) -> None:
-    """With the real CLIPs of the shapes world. "one" holds one at a time, but those whose gradient is taken."""
+    """With the real CLIPs of the shapes world. "one" holds one at a time, where gradients are taken, too."""
     loads: list[str] = []
     trained, judge = SHAPES
     mixture = opened({trained: 1.0}, (judge,), where=where, find=counting(loads))
@@ -117,9 +117,7 @@ def test_when_rewards_are_loaded(where: str) -> None:
     real = shapes_clip.load(CPU).score(pictures(), [TEXTS[i] for i in (0, 1, 2, 0)], [{}] * 4)
     torch.testing.assert_close(first[trained], real)
     loads.clear()
-    with mixture.hold_differentiable():
-        for _ in range(3):
-            mixture.differentiable_sum(pictures(), [0, 1, 2, 0])
+    mixture.pull(pictures(), [0, 1, 2, 0], 1)
     assert loads == ([] if keep else [trained]) and (keep or not mixture._loaded)
 
 
@@ -135,7 +133,8 @@ def test_one_at_a_time_holds_no_two() -> None:
 
         mixture._entries[name] = replace(entry, load=load)
     mixture.score(pictures(), [0, 0, 1, 1])
-    assert held == [0, 0] and loads == list(SHAPES)
+    mixture.pull(pictures(), [0, 0, 1, 1], 2)
+    assert held == [0] * 4 and loads == [*SHAPES, *SHAPES]
 
 
 def test_rewards_are_freed_after_an_error() -> None:
@@ -145,20 +144,15 @@ def test_rewards_are_freed_after_an_error() -> None:
         raise DataError("No weights.", "Get them.")
 
     mixture._entries["two"] = replace(mixture._entries["two"], load=fail)
-    with pytest.raises(DataError), mixture.hold_differentiable():
-        pass
+    with pytest.raises(DataError):
+        mixture.pull(pictures(), [0, 1, 2, 0], 4)
     assert mixture._loaded == {}
 
 
 def test_a_gradient_is_not_taken_of_a_score_that_is_not_finite() -> None:
-    """It passes where it is computed, as reading it would stall the device; before anything moves it is named."""
     mixture = opened({"one": 1.0, "broken": 1.0})
-    with mixture.hold_differentiable():
-        assert not mixture.differentiable_sum(pictures(), [2, 0, 0, 1]).isfinite().any()
     with pytest.raises(NumericalError, match=r"The reward broken is not finite for prompt 3 \('a ring'\)"):
-        mixture.require_finite()
-    with mixture.hold_differentiable():
-        mixture.require_finite()  # what an earlier turn asked is over
+        mixture.pull(pictures(), [2, 0, 0, 1], 2)
 
 
 def test_an_unknown_reward_names_the_nearest() -> None:

@@ -91,7 +91,8 @@ def place(name: str, stage: Stage) -> tuple[Any, str, int, bool]:
         "average": (optim, "ema_update", 0, True),
         "decoding": (backbone, "decode", 0, False),
         "rewards": (rewards, "score", 0, True),
-        "the reward's gradient": (rewards, "differentiable_sum", 0, True),
+        "the gradient of decoding": (backbone, "decode", 1, False),
+        "the reward's gradient": (rewards, "pull", 0, True),
     }[name]
 
 
@@ -105,8 +106,9 @@ BOTH = (
     "generator's optimiser",
     "average",
 )
+REWARDED = ("decoding", "rewards", "the reward's gradient", "the gradient of decoding")
 CASES = [("distill", name) for name in BOTH]
-CASES += [("tune-reward", name) for name in (*BOTH, "decoding", "rewards", "the reward's gradient")]
+CASES += [("tune-reward", name) for name in (*BOTH, *REWARDED)]
 
 
 @pytest.fixture(scope="module")

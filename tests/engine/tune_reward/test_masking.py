@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from rtdmd_cli.engine.storage.checkpoint import Checkpoint, checkpoint_steps, lo
 from rtdmd_cli.engine.storage.run_folder import RunFolder
 from rtdmd_cli.engine.training.start import Start
 from rtdmd_cli.engine.tune_reward import recipe as tune_reward
-from rtdmd_cli.engine.tune_reward.recipe import advantages_of, tune, update_generator
+from rtdmd_cli.engine.tune_reward.pull import take_pull
+from rtdmd_cli.engine.tune_reward.recipe import advantages_of, decoded, tune, update_generator
 from rtdmd_cli.engine.tune_reward.rollouts import Rollouts, Tuner, roll_out
 from rtdmd_cli.errors import RewardFailure
 from tests.engine.tune_reward.test_recipe import assert_close, expected_gradient, gradients, weights
@@ -117,7 +118,10 @@ def test_the_gradient_is_that_of_the_others_alone() -> None:
     cond = tuner.core.conditioning(others.prompts.tolist())
     expected = expected_gradient(tuner, others, cond, advantages[:5], 1)
     tuner.core.metrics = {}
-    update_generator(tuner, 1, rollouts.only(rows), advantages)
+    chosen = rollouts.only(rows)
+    pull = take_pull(tuner, chosen, decoded(tuner, rollouts))
+    assert not pull.gradient[5].any() and pull.gradient[:5].flatten(1).any(dim=1).all()
+    update_generator(tuner, 1, replace(chosen, pull=pull), advantages)
     assert_close(gradients(tuner), expected)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,7 +17,8 @@ from rtdmd_cli.engine.training.matching import add_fake_gradients, add_matching_
 from rtdmd_cli.engine.training.trainer import Draws
 from rtdmd_cli.engine.tune_reward import recipe as tune_reward
 from rtdmd_cli.engine.tune_reward.fake_score import FAKE, update_fake_score
-from rtdmd_cli.engine.tune_reward.recipe import tune, update_generator
+from rtdmd_cli.engine.tune_reward.pull import take_pull
+from rtdmd_cli.engine.tune_reward.recipe import decoded, tune, update_generator
 from rtdmd_cli.engine.tune_reward.rollouts import Rollouts, Tuner, chosen_prompts, chosen_steps, roll_out
 from rtdmd_cli.engine.tune_reward.run import stage_1_settings
 from rtdmd_cli.errors import NumericalError, RewardFailure
@@ -51,8 +53,10 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], rtol: fl
 
 
 def epoch_of(tuner: Tuner, epoch: int = 1) -> tuple[Rollouts, Conditioning, Tensor]:
-    """Rollouts, their encoded prompts, and advantages that are not symmetric."""
+    """Rollouts with their pull, encoded prompts, and advantages that are not symmetric."""
     rollouts = roll_out(tuner, epoch)
+    if tuner.backprop_weight:
+        rollouts = replace(rollouts, pull=take_pull(tuner, rollouts, decoded(tuner, rollouts)))
     advantages = torch.tensor([1.5, -0.5, 0.25, -2.0])[: len(rollouts.prompts)]
     return rollouts, tuner.core.conditioning(rollouts.prompts.tolist()), advantages
 
