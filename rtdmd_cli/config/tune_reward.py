@@ -31,7 +31,7 @@ class TuneRewardConfig(TrainingSection):
     )
     rewards_in_memory: Literal["all", "one"] = Field(
         default="all",
-        description="reward models held at a time; one loads each when its turn comes, those with a gradient together",
+        description="reward models held at a time; one loads each when its turn comes",
     )
     max_bad_share: float = Field(
         default=0.1,

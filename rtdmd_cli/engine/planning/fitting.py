@@ -46,7 +46,7 @@ QUICK: dict[str, Any] = {
 """Where the search begins; `distill.boundaries_batched` too, where every boundary is used."""
 SAVINGS = (
     Saving(
-        "tune_reward.rewards_in_memory", "one", "reward models are loaded once an epoch, which takes seconds"
+        "tune_reward.rewards_in_memory", "one", "reward models are loaded anew each epoch, which takes seconds"
     ),
     Saving("hardware.optimizer", "adamw8bit", "optimiser states in 8 bits, at no cost of time"),
     Saving("hardware.vae_tiling", True, "pictures are decoded one at a time"),
