@@ -66,14 +66,16 @@ def plan(
             raise UsageError(
                 "`--fit` needs a card.", "Give its memory or its name: --vram 24, or --gpu 4090."
             )
-        chosen = fitting.fit(resolved.preset, stages, memory)
+        with console.working(quiet) as say:
+            chosen = fitting.fit(resolved.preset, stages, memory, tell=say)
         path = out or Path(f"{resolved.preset.name}-fit.yaml")
         fitting.write(chosen, preset, path)
-        for line in chosen.reasons:
-            console.say(line, quiet)
+        console.say(chosen.reasons[-1], quiet)
         console.say(f"Written to {path}. Use it: rtdmd distill --preset {path}", quiet)
         resolved = load_preset(str(path))
-    made = make_plan(resolved.preset, stages, gpu)
+    with console.working(quiet) as say:
+        say("counting memory and operations on shapes alone")
+        made = make_plan(resolved.preset, stages, gpu)
     for each in made.stages:
         keep(resolved.sha256, each.stage, made.totals(each))
     console.show(answer(resolved, made, memory), True) if json_output else show(resolved, made, memory)

@@ -1,7 +1,8 @@
 """The quickest settings of a preset that fit a card, found in a fixed order, and written as a preset of their own.
 
 It begins with everything that is quick and takes memory. While the plan does not fit, what costs the least time is given
-up first (`SAVINGS`, in this order). A saving that changes nothing is taken back. Then the micro-batch grows while it fits.
+up first: of `SAVINGS`, in this order, the first that makes the peak smaller, from the top anew after each choice, as another
+phase may be the largest by then. Then the micro-batch grows while it fits.
 The images of an update stay, so that the step is the same up to rounding; a base in 8 or 4 bits changes it, and comes late.
 """
 
@@ -46,7 +47,9 @@ QUICK: dict[str, Any] = {
 """Where the search begins; `distill.boundaries_batched` too, where every boundary is used."""
 SAVINGS = (
     Saving(
-        "tune_reward.rewards_in_memory", "one", "reward models are loaded anew each epoch, which takes seconds"
+        "tune_reward.rewards_in_memory",
+        "one",
+        "reward models are loaded anew each epoch, which takes seconds",
     ),
     Saving("hardware.optimizer", "adamw8bit", "optimiser states in 8 bits, at no cost of time"),
     Saving("hardware.vae_tiling", True, "pictures are decoded one at a time"),
@@ -83,38 +86,60 @@ Planner: TypeAlias = Callable[[Preset, StageName], StagePlan]
 """`plan.plan_stage`, or what stands for it."""
 
 
-def fit(preset: Preset, stages: Sequence[StageName], memory: float, plan: Planner = plan_stage) -> Fitted:
-    """The quickest settings whose plan leaves SPARE of `memory` GB free.
+def silent(line: str) -> None:
+    """Tells nobody."""
+
+
+def fit(
+    preset: Preset,
+    stages: Sequence[StageName],
+    memory: float,
+    plan: Planner = plan_stage,
+    tell: Callable[[str], None] = silent,
+) -> Fitted:
+    """The quickest settings whose plan leaves SPARE of `memory` GB free. tell: gets a line for what is tried and chosen.
 
     EnvironmentFailure, saying by how much, where none fits.
     """
     limit = memory * GIB * (1 - SPARE)
     current, reasons = changed(preset, start_of(preset)), list[str]()
 
-    def planned(candidate: Preset) -> StagePlan:
+    def planned(candidate: Preset, what: str) -> StagePlan:
+        tell(f"counting with {what}")
         return peak_of([plan(candidate, stage) for stage in stages])
 
-    worst = planned(current)
-    for saving in savings_of(current):
-        if worst.card <= limit:
+    worst = planned(current, "everything that is quick")
+    left = savings_of(current)
+    while worst.card > limit:
+        for saving in left:
+            candidate = changed(current, {saving.key: saving.value})
+            found = planned(candidate, f"{saving.key}: {saving.value}")
+            if found.card < worst.card:
+                break
+        else:
             break
-        candidate = changed(current, {saving.key: saving.value})
-        found = planned(candidate)
-        if found.card < worst.card:
-            lines = f"{gib(worst.card)} to {gib(found.card)} GiB"
-            reasons.append(f"{saving.key}: {saving.value}, {lines}; {saving.why}")
-            current, worst = candidate, found
+        lines = f"{gib(worst.card)} to {gib(found.card)} GiB"
+        reasons.append(f"{saving.key}: {saving.value}, {lines}; {saving.why}")
+        tell(reasons[-1])
+        current, worst = candidate, found
+        left = [each for each in left if each.key != saving.key or stronger(each, saving)]
     if worst.card > limit:
         raise EnvironmentFailure(
             f"{preset.name} does not fit {memory:g} GB: with every saving {worst.stage} takes {gib(worst.card)} GiB in its "
             f"{worst.deciding.name}, {gib(worst.card - limit)} GiB too much ({SPARE:.0%} are kept free).",
             "Lower model.resolution, train with smaller adapters (distill.lora.rank), or use a larger card.",
         )
+    tell("counting with other micro-batches")
     current, more = grown(current, stages, limit, plan)
     reasons += more
-    worst = planned(current) if more else worst
+    worst = planned(current, "the largest of them") if more else worst
     reasons.append(f"{gib(worst.card)} GiB of {memory:g}, in the {worst.deciding.name} of {worst.stage}")
     return Fitted(current, reasons)
+
+
+def stronger(one: Saving, other: Saving) -> bool:
+    """Whether it saves more by the same setting: it stands further down."""
+    return SAVINGS.index(one) > SAVINGS.index(other)
 
 
 def start_of(preset: Preset) -> dict[str, Any]:

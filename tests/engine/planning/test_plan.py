@@ -118,12 +118,25 @@ def simple_plan(preset: Preset, stage: StageName) -> StagePlan:
     return StagePlan(stage, (phase,), {"load": 0}, {}, 1.0)
 
 
+def test_a_saving_that_helps_later_comes_before_a_dearer_one() -> None:
+    """Decoding is the largest phase only once activations are computed again; then tiles come before 8 bits."""
+
+    def two_phases(preset: Preset, stage: StageName) -> StagePlan:
+        turn, hardware = simple_plan(preset, stage), preset.hardware
+        taken = {"weights": (1.0 if hardware.vae_tiling else 5.5) * GIB}
+        decode = Phase("decode", {name: int(size) for name, size in taken.items()}, 1)
+        return StagePlan(stage, (*turn.phases, decode), {"load": 0}, {}, 1.0)
+
+    found = fitting.fit(built_in(), ("distill",), 6.25, two_phases).preset.hardware
+    assert (found.gradient_checkpointing, found.vae_tiling, found.base) == (True, True, "plain")
+
+
 def test_fitting_gives_up_what_costs_least_and_fills_the_card(tmp_path: Path) -> None:
-    preset = built_in("distill.batch=8")
+    preset, said = built_in("distill.batch=8"), list[str]()
     roomy = fitting.fit(preset, ("distill",), 24.0, simple_plan)
     assert roomy.preset.hardware.base == "plain" and not roomy.preset.hardware.gradient_checkpointing
     assert roomy.preset.distill.micro_batch == 8 == roomy.preset.distill.batch
-    tight = fitting.fit(preset, ("distill",), 6.25, simple_plan)  # 5.75 GiB without the spare
+    tight = fitting.fit(preset, ("distill",), 6.25, simple_plan, said.append)  # 5.75 GiB without the spare
     hardware = tight.preset.hardware
     assert (hardware.optimizer, hardware.gradient_checkpointing, hardware.base) == (
         "adamw8bit",
@@ -132,6 +145,7 @@ def test_fitting_gives_up_what_costs_least_and_fills_the_card(tmp_path: Path) ->
     )
     assert not hardware.vae_tiling  # it would save nothing
     assert tight.preset.distill.micro_batch == 1 and len(tight.reasons) == 3
+    assert said[-2] == tight.reasons[1] and "counting with hardware.base: nf4" not in said
     with pytest.raises(EnvironmentFailure, match=r"0\.\d+ GiB too much"):
         fitting.fit(preset, ("distill",), 2.0, simple_plan)
     path = tmp_path / "own.yaml"
