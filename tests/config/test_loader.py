@@ -138,25 +138,14 @@ def test_a_model_without_a_published_run_has_the_settings_of_another(name: str) 
     assert "untested" in load(name).preset.description and "Ours, and untested on the real model" in text
 
 
-WITHOUT_HPSV2 = (
-    "sd3-4step-16gb",
-    "flux2-klein-4b-4step-24gb",
-    "flux2-klein-9b-4step-24gb",
-    "flux1-4step-overnight",
-)
-"""With its gradient stage 2 would not fit their cards."""
-
-
 @pytest.mark.parametrize("name", SMALL)
 def test_a_small_card_changes_nothing_but_size_length_and_storage(name: str) -> None:
     own, parent = (preset_values(load(each).preset) for each in (name, SMALL[name]))
     differing = {key for key in own if own[key] != parent[key] and not key.startswith("hardware.")}
     rest = {"name", "description", "distill.iterations", "tune_reward.epochs"}
     rest |= {"distill.save_every", "distill.sample_every", "tune_reward.rewards_in_memory", "evaluate.batch"}
-    more = {"sd3-4step": {"model.resolution"}, "qwenimage-4step": {"tune_reward.backprop_weight"}}
-    held = {"tune_reward.rewards", "tune_reward.held_out"} if name in WITHOUT_HPSV2 else set()
-    assert differing == rest | held | more.get(SMALL[name], set())
-    assert not held or "HPSv2 measures and is not trained on" in preset_text(name)
+    more = {"model.resolution"} if SMALL[name] == "sd3-4step" else set()
+    assert differing == rest | more
     assert own["model.resolution"] == 512 and own["distill.iterations"] == 3000
 
 
@@ -173,8 +162,7 @@ def test_a_night_changes_length_batches_and_what_held_in_the_built_in_world(name
     means |= {"tune_reward.matching", "tune_reward.matching_images", "tune_reward.backprop_steps"}
     sizes = {"name", "description", "distill.iterations", "distill.batch", "distill.fake_per_generator"}
     sizes |= {"distill.sample_every", "tune_reward.epochs", "tune_reward.images_per_epoch"}
-    held = {"tune_reward.rewards", "tune_reward.held_out"} if name in WITHOUT_HPSV2 else set()
-    assert means | sizes | held <= differing <= means | sizes | held | kept
+    assert means | sizes <= differing <= means | sizes | kept
 
 
 def test_an_installed_package_uses_its_own_presets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
