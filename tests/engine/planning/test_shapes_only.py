@@ -30,7 +30,7 @@ from rtdmd_cli.engine.tune_reward.run import tuner_on
 from tests.tiny_flux import TINY, tiny_config, tiny_folder
 
 PROMPTS = [0, 0, 1, 1]
-STEPS = (1000, 900, 600)  # of a rollout: two that draw noise and the last
+STEPS = (1000, 700, 400)  # of a rollout: two that draw noise and the last
 
 
 class Brightness:
