@@ -19,7 +19,8 @@ from rtdmd_cli.cli.launching import children, without_option
 from rtdmd_cli.engine.storage.checkpoint import load_checkpoint
 from rtdmd_cli.engine.storage.run_folder import RunFolder
 from tests.cli.test_distill import write_preset
-from tests.commands import ENDLESS, ROOT, Done, World, as_overrides, fork, launch, signalled, wait
+from tests.commands import ENDLESS, PROGRAM, Done, World, as_overrides, fork, launch, signalled, wait
+from tests.engine.compute import two_processes
 
 TWO = ("--processes", "2")
 TUNING = {
@@ -47,16 +48,21 @@ def tune(name: str, *arguments: str) -> tuple[str, ...]:
     return ("tune-reward", *given, "--from", "runs/one", "--name", name, "--json", *arguments)
 
 
-def both(folder: Path, *arguments: str) -> Done:
-    """The command in two forked processes; how the one that speaks ended, if the other ended well too."""
+def fork_both(folder: Path, *arguments: str, program: str = PROGRAM) -> tuple[Done, Done]:
+    """The command in two forked processes; how they ended."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
     ranks = ({"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2))
-    speaking, silent = (fork(folder, *arguments, **meeting, **rank) for rank in ranks)
-    done, other = wait(speaking), wait(silent)
-    assert (other.code, other.out) == (done.code, ""), other.err
-    return done
+    first, second = [fork(folder, *arguments, program=program, **meeting, **rank) for rank in ranks]
+    return wait(first), wait(second)
+
+
+def both(folder: Path, *arguments: str) -> Done:
+    """The command in two forked processes; how the one that speaks ended, if the other ended well too."""
+    speaking, silent = fork_both(folder, *arguments)
+    assert (silent.code, silent.out) == (speaking.code, ""), silent.err
+    return speaking
 
 
 @pytest.fixture(scope="module")
@@ -141,12 +147,9 @@ def test_the_launcher_finds_the_processes_that_a_second_signal_is_for() -> None:
 
 
 def test_what_happens_in_one_process_is_known_to_all(tmp_path: Path) -> None:
-    """A script of two processes: sums, rows in order, and a failure of one that stops the other."""
-    options = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"]
-    quiet = ["--mixed_precision", "no", "--dynamo_backend", "no"]
-    script = str(ROOT / "tests/engine/compute/two_processes.py")
-    done = wait(launch(tmp_path, "accelerate.commands.launch", *options, *quiet, script))
-    lines = sorted(line for line in done.out.splitlines() if line.startswith("process "))
-    assert lines == ["process 0: all right, other stopped with 5", "process 1: all right, stopped with 5"], (
-        done.err
-    )
+    """Two processes: sums, rows in order, and a failure of one that stops the other."""
+    done = fork_both(tmp_path, program=two_processes.__name__)
+    assert [each.out.splitlines()[-1:] for each in done] == [
+        ["process 0: all right, other stopped with 5"],
+        ["process 1: all right, stopped with 5"],
+    ], [each.err for each in done]

@@ -1,6 +1,4 @@
-"""Run by two processes of `tests/cli/test_processes.py`: each prints one line if all is right."""
-
-import sys
+"""Run in two processes by `tests/cli/test_processes.py`: each prints one line if all is right."""
 
 import torch
 from torch.nn import Parameter
@@ -10,7 +8,7 @@ from rtdmd_cli.engine.compute.processes import join, require_parts
 from rtdmd_cli.errors import NumericalError, RtdmdError, UsageError
 
 
-def main() -> None:
+def main() -> int:
     """Everything that processes do together."""
     processes, device = join(torch.device("cpu"))
     number = processes.index
@@ -42,8 +40,5 @@ def main() -> None:
         text = f"stopped with {error.exit_code}"
     except RtdmdError as error:
         text = f"other stopped with {error.exit_code}"
-    sys.stdout.write(f"process {number}: all right, {text}\n")  # in one piece: both write to the same pipe
-    sys.stdout.flush()
-
-
-main()
+    print(f"process {number}: all right, {text}")
+    return 0
