@@ -185,7 +185,7 @@ def test_real_commands_stopped_in_the_middle_go_on(tmp_path: Path) -> None:
     values += ["tune_reward.watch.features=null", "model.teacher_steps=8"]
     options = [word for value in values for word in ("--set", value)]
     options += ["--out", str(tmp_path / "out"), "--limit", "6", "--seeds", "1", "--only", "stage2", "--json"]
-    first = cell_of("stage2", 0, *reproduce.OWN, *values, limit=6)
+    first = cell_of("stage2", 0, *reproduce.OWN[PRESET], *values, limit=6)
     assert first.stage_1 is not None
     folder = tmp_path / "out/runs" / first.stage_1.run_name
     with pytest.MonkeyPatch.context() as patch:
@@ -330,7 +330,7 @@ def test_what_another_call_filled_in_meanwhile_stands_in_the_table(
 def test_kept_cells_are_whole_and_of_the_present_preset() -> None:
     """A cell of other settings would be of no use: it is removed when the preset changes."""
     kept = sorted((runner.ROOT / "scripts/reproduce/cells").glob("*.json"))
-    request = Request(PRESET, reproduce.OWN)
+    request = Request(PRESET, reproduce.OWN[PRESET])
     rows = table_rows(load_preset(PRESET, request.overrides, {}).preset)
     known = {f"{cell.name}.json": cell for cell in table_cells(request, rows, 3, 3)}
     assert kept and {path.name for path in kept} <= known.keys()
