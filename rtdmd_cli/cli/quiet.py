@@ -14,7 +14,7 @@ TELEMETRY = {
     "GRADIO_ANALYTICS_ENABLED": "False",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "ORT_DISABLE_TELEMETRY": "1",  # onnxruntime, which diffusers imports where it is installed
-    "PYDANTIC_DISABLE_PLUGINS": "__all__",  # logfire's reports what is validated; to look for any takes 0.06 s
+    "PYDANTIC_DISABLE_PLUGINS": "__all__",  # logfire's reports what is validated
     "WANDB_ERROR_REPORTING": "false",  # to its maker, also of runs that are sent nowhere
 }
 """The switches of libraries that would report to somebody, and their values that turn that off."""
