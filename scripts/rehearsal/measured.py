@@ -51,6 +51,8 @@ PHASES = {
     ),
     "rollout": (("rtdmd_cli.engine.tune_reward.recipe", "", "roll_out"),),
     "rewards": (("rtdmd_cli.engine.rewards.mixture", "RewardMixture", "score"),),
+    "gradient of rewards": (("rtdmd_cli.engine.rewards.mixture", "RewardMixture", "pull"),),
+    "gradient of decode": (("rtdmd_cli.engine.tune_reward.pull", "", "latent_gradient"),),
     "save": (("rtdmd_cli.engine.training.session", "", "save"),),
 }
 """Phase -> module, class ("" for none) and name of the functions that are it."""
