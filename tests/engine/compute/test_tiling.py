@@ -6,6 +6,7 @@ from diffusers import AutoencoderKL
 
 from rtdmd_cli.engine.compute import tiling
 from rtdmd_cli.engine.compute.tiling import enable_tiling
+from rtdmd_cli.engine.planning.account import Account
 
 
 def autoencoder(sample_size: int) -> AutoencoderKL:
@@ -39,3 +40,30 @@ def test_a_tiled_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tiled[0].shape == whole[0].shape
     assert 0 < float((tiled[0] - whole[0]).norm() / whole[0].norm()) < 0.5
     torch.testing.assert_close(tiled[1], whole[1])
+
+
+@pytest.mark.parametrize("side", [16, 64])
+def test_a_gradient_through_tiles(monkeypatch: pytest.MonkeyPatch, side: int) -> None:
+    """That of diffusers' own tiles, which hold every tile's activations; here those of one, and of one alone as they are."""
+    monkeypatch.setattr(tiling, "TILE", 32)
+    drawn = torch.Generator().manual_seed(1)
+    latents = torch.randn(1, 4, side, side, generator=drawn)
+    pull = torch.randn(1, 3, 2 * side, 2 * side, generator=drawn)
+    found, held = [], []
+    for own in (False, True):
+        vae, x = autoencoder(1024).requires_grad_(False), latents.clone().requires_grad_()
+        tiled = vae.tiled_decode
+        enable_tiling(vae)
+        if not own:
+            vae.tiled_decode = tiled
+        account = Account()
+        with account:
+            picture = vae.decode(x, return_dict=False)[0]
+            held.append(account.live)
+            (picture * pull).sum().backward()
+        found.append((picture.detach(), x.grad))
+    for own, theirs in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(own, theirs)
+    assert found[1][1].any() and (held[1] < 0.2 * held[0] if side == 64 else held[1] == held[0])
+    with torch.no_grad():
+        torch.testing.assert_close(vae.decode(latents, return_dict=False)[0], found[1][0])
