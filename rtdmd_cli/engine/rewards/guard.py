@@ -138,6 +138,8 @@ def picture_gradient(
 ) -> Tensor:
     """The gradient [n,3,H,W] of the scores' sum by images [n,3,H,W]. Failed as `answer_with_gradient`, and if not finite."""
     gradient = scores_and_gradient(reward, images, texts, metadata, seconds)[1]
+    if gradient is None:
+        raise Failed(NO_GRADIENT)
     if not bool(gradient.isfinite().all()):
         raise Failed("has a gradient to the pictures that is not finite")
     return gradient
@@ -145,15 +147,15 @@ def picture_gradient(
 
 def scores_and_gradient(
     reward: Reward, images: Tensor, texts: Sequence[str], metadata: Sequence[Metadata], seconds: float | None
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Scores [n] and the gradient [n,3,H,W] of their sum by images [n,3,H,W]. Failed as `answer_with_gradient`.
 
-    What is not finite is passed on as it is.
+    What is not finite is passed on as it is; None for the gradient of such scores that have none.
     """
     own = images.detach().clone().requires_grad_()
     scores = answer_with_gradient(reward, own, texts, metadata, seconds)
     if not scores.requires_grad:  # then they are not finite
-        return scores, torch.full_like(own, torch.nan)
+        return scores, None
 
     def backward() -> Tensor | None:
         return torch.autograd.grad(scores.sum(), own, allow_unused=True)[0]

@@ -117,8 +117,10 @@ class RewardMixture:
             with self._hold([name]) as (reward,):
                 for start in range(0, len(images), size):
                     part = move(images[start : start + size], self._device)
-                    answer = self._scores_and_gradient(name, reward, part, prompts[start : start + size])
-                    found.append((to_host(answer[0].float()), to_host(answer[1].float())))
+                    values, by_picture = self._scores_and_gradient(
+                        name, reward, part, prompts[start : start + size]
+                    )
+                    found.append((to_host(values.float()), to_host(by_picture.float())))
                 wait(self._device)
             values, by_picture = (torch.cat(each) for each in zip(*found, strict=True))
             self._require_finite(name, "", values, prompts)
@@ -132,12 +134,15 @@ class RewardMixture:
     ) -> tuple[Tensor, Tensor]:
         chosen = self.prompts.pick(prompts)
         try:
-            return scores_and_gradient(reward, images, chosen.texts, chosen.metadata, self._limits.seconds)
+            values, gradient = scores_and_gradient(
+                reward, images, chosen.texts, chosen.metadata, self._limits.seconds
+            )
         except Failed as failed:
             raise RewardFailure(
                 f"The reward {name} {failed}{failed.place}, where its gradient is taken.",
                 f"Check it, then go on with --resume: rtdmd rewards check {name}",
             ) from failed
+        return values, torch.full_like(images, torch.nan) if gradient is None else gradient
 
     def _require_finite(self, name: str, what: str, values: Tensor, prompts: Sequence[int]) -> None:
         """NumericalError for the first of values [n] that is not."""
