@@ -223,7 +223,8 @@ def host_bytes(facts: Facts, found: Mapping[str, int]) -> dict[str, int]:
     if facts.stage == "tune-reward":
         side = preset.model.resolution
         latents = (len(preset.sampler.raw_steps) + 1) * found["latent"] * 4
-        held += preset.tune_reward.images_per_epoch * (latents + 3 * side * side * 4)
+        pictures = 1 + bool(preset.tune_reward.backprop_weight)  # and as many numbers of their gradient
+        held += preset.tune_reward.images_per_epoch * (latents + pictures * 3 * side * side * 4)
     return phases | {"train": PROCESS + held}
 
 

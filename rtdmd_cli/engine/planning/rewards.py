@@ -115,6 +115,8 @@ class RewardsOnShapes:
         """Not known, so that every image takes part in back-propagation."""
         return None
 
-    def pull(self, images: Tensor, prompts: Sequence[int], size: int) -> tuple[Tensor, Tensor]:
+    def pull(
+        self, images: Tensor, rows: Sequence[int], prompts: Sequence[int], size: int
+    ) -> tuple[Tensor, Tensor]:
         """Never called, as `score`: each reward's part is a phase of its own."""
         raise AssertionError("gradients on shapes")

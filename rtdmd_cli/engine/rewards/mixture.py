@@ -105,28 +105,28 @@ class RewardMixture:
     def _scale(self, name: str) -> float:
         return self.weights[name] / self._entries[name].divisor
 
-    def pull(self, images: Tensor, prompts: Sequence[int], size: int) -> tuple[Tensor, Tensor]:
-        """Weighted sum [n] of the differentiable rewards, each over its divisor, and its gradient by images [n,3,H,W].
+    def pull(
+        self, images: Tensor, rows: Sequence[int], prompts: Sequence[int], size: int
+    ) -> tuple[Tensor, Tensor]:
+        """Weighted sum [r] of the differentiable rewards, each over its divisor, and its gradient [r,3,H,W] by the images.
 
-        All on the CPU. One reward after another, on `size` pictures at a time. RewardFailure for a reward that fails,
-        NumericalError for one whose value or gradient is not finite.
+        Of the `rows` of images [n,3,H,W], with a prompt for each row; all on the CPU, where the gradient is the only copy of
+        that size that is made. One reward after another, on `size` pictures at a time. RewardFailure for a reward that
+        fails, NumericalError for one whose value or gradient is not finite.
         """
-        total, gradient = torch.zeros(len(images)), torch.zeros_like(images)
+        total, gradient = torch.zeros(len(rows)), images.new_zeros(len(rows), *images.shape[1:])
         for name in self.differentiable:
-            scale, found = self._scale(name), list[tuple[Tensor, Tensor]]()
             with self._hold([name]) as (reward,):
-                for start in range(0, len(images), size):
-                    part = move(images[start : start + size], self._device)
-                    values, by_picture = self._scores_and_gradient(
-                        name, reward, part, prompts[start : start + size]
-                    )
-                    found.append((to_host(values.float()), to_host(by_picture.float())))
-                wait(self._device)
-            values, by_picture = (torch.cat(each) for each in zip(*found, strict=True))
-            self._require_finite(name, "", values, prompts)
-            self._require_finite(name, "'s gradient", by_picture.flatten(1).sum(dim=1), prompts)
-            total += scale * values
-            gradient += scale * by_picture
+                for start in range(0, len(rows), size):
+                    part = slice(start, start + size)
+                    given = move(images[list(rows[part])], self._device)
+                    found = self._scores_and_gradient(name, reward, given, prompts[part])
+                    values, by_picture = (to_host(each.float()) for each in found)
+                    wait(self._device)
+                    self._require_finite(name, "", values, prompts[part])
+                    self._require_finite(name, "'s gradient", by_picture.flatten(1).sum(dim=1), prompts[part])
+                    total[part].add_(values, alpha=self._scale(name))
+                    gradient[part].add_(by_picture, alpha=self._scale(name))
         return total, gradient
 
     def _scores_and_gradient(

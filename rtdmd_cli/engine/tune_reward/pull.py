@@ -30,7 +30,7 @@ def take_pull(tuner: Tuner, rollouts: Rollouts, images: Tensor) -> Pull:
         parts.append(rollouts.rows(pulled))
     rows = [row for part in parts for row in part]
     prompts = rollouts.prompts_of([row + rollouts.first for row in rows])
-    values, by_picture = tuner.rewards.pull(images[rows], prompts, max(len(part) for part in parts))
+    values, by_picture = tuner.rewards.pull(images, rows, prompts, max(len(part) for part in parts))
     gradients, start = [], 0
     for part in parts:
         x0 = move(rollouts.x[part, -1], device)

@@ -38,10 +38,12 @@ class Rewards(Protocol):
         """The values of `pull`, [N], from rewards that are known; None where none is differentiable."""
         ...
 
-    def pull(self, images: Tensor, prompts: Sequence[int], size: int) -> tuple[Tensor, Tensor]:
-        """Weighted sum [n] of the differentiable rewards, each over its divisor, and its gradient by images [n,3,H,W].
+    def pull(
+        self, images: Tensor, rows: Sequence[int], prompts: Sequence[int], size: int
+    ) -> tuple[Tensor, Tensor]:
+        """Weighted sum [r] of the differentiable rewards, each over its divisor, and its gradient [r,3,H,W] by the images.
 
-        All on the CPU. size: how many pictures are judged at a time.
+        Of the `rows` of images [n,3,H,W], with a prompt for each row; all on the CPU. size: how many are judged at a time.
         """
         ...
 

@@ -45,7 +45,9 @@ class Brightness:
     def combined(self, rewards: Mapping[str, Tensor]) -> Tensor | None:
         return rewards["brightness"]
 
-    def pull(self, images: Tensor, prompts: Sequence[int], size: int) -> tuple[Tensor, Tensor]:
+    def pull(
+        self, images: Tensor, rows: Sequence[int], prompts: Sequence[int], size: int
+    ) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
 

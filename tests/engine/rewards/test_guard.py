@@ -197,7 +197,7 @@ def test_one_that_fails_where_its_gradient_is_taken() -> None:
     with pytest.raises(
         RewardFailure, match=r"my:Own raised SystemExit: 0 \(test_guard.py.*gradient is taken"
     ):
-        mixture.pull(images, [0, 1], 2)
+        mixture.pull(images, range(2), [0, 1], 2)
 
 
 def test_a_reward_does_not_change_the_pictures_of_the_next() -> None:
@@ -206,7 +206,7 @@ def test_a_reward_does_not_change_the_pictures_of_the_next() -> None:
 
     images = pictures()
     mixture = mixture_of(Mine(black), Mine(lambda images, known: None))
-    total, _ = mixture.pull(images, [0, 1], 2)
+    total, _ = mixture.pull(images, range(2), [0, 1], 2)
     torch.testing.assert_close(total, 2 * pictures().mean((1, 2, 3)))
     assert torch.equal(images, pictures())
     found = mixture.score(images, [0, 1]).rewards

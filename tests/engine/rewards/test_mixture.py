@@ -90,13 +90,15 @@ def test_the_pull(size: int) -> None:
     mixture = opened({"one": 3.0, "two": 0.5, "rule": 100.0}, ("judge",))
     assert mixture.differentiable == ("one", "two")
     images = pictures().requires_grad_()
-    total, found = mixture.pull(images.detach(), [0, 1, 2, 0], size)
+    total, found = mixture.pull(images.detach(), range(4), [0, 1, 2, 0], size)
     one, two = (REWARDS[name][0].score(images, [""] * 4, [{}] * 4) for name in ("one", "two"))
     expected = 3.0 * one + 0.5 * two / 4
     torch.testing.assert_close(total, expected.detach())
     (wanted,) = torch.autograd.grad(expected.sum(), images)
     torch.testing.assert_close(found, wanted)
     assert found.abs().max() > 0
+    some, of_some = mixture.pull(images.detach(), [3, 1], [0, 1], size)
+    torch.testing.assert_close((some, of_some), (total[[3, 1]], found[[3, 1]]))
 
 
 @pytest.mark.parametrize("where", ["all", "one"])
@@ -117,7 +119,7 @@ def test_when_rewards_are_loaded(where: str) -> None:
     real = shapes_clip.load(CPU).score(pictures(), [TEXTS[i] for i in (0, 1, 2, 0)], [{}] * 4)
     torch.testing.assert_close(first[trained], real)
     loads.clear()
-    mixture.pull(pictures(), [0, 1, 2, 0], 1)
+    mixture.pull(pictures(), range(4), [0, 1, 2, 0], 1)
     assert loads == ([] if keep else [trained]) and (keep or not mixture._loaded)
 
 
@@ -133,7 +135,7 @@ def test_one_at_a_time_holds_no_two() -> None:
 
         mixture._entries[name] = replace(entry, load=load)
     mixture.score(pictures(), [0, 0, 1, 1])
-    mixture.pull(pictures(), [0, 0, 1, 1], 2)
+    mixture.pull(pictures(), range(4), [0, 0, 1, 1], 2)
     assert held == [0] * 4 and loads == [*SHAPES, *SHAPES]
 
 
@@ -145,14 +147,14 @@ def test_rewards_are_freed_after_an_error() -> None:
 
     mixture._entries["two"] = replace(mixture._entries["two"], load=fail)
     with pytest.raises(DataError):
-        mixture.pull(pictures(), [0, 1, 2, 0], 4)
+        mixture.pull(pictures(), range(4), [0, 1, 2, 0], 4)
     assert mixture._loaded == {}
 
 
 def test_a_gradient_is_not_taken_of_a_score_that_is_not_finite() -> None:
     mixture = opened({"one": 1.0, "broken": 1.0})
     with pytest.raises(NumericalError, match=r"The reward broken is not finite for prompt 3 \('a ring'\)"):
-        mixture.pull(pictures(), [2, 0, 0, 1], 2)
+        mixture.pull(pictures(), range(4), [2, 0, 0, 1], 2)
 
 
 def test_an_unknown_reward_names_the_nearest() -> None:
