@@ -1,5 +1,14 @@
 """The errors a person sees: one sentence of cause, one of what to do next, and an exit code."""
 
+import errno
+import re
+
+OUT_OF_MEMORY = re.compile(
+    r"out of memory|can(no|')t allocate memory|not enough memory|failed to map segment", re.IGNORECASE
+)
+FAILING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""errno of a disk or a system that fails, whatever the file holds."""
+
 
 class RtdmdError(Exception):
     """An expected failure. The command line prints it without a traceback.
@@ -52,3 +61,25 @@ class PictureFailure(NumericalError):
 
 class RewardFailure(NumericalError):
     """Rewards have no usable answer for too many pictures; nothing has moved because of them."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Python's own, and by name and text those of torch, which may not have been imported, and of the dynamic loader."""
+    if isinstance(error, MemoryError) or "OutOfMemoryError" in {cls.__name__ for cls in type(error).__mro__}:
+        return True
+    return isinstance(error, RuntimeError | ImportError) and OUT_OF_MEMORY.search(str(error)) is not None
+
+
+def machine_fault(error: BaseException) -> BaseException | None:
+    """Of an error and those that it came from, the first that is the machine's: full memory, a disk that fails.
+
+    Libraries raise errors of their own over it, in the words of a damaged file.
+    """
+    seen: list[BaseException] = []
+    current: BaseException | None = error
+    while current is not None and current not in seen:
+        if is_out_of_memory(current) or (isinstance(current, OSError) and current.errno in FAILING):
+            return current
+        seen.append(current)
+        current = current.__cause__ or current.__context__
+    return None

@@ -14,13 +14,12 @@ from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
 from rtdmd_cli.engine.compute.signals import Stopped
-from rtdmd_cli.errors import EnvironmentFailure, RtdmdError
+from rtdmd_cli.errors import EnvironmentFailure, RtdmdError, is_out_of_memory
 
 INTERNAL = 1
 ENVIRONMENT = EnvironmentFailure.exit_code
 BROKEN_PIPE = 141  # 128 + SIGPIPE
 DEBUG = "RTDMD_DEBUG"
-OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
 OUT_OF_MEMORY_HINT = (
     "Use less at once: --set distill.micro_batch=1 or tune_reward.micro_batch=1 to train, --batch 1 to sample, "
     "or close other programs."
@@ -66,7 +65,7 @@ def explain(error: Exception) -> Failure:
         case OSError() if error.errno in MACHINE:
             where = "" if error.filename is None else f": {os.fsdecode(error.filename)}"
             return Failure(f"{error.strerror}{where}.", MACHINE[error.errno], ENVIRONMENT)
-        case _ if _is_out_of_memory(error):
+        case _ if is_out_of_memory(error):
             first = str(error).partition(". ")[0].partition("\n")[0] or "no more can be allocated"
             return Failure(f"The memory is full: {first}.", OUT_OF_MEMORY_HINT, ENVIRONMENT)
     text = f"internal error, {type(error).__name__}: {error} (set {DEBUG}=1 for the traceback)"
@@ -128,10 +127,3 @@ def _usage(error: UsageError) -> Failure:
         close = nearest(unknown[2], command.list_commands(context))
         message = f"`{path}` has no command `{unknown[2]}`; the nearest is `{close}`."
     return Failure(message, f"See: {path} --help", error.exit_code)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Python's own, and by name those of torch, which may not have been imported."""
-    if isinstance(error, MemoryError) or "OutOfMemoryError" in {cls.__name__ for cls in type(error).__mro__}:
-        return True
-    return isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)) is not None

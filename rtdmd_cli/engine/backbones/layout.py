@@ -16,7 +16,7 @@ from torch import nn
 from rtdmd_cli.engine.compute.tiling import enable_tiling
 from rtdmd_cli.engine.storage import strict_json
 from rtdmd_cli.engine.storage.digests import file_digest
-from rtdmd_cli.errors import DataError, EnvironmentFailure
+from rtdmd_cli.errors import DataError, EnvironmentFailure, machine_fault
 
 VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")
 SINGLE_FILE = ".safetensors"
@@ -108,14 +108,25 @@ def check_layout(layout: Layout, folder: Path) -> set[str]:
 
 @contextmanager
 def readable_model(layout: Layout, folder: Path) -> Iterator[None]:
-    """What the libraries raise over damaged files becomes DataError; EnvironmentFailure for one that may not be read."""
+    """What the libraries raise over damaged files becomes DataError; EnvironmentFailure for one that may not be read.
+
+    What the machine is to blame for passes as it is.
+    """
     try:
         yield
     except DAMAGE as error:
+        pass_on_machine_faults(error)
         _require_permission(folder)
         raise DataError(
             f"The model in {folder} can't be loaded: {first_line(error)}", layout.renew
         ) from error
+
+
+def pass_on_machine_faults(error: Exception) -> None:
+    """Raise what is behind an error of the libraries where that is the machine's: the files are not damaged then."""
+    fault = machine_fault(error)
+    if fault is not None:
+        raise fault from None
 
 
 def _require_permission(folder: Path) -> None:

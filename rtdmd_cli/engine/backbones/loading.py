@@ -29,6 +29,7 @@ from rtdmd_cli.engine.backbones.layout import (
     first_line,
     folder_hash,
     incomplete,
+    pass_on_machine_faults,
     readable_model,
     transformer_hash,
     weight_names,
@@ -265,6 +266,7 @@ def readable_file(file: Path, folder: Path) -> Iterator[None]:
     try:
         yield
     except DAMAGED as error:
+        pass_on_machine_faults(error)
         raise DataError(
             f"{file} holds no transformer like that of {folder}: {first_line(error)}",
             "Check model.path and model.components: the file must be a fine-tune of that very model.",

@@ -21,7 +21,7 @@ from huggingface_hub.errors import (
 
 from rtdmd_cli.config.places import is_single_file, where_to_look
 from rtdmd_cli.config.schema import SHARED_BASE, ModelConfig
-from rtdmd_cli.engine.backbones.layout import SINGLE_FILE, Layout, Sources, first_line
+from rtdmd_cli.engine.backbones.layout import SINGLE_FILE, Layout, Sources, first_line, pass_on_machine_faults
 from rtdmd_cli.engine.backbones.single_file import DAMAGED, refuse_lora, refuse_other_kinds
 from rtdmd_cli.errors import DataError, EnvironmentFailure, UsageError
 
@@ -44,6 +44,7 @@ def locate(layout: Layout, config: ModelConfig) -> Sources:
         try:
             refuse_lora(file)
         except DAMAGED as error:
+            pass_on_machine_faults(error)
             raise DataError(f"{file} can't be read: {first_line(error)}", "Fetch the file again.") from error
     else:
         raise DataError(f"There is no model file {config.path}.", where_to_look("model.path", config.path))

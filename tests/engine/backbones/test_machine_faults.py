@@ -1,0 +1,54 @@
+"""While a model loads, the machine's faults are told from damaged files."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+import torch
+
+from rtdmd_cli.cli.failures import explain
+from rtdmd_cli.engine.backbones.families import FAMILIES
+from rtdmd_cli.engine.backbones.layout import readable_model
+from rtdmd_cli.errors import DataError
+
+LAYOUT = FAMILIES["sd3"].module().LAYOUT
+FAULTS = {
+    "disk": OSError(errno.EIO, "Input/output error", "model.safetensors"),
+    "open files": OSError(errno.EMFILE, "Too many open files", "model.safetensors"),
+    "memory of the system": OSError(errno.ENOMEM, "Cannot allocate memory"),
+    "memory of the host": RuntimeError(
+        "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+    ),
+    "memory of a card": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+    "a library's memory": ImportError("libx.so: failed to map segment from shared object"),
+    "memory of Python": MemoryError(),
+}
+
+
+def load(folder: Path, fault: Exception | None) -> None:
+    """As the libraries do: an error of their own over what happened."""
+    with readable_model(LAYOUT, folder):
+        raise RuntimeError(
+            "Failed to import x because of the following error (look up to see its traceback):"
+        ) from fault
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_of_the_machine_is_no_damaged_model(name: str, tmp_path: Path) -> None:
+    for raised in (FAULTS[name], None):
+        with pytest.raises(Exception) as caught:  # noqa: PT011 - which one is asked below
+            if raised is None:
+                load(tmp_path, FAULTS[name])
+            else:
+                with readable_model(LAYOUT, tmp_path):
+                    raise raised
+        told = explain(caught.value)
+        assert told.exit_code == 3 and "can't be loaded" not in told.message and told.hint, told
+
+
+def test_other_errors_are_of_the_files(tmp_path: Path) -> None:
+    for fault in (None, ValueError("bad header"), OSError(errno.ENOENT, "No such file", "config.json")):
+        with pytest.raises(DataError, match="can't be loaded"):
+            load(tmp_path, fault)
