@@ -50,6 +50,11 @@ def printable(text: str) -> str:
     return "".join(each if each.isprintable() or each in "\n\t" else ascii(each)[1:-1] for each in text)
 
 
+def cell(text: str) -> str:
+    """As `printable`, with line ends and tabs escaped too: a cell of a table is one line."""
+    return printable(text).replace("\n", "\\n").replace("\t", "\\t")
+
+
 def plain(value: Any) -> Any:
     """The value in JSON's types: paths as text, numbers that are not finite as None."""
     if isinstance(value, Mapping):

@@ -103,7 +103,7 @@ def _print_table(found: list[RunSummary], quiet: bool) -> None:
             (figures(each), preset, f"{each.date:%Y-%m-%d %H:%M}") if wide else (f"{each.date:%m-%d %H:%M}",)
         )
         stage, time = STAGES.get(each.stage or "", ""), duration(each.seconds)
-        table.add_row(*map(console.printable, (each.name, stage, each.state, done, time, left, *rest)))
+        table.add_row(*map(console.cell, (each.name, stage, each.state, done, time, left, *rest)))
     screen.print(table)
     console.say("Times are in UTC, lengths in iterations (stage 1) or epochs (stage 2).", quiet)
 

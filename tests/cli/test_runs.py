@@ -231,6 +231,12 @@ def test_compare_names_the_settings_that_differ(runs: Path, tmp_path: Path) -> N
     assert same.exit_code == 2 and "itself" in same.message
 
 
+def test_a_name_with_line_ends_is_one_row(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / "first", tmp_path / "runs" / "a\n\tb")
+    lines = call(runs, "list", "--out", str(tmp_path / "runs")).stdout.splitlines()
+    assert [line.startswith("a\\n\\tb ") for line in lines] == [False, True]
+
+
 def test_the_list_fits_eighty_columns(runs: Path) -> None:
     """Of a terminal: every run in one line, with what tells it apart."""
     import os
