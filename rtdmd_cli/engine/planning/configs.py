@@ -61,9 +61,10 @@ def find_configs(model: ModelConfig) -> dict[str, dict[str, Any]]:
     source, key = model.path, "model.path"
     if is_single_file(source):
         source, key = model.components or "", "model.components"
-    folder, table = find_folder(source, model.revision), published()
-    if source in table and not (folder and Path(source).expanduser().is_dir()):
+    table = published()
+    if source in table and not Path(source).is_dir():
         return table[source]
+    folder = find_folder(source, model.revision)
     if folder is not None:
         return _in_folder(layout, folder)
     raise EnvironmentFailure(

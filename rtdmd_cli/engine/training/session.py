@@ -40,6 +40,7 @@ from rtdmd_cli.errors import EnvironmentFailure, PictureFailure
 
 RECENT = 10  # iterations whose times tell how long one takes: some do more than others
 LOADING, DRAWING = "stopping when the model is loaded", "stopping when the first pictures are drawn"
+LAST_WORK = "drawing the last pictures and writing the report"
 REPORT_SECONDS = 300.0
 """Longest time between two writings of a live report, where an iteration takes less."""
 Row: TypeAlias = Mapping[str, Any]
@@ -189,16 +190,18 @@ def train(session: Session, quiet: bool) -> StopRequest:
             begin(session)
             session.folder = identity(session.run)
     with training_progress(total, session.iteration, silent) as show:
-        while session.iteration < total and not ended(session, stop):
-            began = time.monotonic()
+        while session.iteration < total:
             with stop.during(ending(stage.unit, recent), session.kept):
+                if ended(session, stop):
+                    break
+                began = time.monotonic()
                 advance(session)
-            session.iteration += 1
-            took = time.monotonic() - began
-            session.seconds += took
-            recent.append(took)
-            session.newest |= session.trainer.metrics
-            show(session.iteration, session.newest)
+                session.iteration += 1
+                took = time.monotonic() - began
+                session.seconds += took
+                recent.append(took)
+                session.newest |= session.trainer.metrics
+                show(session.iteration, session.newest)
             with (
                 processes.agreeing(),
                 stop.during("finishing measures, pictures and checkpoint", session.kept),
@@ -410,8 +413,8 @@ def finish(session: Session, stop: StopRequest) -> Outcome:
         state: State = "finished" if over else "interrupted"
         if not over:
             set_end(session, state)
-        session.say("drawing the last pictures and writing the report")
-        with stop.during("drawing the last pictures and writing the report", session.kept):
+        with stop.during(LAST_WORK, session.kept):
+            session.say(LAST_WORK)
             figures: dict[str, Any] = {}
             baseline = (
                 session.iteration == 0 and grid_path(session).exists()

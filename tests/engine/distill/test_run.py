@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from rtdmd_cli.engine.report.metrics import explained
 from rtdmd_cli.engine.storage.checkpoint import Checkpoint, load_checkpoint, newest_valid, save_checkpoint
 from rtdmd_cli.engine.storage.run_folder import RunFolder
 from rtdmd_cli.engine.training import previews as pictures
-from rtdmd_cli.engine.training import trackers
+from rtdmd_cli.engine.training import session, trackers
 from rtdmd_cli.engine.training.restoring import restore
 from rtdmd_cli.engine.training.session import Outcome
 from rtdmd_cli.engine.training.start import Start
@@ -287,3 +288,24 @@ def test_pictures_that_are_not_finite_cost_no_training(
     assert (folder.status()["state"], folder.status()["iteration"]) == ("finished", 2)
     run(tmp_path, "last", again)  # in float32, say
     assert folder.report.is_file() and "reason" not in folder.status()
+
+
+def test_what_a_signal_would_say_while_a_run_trains(
+    finished: Outcome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the iteration where its line is shown, of the end where that is: never of loading, which is long over."""
+    seen: list[str] = []
+
+    @contextmanager
+    def progress(total: int, done: int, silent: bool) -> Iterator[Callable[[int, Any], None]]:
+        yield lambda iteration, figures: seen.append(signals._running[-1].ending)
+
+    def say(text: str) -> None:
+        if text == session.LAST_WORK:
+            seen.append(signals._running[-1].ending)
+
+    monkeypatch.setattr(session, "training_progress", progress)
+    run(tmp_path, "told", Start(None, None), say=say)
+    first, second, last = seen
+    assert first == "finishing this iteration" and second.startswith("finishing this iteration (about ")
+    assert last == session.LAST_WORK
