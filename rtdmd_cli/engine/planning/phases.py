@@ -18,7 +18,7 @@ from rtdmd_cli.engine.distill.run import trainer_on
 from rtdmd_cli.engine.planning.account import Account, fused_attention
 from rtdmd_cli.engine.planning.rewards import RewardsOnShapes
 from rtdmd_cli.engine.planning.skeleton import META, Configs, Skeleton, skeleton, tensors_of
-from rtdmd_cli.engine.planning.stand_ins import optimizer_bytes, quantise
+from rtdmd_cli.engine.planning.stand_ins import autocast_on_shapes, optimizer_bytes, quantise
 from rtdmd_cli.engine.roles.base import FAKE, GENERATOR
 from rtdmd_cli.engine.sampling.sample import guided
 from rtdmd_cli.engine.training.assembly import training_sigmas
@@ -100,7 +100,8 @@ def counted(preset: Preset, dtype: torch.dtype, configs: Configs) -> Iterator[Ru
         quantise(base, hardware.base)
     fused = nullcontext() if hardware.float32_matmul == "medium" else fused_attention()
     run = Run(Account(), made, preset, loaded)
-    with float32_matmul(hardware.float32_matmul, META), fused, run.account:
+    mixed = dtype if preset.distill.train == "full" and dtype != torch.float32 else None
+    with float32_matmul(hardware.float32_matmul, META), fused, autocast_on_shapes(mixed), run.account:
         run.kinds["weights"] = run.account.hold(tensors_of(networks.values()))
         yield run
 

@@ -1,12 +1,15 @@
-"""Stand-ins of the same bytes for what can't be made on shapes alone: layers in 8 or 4 bits, and 8-bit optimiser states."""
+"""Stand-ins of the same bytes for what can't be made on shapes alone: layers in 8 or 4 bits, 8-bit optimiser states, and
+torch's autocast."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from rtdmd_cli.engine.compute.blocks import repeated_blocks
 from rtdmd_cli.engine.compute.optim import Choice
@@ -81,3 +84,51 @@ def optimizer_bytes(parameters: Sequence[Tensor], choice: Choice) -> int:
     small = [p.numel() for p in parameters if p.numel() < ADAM_SMALLEST]
     large = [p.numel() for p in parameters if p.numel() >= ADAM_SMALLEST]
     return 8 * sum(small) + sum(2 * (count + 4 * -(-count // ADAM_BLOCK)) for count in large)
+
+
+PRODUCTS = ("linear", "conv2d", "scaled_dot_product_attention")
+"""Of torch's functions, those that autocast computes in the lower format; the networks of all families use no others."""
+NORMS = ("layer_norm", "group_norm", "rms_norm")
+"""Those that it computes in float32 on a card."""
+
+
+@contextmanager
+def autocast_on_shapes(dtype: torch.dtype | None) -> Iterator[None]:
+    """Within it, products on the `meta` device are made as within autocast to `dtype`; None changes nothing.
+
+    Torch has no autocast there. These take the place of torch's functions for the same reason as in `fused_attention`, which
+    is entered first. Where weights and inputs are in `dtype` already, as in the base and the VAE, nothing is cast.
+    """
+    if dtype is None:
+        yield
+        return
+    own = {name: getattr(F, name) for name in (*PRODUCTS, *NORMS)}
+    autocast = torch.autocast
+    for name in PRODUCTS:
+        setattr(F, name, _cast(own[name], lambda tensor: tensor.to(dtype)))
+    for name in NORMS:
+        setattr(F, name, _cast(own[name], Tensor.float))
+    setattr(torch, "autocast", lambda *_, **__: nullcontext())  # noqa: B010 - a class to mypy
+    try:
+        yield
+    finally:
+        setattr(torch, "autocast", autocast)  # noqa: B010
+        for name, function in own.items():
+            setattr(F, name, function)
+
+
+def _cast(function: Callable[..., Any], cast: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+    """The function, with its tensors of numbers on `meta` cast first, where one of them is in float32."""
+
+    def call(*given: Any, **named: Any) -> Any:
+        tensors = [each for each in (*given, *named.values()) if isinstance(each, Tensor)]
+        if not any(each.is_meta and each.dtype == torch.float32 for each in tensors):
+            return function(*given, **named)
+        made = [_number(each, cast) for each in given]
+        return function(*made, **{key: _number(each, cast) for key, each in named.items()})
+
+    return call
+
+
+def _number(value: Any, cast: Callable[[Tensor], Tensor]) -> Any:
+    return cast(value) if isinstance(value, Tensor) and value.is_floating_point() else value

@@ -11,6 +11,7 @@ import torch
 from rtdmd_cli.config.loader import load_preset
 from rtdmd_cli.config.schema import Preset
 from rtdmd_cli.engine.backbones.families import load_backbone
+from rtdmd_cli.engine.compute.device import resolve_dtype
 from rtdmd_cli.engine.distill.recipe import update_fake_score, update_generator
 from rtdmd_cli.engine.distill.run import build_trainer
 from rtdmd_cli.engine.planning import configs, fitting, gpus
@@ -31,7 +32,8 @@ def built_in(*settings: str) -> Preset:
 
 def really_held(preset: Preset) -> dict[str, int]:
     """Peaks of live storages in both turns of stage 1, with optimiser states and gradients there, in bytes."""
-    backbone = load_backbone(preset.model, CPU, torch.float32, preset.hardware)
+    dtype = resolve_dtype(preset.hardware.dtype, CPU)
+    backbone = load_backbone(preset.model, CPU, dtype, preset.hardware)
     cond, empty = (backbone.encode([text]) for text in ("a photo of a red ring", ""))
     backbone.drop_text_encoders()
     account, peaks, prompts = Account(), {}, [0] * preset.distill.batch
@@ -49,8 +51,12 @@ def really_held(preset: Preset) -> dict[str, int]:
 
 @pytest.mark.parametrize(
     "settings",
-    [(), ("distill.micro_batch=2", "hardware.gradient_checkpointing=true")],
-    ids=["at once", "in parts"],
+    [
+        (),
+        ("distill.micro_batch=2", "hardware.gradient_checkpointing=true"),
+        ("distill.train=full", "hardware.dtype=bf16"),
+    ],
+    ids=["at once", "in parts", "every weight, on a bf16 base"],
 )
 def test_the_built_in_model_takes_what_was_planned(settings: tuple[str, ...]) -> None:
     """Within 10%, in both turns of stage 1."""
