@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+from rtdmd_cli.config.places import is_single_file
 from rtdmd_cli.config.schema import Preset
 from rtdmd_cli.config.tune_reward import split_weights
 from rtdmd_cli.engine.backbones.locating import BUILTIN
@@ -140,7 +141,7 @@ def plan_stage(preset: Preset, stage: StageName, prompts: int | None = None) -> 
         return run.quantities()
 
     found = extrapolated(depths(configs["transformer"]), count)
-    phases = with_rewards(facts, with_encoders(facts, phases_of(found, names)))
+    phases = with_rewards(facts, with_encoders(facts, phases_of(found, names), found["loaded/vae"]))
     flops = {phase.name: phase.flops for phase in phases}
     return StagePlan(
         stage,
@@ -168,12 +169,17 @@ def prompt_count(preset: Preset, stage: StageName) -> int:
     return (known.prompts if known else None) or PUBLISHED_PROMPTS
 
 
-def with_encoders(facts: Facts, phases: Sequence[Phase]) -> list[Phase]:
-    """The phase of encoding before the others, and the encoders beside all of them where they stay on the card."""
+def with_encoders(facts: Facts, phases: Sequence[Phase], vae: int) -> list[Phase]:
+    """The phase of encoding before the others, and the encoders beside all of them where they stay on the card.
+
+    vae: its bytes. It is there while prompts are encoded; the transformer is too where they are encoded ahead of the
+    iterations, and where it lies in a file of its own.
+    """
     cost, on_card = facts.encoding, facts.encode_on_card
     if not on_card:
         return list(phases)
-    base = phases[0].kinds["weights"]
+    early = facts.ahead or is_single_file(facts.preset.model.path)
+    base = phases[0].kinds["weights"] if early else vae
     first = Phase(ENCODE, {"weights": base + cost.weights, "activations": cost.activations}, cost.flops)
     beside = cost.weights if facts.stay else 0
     return [first, *(heavier(phase, beside, 0) for phase in phases)]

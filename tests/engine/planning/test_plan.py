@@ -18,7 +18,7 @@ from rtdmd_cli.engine.planning import configs, fitting, gpus
 from rtdmd_cli.engine.planning.account import Account
 from rtdmd_cli.engine.planning.depth import extrapolated
 from rtdmd_cli.engine.planning.phases import FAKE_TURN, GENERATOR_TURN, Phase, distill_run
-from rtdmd_cli.engine.planning.plan import GIB, Plan, StageName, StagePlan, plan_stage
+from rtdmd_cli.engine.planning.plan import ENCODE, GIB, Plan, StageName, StagePlan, plan_stage
 from rtdmd_cli.engine.planning.skeleton import tensors_of
 from rtdmd_cli.errors import DataError, EnvironmentFailure, UsageError
 
@@ -78,6 +78,18 @@ def test_a_few_blocks_tell_of_all() -> None:
     assert told.keys() == counted.keys()
     for name, value in counted.items():
         assert told[name] == pytest.approx(value, rel=0.01, abs=1e5), name
+
+
+def test_the_transformer_lies_beside_the_encoders_only_where_prompts_are_encoded_ahead() -> None:
+    """Else it comes when they have left; what the cache takes decides."""
+    settings = "hardware.text_encoder=int8", "distill.iterations=1", "distill.batch=1"
+    alone, beside = (
+        plan_stage(built_in(*settings, f"hardware.cache_gb={size}"), "distill").phases for size in (20, 1e-3)
+    )
+    assert alone[0].name == beside[0].name == ENCODE and alone[1].kinds == beside[1].kinds
+    vae = alone[1].kinds["weights"] - (beside[0].kinds["weights"] - alone[0].kinds["weights"])
+    backbone: Any = load_backbone(built_in().model, CPU, torch.float32, built_in().hardware)
+    assert vae == pytest.approx(sum(tensor.nbytes for tensor in tensors_of([backbone._pipe.vae])), rel=0.01)
 
 
 def test_figures() -> None:
