@@ -1,6 +1,7 @@
 """`--processes N`: the same command N times, by accelerate's launcher."""
 
 import os
+import signal
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
@@ -18,6 +19,7 @@ def launch(count: int, arguments: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     os.environ.setdefault(PATIENCE, str(6 * 3600))
+    signal.signal(signal.SIGUSR1, lambda number, frame: pass_on(number))
     settings = ["--multi_gpu", "--num_processes", str(count), "--num_machines", "1", "--gpu_ids", "all"]
     settings += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     command = ["-m", "rtdmd_cli", *without_option(arguments)]
@@ -26,11 +28,16 @@ def launch(count: int, arguments: Sequence[str]) -> int:
     except ChildFailedError as error:
         return max(1, error.get_first_failure()[1].exitcode)
     except SignalException as error:
-        for child in children():  # a second signal came while the launcher waited for them: it is theirs too
-            with suppress(ProcessLookupError):
-                os.kill(child, error.sigval)
+        pass_on(error.sigval)  # a second signal came while the launcher waited for them: it is theirs too
         return 128 + int(error.sigval)
     return 0
+
+
+def pass_on(number: int) -> None:
+    """Send a signal to each of `children`."""
+    for child in children():
+        with suppress(ProcessLookupError):
+            os.kill(child, number)
 
 
 def children() -> list[int]:

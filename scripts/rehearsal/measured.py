@@ -53,7 +53,10 @@ PHASES = {
     "rewards": (("rtdmd_cli.engine.rewards.mixture", "RewardMixture", "score"),),
     "gradient of rewards": (("rtdmd_cli.engine.rewards.mixture", "RewardMixture", "pull"),),
     "gradient of decode": (("rtdmd_cli.engine.tune_reward.pull", "", "latent_gradient"),),
-    "save": (("rtdmd_cli.engine.training.session", "", "save"),),
+    "save": (
+        ("rtdmd_cli.engine.training.session", "", "save"),
+        ("rtdmd_cli.engine.training.loop", "", "save"),
+    ),
 }
 """Phase -> module, class ("" for none) and name of the functions that are it."""
 

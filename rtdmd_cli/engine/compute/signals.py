@@ -1,7 +1,7 @@
 """Ctrl-C, termination and a closed terminal: SIGINT, SIGTERM and SIGHUP, in every command alike.
 
 Where something would be lost, the first signal lets it come to its end and says so; a second one stops at once. Elsewhere
-the first one stops at once. Exit codes are 130, 143 and 129.
+the first one stops at once. Exit codes are 130, 143 and 129. SIGUSR1 stops nothing: it asks a training for a checkpoint.
 """
 
 import os
@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SAVE = signal.SIGUSR1
+"""Batch systems can send it some time before they end a job."""
 APART = 0.5
 """Seconds. A signal that follows sooner is the same one: `timeout`, systemd and shells send theirs twice."""
 
@@ -41,10 +43,11 @@ class StopRequest:
 
     received: the number of the first signal, None before it. ending: what the first one lets come to its end, as in
     "finishing this iteration"; "" where it stops at once. kept: what is left then, as in "the last checkpoint is kept".
-    quiet: say nothing.
+    save: whether SAVE has come and no checkpoint was written for it yet. quiet: say nothing.
     """
 
     received: int | None = None
+    save: bool = False
     ending: str = ""
     kept: str = ""
     quiet: bool = False
@@ -88,7 +91,9 @@ def stop_on_signals(clock: Callable[[], float] = time.monotonic) -> Iterator[Sto
 
     def handle(number: int, frame: FrameType | None) -> None:
         nonlocal since
-        if request.received is None:
+        if number == SAVE:
+            request.save = True
+        elif request.received is None:
             request.received, since = number, clock()
             if not request.ending:
                 raise Stopped(number, request.kept, at_once=True)
@@ -97,7 +102,7 @@ def stop_on_signals(clock: Callable[[], float] = time.monotonic) -> Iterator[Sto
         elif number != signal.SIGHUP and clock() - since >= APART:
             raise Stopped(request.received, request.kept, at_once=True)
 
-    heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    heard = [number for number in (*SIGNALS, SAVE) if signal.getsignal(number) != signal.SIG_IGN]
     previous = {number: signal.signal(number, handle) for number in heard}
     _running.append(request)
     try:

@@ -32,7 +32,9 @@ from rtdmd_cli.engine.training.assembly import (
     prepare_prompts,
     training_sigmas,
 )
+from rtdmd_cli.engine.training.closing import failing, finish
 from rtdmd_cli.engine.training.held_out import HeldOut, open_held_out, scored_prompts
+from rtdmd_cli.engine.training.loop import train
 from rtdmd_cli.engine.training.opening import opened
 from rtdmd_cli.engine.training.restoring import accepted, restore
 from rtdmd_cli.engine.training.session import (
@@ -43,10 +45,7 @@ from rtdmd_cli.engine.training.session import (
     Schedule,
     Session,
     Stage,
-    failing,
-    finish,
     kept_by,
-    train,
 )
 from rtdmd_cli.engine.training.start import Start
 from rtdmd_cli.engine.training.trackers import require_tracker

@@ -28,6 +28,8 @@ from rtdmd_cli.engine.storage.run_folder import RunFolder, State, create_run
 from rtdmd_cli.engine.training import memory
 from rtdmd_cli.engine.training import previews as pictures
 from rtdmd_cli.engine.training.assembly import assemble, encode_prompts, model_line, training_sigmas
+from rtdmd_cli.engine.training.closing import failing, finish
+from rtdmd_cli.engine.training.loop import train
 from rtdmd_cli.engine.training.opening import opened
 from rtdmd_cli.engine.training.restoring import accepted, require_base, restore
 from rtdmd_cli.engine.training.session import (
@@ -36,11 +38,8 @@ from rtdmd_cli.engine.training.session import (
     Outcome,
     Session,
     Stage,
-    failing,
-    finish,
     kept_by,
     save_unsaved,
-    train,
 )
 from rtdmd_cli.engine.training.start import Start
 from rtdmd_cli.engine.training.trackers import require_tracker

@@ -112,3 +112,14 @@ def test_the_handlers_come_back_after_an_error() -> None:
         raise RuntimeError
     assert signal.getsignal(signal.SIGTERM) is before
     assert StopRequest().exit_code == 0
+
+
+@pytest.mark.parametrize("ending", ["", "finishing this iteration"])
+def test_a_signal_that_asks_for_a_checkpoint_stops_nothing(
+    ending: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with stop_on_signals() as stop, stop.during(ending, ""):
+        send(signal.SIGUSR1)
+        stop.check()
+        assert stop.save and stop.exit_code == 0
+    assert capfd.readouterr().err == "" and signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL

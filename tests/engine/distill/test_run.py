@@ -27,10 +27,10 @@ from rtdmd_cli.engine.report import viewer_data
 from rtdmd_cli.engine.report.metrics import explained
 from rtdmd_cli.engine.storage.checkpoint import Checkpoint, load_checkpoint, newest_valid, save_checkpoint
 from rtdmd_cli.engine.storage.run_folder import RunFolder
+from rtdmd_cli.engine.training import closing, loop, trackers
 from rtdmd_cli.engine.training import previews as pictures
-from rtdmd_cli.engine.training import session, trackers
 from rtdmd_cli.engine.training.restoring import restore
-from rtdmd_cli.engine.training.session import Outcome
+from rtdmd_cli.engine.training.session import Outcome, Session
 from rtdmd_cli.engine.training.start import Start
 from rtdmd_cli.engine.training.trainer import Trainer
 from rtdmd_cli.errors import DataError, EnvironmentFailure, PictureFailure, UsageError
@@ -301,11 +301,30 @@ def test_what_a_signal_would_say_while_a_run_trains(
         yield lambda iteration, figures: seen.append(signals._running[-1].ending)
 
     def say(text: str) -> None:
-        if text == session.LAST_WORK:
+        if text == closing.LAST_WORK:
             seen.append(signals._running[-1].ending)
 
-    monkeypatch.setattr(session, "training_progress", progress)
+    monkeypatch.setattr(loop, "training_progress", progress)
     run(tmp_path, "told", Start(None, None), say=say)
     first, second, last = seen
     assert first == "finishing this iteration" and second.startswith("finishing this iteration (about ")
-    assert last == session.LAST_WORK
+    assert last == closing.LAST_WORK
+
+
+def test_a_signal_that_asks_for_a_checkpoint_gets_one_and_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGUSR1 in the first of four iterations, two of which are saved anyway."""
+    said: list[str] = []
+
+    def asking(session: Session) -> None:
+        if session.iteration == 0:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        real(session)
+
+    real = loop.advance
+    monkeypatch.setattr(loop, "advance", asking)
+    outcome = run(tmp_path, "asked", Start(None, None), say=said.append, iterations=4, save_every=2)
+    kept = sorted(path.name for path in (outcome.run / "checkpoints").glob("step-*"))
+    assert outcome.iterations == 4 and kept == ["step-000001", "step-000002", "step-000004"]
+    assert sum(line.startswith("SIGUSR1: the last checkpoint") for line in said) == 1

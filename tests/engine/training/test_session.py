@@ -8,8 +8,9 @@ import pytest
 from rtdmd_cli.engine.compute.signals import Stopped
 from rtdmd_cli.engine.storage.checkpoint import step_of
 from rtdmd_cli.engine.storage.run_folder import RunFolder
+from rtdmd_cli.engine.training.loop import ending, grid_due, in_words
 from rtdmd_cli.engine.training.opening import note_end
-from rtdmd_cli.engine.training.session import Schedule, ending, grid_due, in_words, kept
+from rtdmd_cli.engine.training.session import Schedule, kept
 from rtdmd_cli.errors import PictureFailure
 
 
