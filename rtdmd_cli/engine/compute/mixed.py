@@ -14,8 +14,6 @@ from torch import Tensor, nn
 
 from rtdmd_cli.config.schema import HardwareConfig
 from rtdmd_cli.engine.compute.device import resolve_dtype
-from rtdmd_cli.engine.compute.gelu import quicken_gelu
-from rtdmd_cli.engine.compute.joint_attention import join_projections
 
 
 def resolve_mixed_precision(
@@ -92,8 +90,7 @@ def take_contiguous(module: nn.Module, wanted: Callable[[], bool]) -> None:
 class MixedPrecision:
     """Products of `modules` in `dtype`, in their forward passes while `active` is entered; of none by default.
 
-    dtype: None to keep their format. On a CPU slices are gathered for them (`take_contiguous`), and what stays in float32
-    takes quicker ways there: `quicken_gelu`, `join_projections`.
+    dtype: None to keep their format. On a CPU slices are gathered for them (`take_contiguous`).
     """
 
     def __init__(self, modules: Iterable[nn.Module] = (), dtype: torch.dtype | None = torch.bfloat16) -> None:
@@ -102,9 +99,6 @@ class MixedPrecision:
         for module in modules:
             if dtype is not None:
                 cast_forward(module, self._wanted)
-            else:
-                quicken_gelu(module, self._entered)
-                join_projections(module, self._entered)
             take_contiguous(module, self._entered)
 
     def _entered(self) -> bool:
