@@ -8,6 +8,23 @@ OUT_OF_MEMORY = re.compile(
 )
 FAILING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 """errno of a disk or a system that fails, whatever the file holds."""
+HINTS = {
+    errno.ENOSPC: "Free some disk space, or choose a folder on another disk.",
+    errno.EDQUOT: "Your disk quota is used up: free some space, or choose a folder on another disk.",
+    errno.EFBIG: "Raise the limit on the size of files (ulimit -f unlimited), or choose a disk that takes larger ones.",
+    errno.EACCES: "Change the permissions, or choose another folder.",
+    errno.EPERM: "Change the permissions, or choose another folder.",
+    errno.EROFS: "The disk is mounted read-only: choose another folder.",
+    errno.EIO: "Check the disk.",
+    errno.ENAMETOOLONG: "Choose a shorter path.",
+    errno.ELOOP: "A link is in the way: remove it, or choose another path.",
+    errno.ESTALE: "Check the network disk.",
+    errno.ETIMEDOUT: "Check the network disk.",
+    errno.EMFILE: "Raise the limit of open files: ulimit -n 4096",
+    errno.ENFILE: "Close other programs.",
+    errno.ENOMEM: "Close other programs.",
+}
+"""errno of a failure that is the machine's -> hint."""
 
 
 class RtdmdError(Exception):

@@ -1,6 +1,5 @@
 """What a person sees of an error: its cause, the next step, and the exit code."""
 
-import errno
 import os
 import re
 import sys
@@ -14,7 +13,7 @@ from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
 from rtdmd_cli.engine.compute.signals import Stopped
-from rtdmd_cli.errors import EnvironmentFailure, RtdmdError, is_out_of_memory
+from rtdmd_cli.errors import HINTS, EnvironmentFailure, RtdmdError, is_out_of_memory
 
 INTERNAL = 1
 ENVIRONMENT = EnvironmentFailure.exit_code
@@ -24,22 +23,6 @@ OUT_OF_MEMORY_HINT = (
     "Use less at once: --set distill.micro_batch=1 or tune_reward.micro_batch=1 to train, --batch 1 to sample, "
     "or close other programs."
 )
-MACHINE = {
-    errno.ENOSPC: "Free some space on that disk.",
-    errno.EDQUOT: "Free some space in your quota.",
-    errno.EACCES: "Change the permissions, or choose another folder.",
-    errno.EPERM: "Change the permissions, or choose another folder.",
-    errno.EROFS: "Choose a folder that can be written.",
-    errno.EIO: "Check the disk.",
-    errno.ENAMETOOLONG: "Choose a shorter path.",
-    errno.ELOOP: "Choose a path whose links lead somewhere.",
-    errno.ESTALE: "Check the network disk.",
-    errno.ETIMEDOUT: "Check the network disk.",
-    errno.EMFILE: "Raise the limit of open files: ulimit -n 4096",
-    errno.ENFILE: "Close other programs.",
-    errno.ENOMEM: "Close other programs.",
-}
-"""errno of a failure that is the machine's -> hint."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +45,9 @@ def explain(error: Exception) -> Failure:
             return Failure(error.format_message(), "", error.exit_code)
         case BrokenPipeError():
             return Failure("", "", BROKEN_PIPE)
-        case OSError() if error.errno in MACHINE:
+        case OSError() if error.errno in HINTS:
             where = "" if error.filename is None else f": {os.fsdecode(error.filename)}"
-            return Failure(f"{error.strerror}{where}.", MACHINE[error.errno], ENVIRONMENT)
+            return Failure(f"{error.strerror}{where}.", HINTS[error.errno], ENVIRONMENT)
         case _ if is_out_of_memory(error):
             first = str(error).partition(". ")[0].partition("\n")[0] or "no more can be allocated"
             return Failure(f"The memory is full: {first}.", OUT_OF_MEMORY_HINT, ENVIRONMENT)

@@ -289,7 +289,10 @@ def test_a_full_disk_under_stdout() -> None:
             [*MODULE, "--version"], stdout=full, stderr=subprocess.PIPE, text=True, env=BUFFERED
         )
     assert result.returncode == 3
-    assert result.stderr == "error: No space left on device.\nhint: Free some space on that disk.\n"
+    assert (
+        result.stderr
+        == "error: No space left on device.\nhint: Free some disk space, or choose a folder on another disk.\n"
+    )
 
 
 @pytest.mark.parametrize("command", [("data", "list"), ("rewards", "list"), ("presets", "list")])

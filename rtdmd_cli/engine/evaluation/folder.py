@@ -19,7 +19,8 @@ from typing import Any
 
 from rtdmd_cli.engine.sampling.pictures import free_folder
 from rtdmd_cli.engine.storage import files, strict_json
-from rtdmd_cli.engine.storage.files import make_folder, os_errors, write_json
+from rtdmd_cli.engine.storage.disk_errors import os_errors
+from rtdmd_cli.engine.storage.files import make_folder, write_json
 from rtdmd_cli.errors import DataError, UsageError
 
 ABOUT, RESULTS, TIMING = "evaluation.json", "results.json", "timing.jsonl"

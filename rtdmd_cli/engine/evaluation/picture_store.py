@@ -31,7 +31,8 @@ from rtdmd_cli.engine.evaluation.sums import PictureSums, contents_sum
 from rtdmd_cli.engine.prompts.reading import PromptSet, known_by
 from rtdmd_cli.engine.report.grid import as_rgb, save_png, to_pil
 from rtdmd_cli.engine.storage import strict_json
-from rtdmd_cli.engine.storage.files import os_errors, write_bytes, write_text
+from rtdmd_cli.engine.storage.disk_errors import os_errors
+from rtdmd_cli.engine.storage.files import write_bytes, write_text
 from rtdmd_cli.errors import DataError
 
 METADATA, SAMPLES, EXACT = "metadata.jsonl", "samples", "exact"

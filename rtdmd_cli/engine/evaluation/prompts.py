@@ -11,7 +11,7 @@ from typing import Any
 from rtdmd_cli.engine.evaluation.benchmarks import Benchmark
 from rtdmd_cli.engine.prompts.reading import PromptSet, known_by, read_prompt_set, read_stored
 from rtdmd_cli.engine.prompts.store import Stored, require
-from rtdmd_cli.engine.storage.files import os_errors
+from rtdmd_cli.engine.storage.disk_errors import os_errors
 from rtdmd_cli.errors import UsageError
 from rtdmd_cli.shapes.grammar import requirement
 from rtdmd_cli.shapes.prompts import benchmark as shapes_captions

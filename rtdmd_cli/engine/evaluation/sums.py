@@ -17,7 +17,8 @@ from typing import Any
 
 from rtdmd_cli.engine.evaluation.prompts import Key
 from rtdmd_cli.engine.storage import strict_json
-from rtdmd_cli.engine.storage.files import append_line, os_errors, write_bytes
+from rtdmd_cli.engine.storage.disk_errors import os_errors
+from rtdmd_cli.engine.storage.files import append_line, write_bytes
 
 PICTURES = "pictures.jsonl"
 CHECK = "check"

@@ -48,6 +48,7 @@ from rtdmd_cli.engine.sampling.model_source import EMA, Source, open_model
 from rtdmd_cli.engine.sampling.pictures import encoding_ahead
 from rtdmd_cli.engine.storage import files, strict_json
 from rtdmd_cli.engine.storage.checkpoint import Checkpoint, load_checkpoint
+from rtdmd_cli.engine.storage.disk_errors import os_errors
 from rtdmd_cli.engine.storage.exported import (
     CARD,
     FORMAT,
@@ -188,7 +189,7 @@ def check_target(request: Request) -> None:
         path = read.resolve()
         if path.is_relative_to(target) or target.is_relative_to(path):
             raise UsageError(f"{out} is, holds or lies in {read}, which is read.", "Choose another --out.")
-    with files.os_errors(out, "read"):
+    with os_errors(out, "read"):
         if not out.exists() or (out.is_dir() and not any(out.iterdir())):
             return
     if not out.is_dir() or not is_exported(out):

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 from rtdmd_cli.engine.prompts.public_sets import PREFIX, DataSet, find_data
 from rtdmd_cli.engine.prompts.store import Stored, made_here, require
 from rtdmd_cli.engine.storage import strict_json
-from rtdmd_cli.engine.storage.files import os_errors
+from rtdmd_cli.engine.storage.disk_errors import os_errors
 from rtdmd_cli.errors import DataError, UsageError
 from rtdmd_cli.shapes.prompts import benchmark, training_captions
 

@@ -24,6 +24,7 @@ from rtdmd_cli.engine.prompts.geneval_train import (
 )
 from rtdmd_cli.engine.prompts.public_sets import DataSet
 from rtdmd_cli.engine.storage import files, strict_json
+from rtdmd_cli.engine.storage.disk_errors import os_errors
 from rtdmd_cli.errors import DataError, EnvironmentFailure, UsageError
 
 RECORD = ".source.json"
@@ -75,7 +76,7 @@ def stored(data: DataSet) -> Stored | None:
     path = folder(data) / data.file
     if not path.is_file():
         return None
-    with files.os_errors(path, "read"):
+    with os_errors(path, "read"):
         found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found not in data.accepted and not data.url:
         return None  # of another version of this program: it is made anew where it is asked for
@@ -170,7 +171,7 @@ def _record(data: DataSet) -> dict[str, Any]:
 def _read(file: Path) -> bytes:
     if not file.is_file():
         raise UsageError(f"There is no file {file}.", "Check the path.")
-    with files.os_errors(file, "read"):
+    with os_errors(file, "read"):
         return file.read_bytes()
 
 

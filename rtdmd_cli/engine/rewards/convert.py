@@ -27,7 +27,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from rtdmd_cli.engine.storage import strict_json
-from rtdmd_cli.engine.storage.files import cache_folder, os_errors, remove_leftovers, write_json, write_with
+from rtdmd_cli.engine.storage.disk_errors import os_errors
+from rtdmd_cli.engine.storage.files import cache_folder, remove_leftovers, write_json, write_with
 from rtdmd_cli.engine.storage.hub import hub_file
 from rtdmd_cli.engine.storage.tensor_files import write_tensors
 from rtdmd_cli.engine.storage.tensors import AGAIN

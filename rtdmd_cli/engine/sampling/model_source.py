@@ -37,8 +37,8 @@ from rtdmd_cli.engine.storage.checkpoint import (
     step_name,
     verify_checkpoint,
 )
+from rtdmd_cli.engine.storage.disk_errors import os_errors
 from rtdmd_cli.engine.storage.exported import Exported, is_exported, read_exported
-from rtdmd_cli.engine.storage.files import os_errors
 from rtdmd_cli.engine.storage.hub import REPOSITORY
 from rtdmd_cli.engine.storage.lora_files import add_lora, read_lora
 from rtdmd_cli.engine.storage.run_folder import RunFolder, find_newest_finished, is_run, open_run, resolve_run

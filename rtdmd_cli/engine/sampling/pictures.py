@@ -35,7 +35,9 @@ from rtdmd_cli.engine.report.grid import GridRow, as_rgb, picture_grid, save_png
 from rtdmd_cli.engine.sampling.model_source import Model
 from rtdmd_cli.engine.sampling.sample import SamplingPlan, decode_all, generate
 from rtdmd_cli.engine.storage import strict_json
-from rtdmd_cli.engine.storage.files import append_line, is_held, locked, make_folder, os_errors
+from rtdmd_cli.engine.storage.disk_errors import os_errors
+from rtdmd_cli.engine.storage.files import append_line, locked, make_folder
+from rtdmd_cli.engine.storage.locks import is_held
 from rtdmd_cli.errors import EnvironmentFailure, UsageError
 
 T = TypeVar("T")

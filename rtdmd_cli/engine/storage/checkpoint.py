@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rtdmd_cli.engine.storage import files, strict_json
+from rtdmd_cli.engine.storage.disk_errors import os_errors
 from rtdmd_cli.errors import DataError, EnvironmentFailure
 
 if TYPE_CHECKING:
@@ -158,7 +159,7 @@ def _body_sha256(body: Mapping[str, Any]) -> str:
 
 def _step_folders(folder: Path) -> list[Path]:
     """The folders with a step's name, by step."""
-    with files.os_errors(folder, "list"):
+    with os_errors(folder, "list"):
         if not folder.is_dir():
             return []
         found = [path for path in folder.iterdir() if _STEP_NAME.fullmatch(path.name)]
@@ -253,7 +254,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 def _read(path: Path, missing: str) -> bytes:
     try:
-        with files.os_errors(path, "read"):
+        with os_errors(path, "read"):
             return path.read_bytes()
     except EnvironmentFailure as error:
         if isinstance(error.__cause__, _NO_SUCH_FILE):
@@ -273,7 +274,7 @@ def _read_verified(path: Path, name: str, manifest: Manifest) -> bytes:
 
 def _read_manifest(path: Path) -> Manifest:
     file = path / MANIFEST
-    with files.os_errors(path, "read"):
+    with os_errors(path, "read"):
         there = path.is_dir()
     if not there:
         raise DataError(f"There is no checkpoint folder {path}.", _OTHER_HINT)

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from rtdmd_cli.config.schema import Preset
 from rtdmd_cli.engine.storage import strict_json
-from rtdmd_cli.engine.storage.files import os_errors
+from rtdmd_cli.engine.storage.disk_errors import os_errors
 from rtdmd_cli.errors import DataError
 
 MANIFEST, CARD = "export.json", "README.md"

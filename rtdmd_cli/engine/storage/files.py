@@ -6,7 +6,6 @@ OSError becomes EnvironmentFailure with the path in its message.
 """
 
 import errno
-import fcntl
 import json
 import logging
 import os
@@ -19,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from platformdirs import user_cache_dir
-from safetensors import SafetensorError
 
 from rtdmd_cli.engine.storage.disk import Disk
-from rtdmd_cli.errors import BusyError, EnvironmentFailure
+from rtdmd_cli.engine.storage.disk_errors import os_errors
+from rtdmd_cli.engine.storage.locks import is_still, lock, open_folder, try_lock
+from rtdmd_cli.errors import HINTS, BusyError, EnvironmentFailure
 
 TMP_PREFIX = ".tmp-"
 DEAD_AFTER = 24 * 3600.0
@@ -34,51 +34,11 @@ disk = Disk()
 
 _TAIL = 65536  # bytes that are looked at in one go
 _TMP_NAME = re.compile(re.escape(TMP_PREFIX) + "[0-9a-f]{8}-")
-_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # in the messages of safetensors' writer
-_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.EBADF)
-"""The disk knows no locks; EBADF: NFS, which locks no folders."""
-_HINTS = {
-    errno.ENOSPC: "Free some disk space, or choose a folder on another disk.",
-    errno.EDQUOT: "Your disk quota is used up: free some space, or choose a folder on another disk.",
-    errno.EACCES: "Choose a folder you may write to.",
-    errno.EPERM: "Choose a folder you may write to.",
-    errno.EROFS: "The disk is mounted read-only: choose another folder.",
-    errno.EIO: "Check the disk.",
-    errno.ESTALE: "Check the network disk.",
-    errno.ETIMEDOUT: "Check the network disk.",
-    errno.EMFILE: "Raise the limit of open files: ulimit -n 4096",
-    errno.ENOMEM: "Close other programs.",
-    errno.ELOOP: "It is a link, and nothing is written through links: remove it.",
-}
 
 
 def cache_folder(name: str) -> Path:
     """The folder `name` in RTDMD_CACHE or the user's cache folder; it may not exist yet."""
     return Path(os.environ.get("RTDMD_CACHE") or user_cache_dir("rtdmd")) / name
-
-
-@contextmanager
-def os_errors(path: Path, doing: str = "write") -> Iterator[None]:
-    """Turn an OSError of the block into EnvironmentFailure: "Cannot <doing> <path>: <reason>.".
-
-    So too what safetensors' own writer raises where the disk refuses.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise _failure(path, doing, error) from error
-    except SafetensorError as error:
-        found = _OS_ERROR.search(str(error))
-        if found is None:
-            raise
-        number = int(found[1])
-        raise _failure(path, doing, OSError(number, os.strerror(number))) from error
-
-
-def _failure(path: Path, doing: str, error: OSError) -> EnvironmentFailure:
-    reason = (error.strerror or str(error)).lower()
-    hint = _HINTS.get(error.errno or 0, "Check this path, or choose another folder.")
-    return EnvironmentFailure(f"Cannot {doing} {path}: {reason}.", hint)
 
 
 def tmp_path(path: Path) -> Path:
@@ -155,7 +115,7 @@ def _create_locked(path: Path) -> tuple[Path, int]:
         temporary = tmp_path(path)
         with os_errors(path):
             descriptor = disk.create(temporary)
-            if _try_lock(descriptor) is not False and _is_it(descriptor, temporary):
+            if try_lock(descriptor) is not False and is_still(descriptor, temporary):
                 return temporary, descriptor
         os.close(descriptor)
 
@@ -247,7 +207,7 @@ def building(final: Path, fixed: bool = False) -> Iterator[Path]:
         yield path
     except BaseException:
         with suppress(EnvironmentFailure):
-            if _is_it(descriptor, path):
+            if is_still(descriptor, path):
                 remove_folder(path)
         raise
     finally:
@@ -268,10 +228,10 @@ def _claim(path: Path, final: Path, fixed: bool) -> int:
                 continue
             raise
         try:
-            free = _try_lock(descriptor) is not False
+            free = try_lock(descriptor) is not False
             if not free and fixed:
                 raise BusyError(f"Another process is making {final}.", "Wait for it, or choose another name.")
-            if free and _is_it(descriptor, path):
+            if free and is_still(descriptor, path):
                 with os_errors(path, "read"):
                     left = any(path.iterdir())
                 if not left:
@@ -281,42 +241,6 @@ def _claim(path: Path, final: Path, fixed: bool) -> int:
             os.close(descriptor)
             raise
         os.close(descriptor)
-
-
-def _is_it(descriptor: int, path: Path) -> bool:
-    """Whether the folder that is open is still the one of that name."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(path, follow_symlinks=False))
-    except FileNotFoundError:
-        return False
-
-
-def open_folder(path: Path) -> int:
-    """A folder's descriptor, to be locked and closed."""
-    with os_errors(path, "open"):
-        return os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-
-
-def lock(descriptor: int, message: str, hint: str) -> None:
-    """Lock a folder that is open. The system lifts the lock when the process ends, however it ends; no file is made.
-
-    BusyError with `message` and `hint` where another process holds it. On a disk without locks nothing happens.
-    """
-    if _try_lock(descriptor) is False:
-        raise BusyError(message, hint)
-
-
-def _try_lock(descriptor: int, kind: int = fcntl.LOCK_EX) -> bool | None:
-    """Whether the folder is locked now: False where another process holds it, None where the disk knows no locks."""
-    try:
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise EnvironmentFailure(f"Cannot lock a folder: {error.strerror}.") from error
-        return None
-    return True
 
 
 @contextmanager
@@ -330,20 +254,6 @@ def locked(folder: Path, hint: str, inner: Callable[[], Sequence[Path]] = tuple)
         lock(descriptor, f"Another process is working on {folder}.", hint)
         remove_leftovers(folder, *inner(), held=True)
         yield
-    finally:
-        os.close(descriptor)
-
-
-def is_held(folder: Path) -> bool:
-    """Whether a process, this one or another, holds the folder."""
-    with os_errors(folder, "open"):
-        return _probe(folder.resolve()) is False
-
-
-def _probe(path: Path) -> bool | None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    try:
-        return _try_lock(descriptor, fcntl.LOCK_SH)
     finally:
         os.close(descriptor)
 
@@ -449,7 +359,7 @@ def _remove_left(path: Path, held: bool) -> bool:
         return True
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
-        free = _try_lock(descriptor)
+        free = try_lock(descriptor)
         if free is None:
             free = time.time() - path.lstat().st_mtime > DEAD_AFTER
         if free:
@@ -467,5 +377,5 @@ def require_room(folder: Path, size: int, what: str) -> None:
     if status.f_blocks and size > free:  # some network disks know no sizes
         raise EnvironmentFailure(
             f"{what} needs {size / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free on the disk of {folder}.",
-            _HINTS[errno.ENOSPC],
+            HINTS[errno.ENOSPC],
         )

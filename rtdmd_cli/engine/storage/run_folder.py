@@ -25,6 +25,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from rtdmd_cli import __version__
 from rtdmd_cli.config.loader import Resolved, dump_resolved
 from rtdmd_cli.engine.storage import checkpoint, files, strict_json
+from rtdmd_cli.engine.storage.disk_errors import os_errors
+from rtdmd_cli.engine.storage.locks import is_held
 from rtdmd_cli.engine.storage.scrubbing import scrub, scrub_text, scrub_values
 from rtdmd_cli.errors import DataError, NumericalError, UsageError
 
@@ -214,7 +216,7 @@ class RunFolder:
 
     def is_held(self) -> bool:
         """Whether a process, this one or another, is working on the run."""
-        return files.is_held(self.path)
+        return is_held(self.path)
 
 
 @dataclass(frozen=True)
@@ -273,7 +275,7 @@ def check_name(name: str) -> None:
 
 def refuse_existing(path: Path) -> None:
     """Raise UsageError, naming both choices, if `path` is anything but an empty folder or nothing."""
-    with files.os_errors(path, "read"):
+    with os_errors(path, "read"):
         taken = os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir()))
     if taken:
         raise UsageError(
@@ -305,7 +307,7 @@ def find_newest_finished(out: Path, stage: str | None = None) -> RunFolder | Non
     """
     found: list[tuple[str, str, Path]] = []
     if out.is_dir():
-        with files.os_errors(out, "list"):
+        with os_errors(out, "list"):
             folders = [path for path in out.iterdir() if not path.name.startswith(".") and is_run(path)]
         for path in folders:
             status = _read_status(path)

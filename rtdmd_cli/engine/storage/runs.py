@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 
 from rtdmd_cli.config.loader import load_preset
 from rtdmd_cli.config.schema import Preset
-from rtdmd_cli.engine.storage import checkpoint, files, strict_json
+from rtdmd_cli.engine.storage import checkpoint, strict_json
+from rtdmd_cli.engine.storage.disk_errors import os_errors
 from rtdmd_cli.engine.storage.run_folder import (
     ENVIRONMENT,
     PRESET,
@@ -73,7 +74,7 @@ def list_runs(out: Path) -> list[RunSummary]:
     """Every run under `out`, the one that changed last first. Empty if there is no such folder."""
     if not out.is_dir():
         return []
-    with files.os_errors(out, "list"):
+    with os_errors(out, "list"):
         folders = [path for path in out.iterdir() if not path.name.startswith(".") and looks_like_run(path)]
     found = [replace(summary(RunFolder(path)), rows=()) for path in folders]
     return sorted(found, key=lambda each: (each.date, each.name), reverse=True)
@@ -199,7 +200,7 @@ def _date(run: RunFolder, status: Mapping[str, Any]) -> datetime:
     try:
         return datetime.strptime(str(status.get("time")), "%Y-%m-%dT%H:%M:%S.%fZ").replace(tzinfo=UTC)
     except ValueError:
-        with files.os_errors(run.path, "read"):
+        with os_errors(run.path, "read"):
             return datetime.fromtimestamp(run.path.stat().st_mtime, UTC)
 
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from rtdmd_cli.engine.storage.files import os_errors
+from rtdmd_cli.engine.storage.disk_errors import os_errors
 from rtdmd_cli.errors import DataError
 
 MAX_BYTES = 16 * 1024**2

@@ -6,14 +6,14 @@ import os
 import secrets
 from pathlib import Path
 
-from rtdmd_cli.engine.storage import files
+from rtdmd_cli.engine.storage.disk_errors import os_errors
 from rtdmd_cli.engine.storage.run_folder import RunFolder
 from rtdmd_cli.errors import EnvironmentFailure
 
 
 def identity(run: RunFolder) -> os.stat_result:
     """By which the folder is known again under another name. EnvironmentFailure where it can't be read."""
-    with files.os_errors(run.path, "read"):
+    with os_errors(run.path, "read"):
         return os.stat(run.path)
 
 

@@ -1,6 +1,7 @@
 """Writes are whole or absent, and trouble with the disk names the path."""
 
 import errno
+import fcntl
 import os
 import resource
 from pathlib import Path
@@ -11,6 +12,8 @@ from safetensors.torch import save_file
 
 from rtdmd_cli.engine.storage import files
 from rtdmd_cli.engine.storage.disk import Disk
+from rtdmd_cli.engine.storage.disk_errors import os_errors
+from rtdmd_cli.engine.storage.locks import is_held
 from rtdmd_cli.errors import BusyError, EnvironmentFailure
 
 
@@ -86,10 +89,16 @@ def test_a_full_disk_is_an_environment_failure_and_keeps_the_old_file(tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("number", "hint"), [(errno.ENOSPC, "Free"), (errno.EACCES, "may write"), (errno.EROFS, "read-only")]
+    ("number", "hint"),
+    [
+        (errno.ENOSPC, "Free"),
+        (errno.EACCES, "permissions"),
+        (errno.EROFS, "read-only"),
+        (errno.EFBIG, "ulimit -f"),
+    ],
 )
 def test_the_hint_fits_the_reason(number: int, hint: str, tmp_path: Path) -> None:
-    with pytest.raises(EnvironmentFailure) as caught, files.os_errors(tmp_path):
+    with pytest.raises(EnvironmentFailure) as caught, os_errors(tmp_path):
         raise OSError(number, os.strerror(number))
     assert str(tmp_path) in caught.value.message
     assert hint in caught.value.hint
@@ -221,7 +230,7 @@ def test_what_is_taken_for_dead_before_it_is_locked_is_made_once_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between the making of a temporary file or folder and its lock another process cleans up."""
-    real, cleaned = files._try_lock, []
+    real, cleaned = files.try_lock, []
 
     def late(descriptor: int, *kind: int) -> bool | None:
         if not cleaned:
@@ -229,7 +238,7 @@ def test_what_is_taken_for_dead_before_it_is_locked_is_made_once_more(
             cleaned.extend(files.remove_leftovers(tmp_path))
         return real(descriptor, *kind)
 
-    monkeypatch.setattr(files, "_try_lock", late)
+    monkeypatch.setattr(files, "try_lock", late)
     files.write_text(tmp_path / "a", "new")
     assert len(cleaned) == 2 and (tmp_path / "a").read_text() == "new"
     cleaned.clear()
@@ -245,7 +254,7 @@ def test_on_a_disk_without_locks_leftovers_go_by_their_age(
     def no_locks(descriptor: int, kind: int) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(files.fcntl, "flock", no_locks)
+    monkeypatch.setattr(fcntl, "flock", no_locks)
     young, old = files.tmp_path(tmp_path / "a"), files.tmp_path(tmp_path / "b")
     for path in (young, old):
         path.write_text("x")
@@ -306,10 +315,10 @@ def test_a_librarys_own_writer_says_what_the_disk_said(tmp_path: Path) -> None:
 
 def test_a_held_folder_is_busy_for_others(tmp_path: Path) -> None:
     with files.locked(tmp_path, "Wait."):
-        assert files.is_held(tmp_path)
+        assert is_held(tmp_path)
         with pytest.raises(BusyError, match="is working on"), files.locked(tmp_path, "Wait."):
             raise AssertionError("two holders")
-    assert not files.is_held(tmp_path)
+    assert not is_held(tmp_path)
 
 
 def test_two_thousand_levels_of_folders_are_named_and_no_error_of_ours(tmp_path: Path) -> None:
