@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from rtdmd_cli.config.tune_reward import TuneRewardConfig
 from rtdmd_cli.engine.backbones.families import FAMILIES
 from rtdmd_cli.engine.distill import recipe as distill
 from rtdmd_cli.engine.distill.run import trainer_on
+from rtdmd_cli.engine.planning.account import Account
 from rtdmd_cli.engine.planning.depth import depths, with_depths
 from rtdmd_cli.engine.planning.skeleton import Skeleton, skeleton
 from rtdmd_cli.engine.rewards.scoring import Scores
@@ -31,6 +32,13 @@ from tests.tiny_flux import TINY, tiny_config, tiny_folder
 
 PROMPTS = [0, 0, 1, 1]
 STEPS = (1000, 700, 400)  # of a rollout: two that draw noise and the last
+
+
+@pytest.fixture(autouse=True)
+def forms_kept() -> Iterator[None]:
+    """As in a plan: the form of a result that was made before is looked up, as torch takes long to find it."""
+    with Account():
+        yield
 
 
 class Brightness:
