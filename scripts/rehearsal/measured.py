@@ -39,7 +39,8 @@ PHASES = {
     "pictures": (
         ("rtdmd_cli.engine.training.previews", "", "make_previews"),
         ("rtdmd_cli.engine.training.previews", "", "save_sample_grid"),
-        ("rtdmd_cli.engine.training.previews", "", "save_health_panel"),
+        ("rtdmd_cli.engine.training.health", "Health", "lag"),
+        ("rtdmd_cli.engine.training.health", "Health", "save_panel"),
     ),
     "fake turn": (
         ("rtdmd_cli.engine.distill.recipe", "", "update_fake_score"),

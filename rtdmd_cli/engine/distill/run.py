@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from rtdmd_cli.config.loader import Resolved
 from rtdmd_cli.config.previews import PreviewsConfig
@@ -33,6 +32,7 @@ from rtdmd_cli.engine.training.assembly import (
     training_sigmas,
 )
 from rtdmd_cli.engine.training.closing import failing, finish
+from rtdmd_cli.engine.training.health import Health
 from rtdmd_cli.engine.training.held_out import HeldOut, open_held_out, scored_prompts
 from rtdmd_cli.engine.training.loop import train
 from rtdmd_cli.engine.training.opening import opened
@@ -160,7 +160,7 @@ def _run(
 
 def stage(trainer: Trainer, previews: pictures.Previews, judge: HeldOut) -> Stage:
     """Stage 1 as a training run knows it."""
-    settings = previews.preset.previews
+    settings, health = previews.preset.previews, Health(previews)
 
     def advance(iteration: int) -> None:
         total = trainer.config.iterations
@@ -168,14 +168,13 @@ def stage(trainer: Trainer, previews: pictures.Previews, judge: HeldOut) -> Stag
         with trainer.precision():
             iterate(trainer, iteration)
 
-    def measured(images: Tensor) -> dict[str, float]:
-        return judge.measure(trainer, images) | pictures.lag(previews)
-
     def grid(path: Path, iteration: int) -> dict[str, float]:
-        return measured(pictures.save_sample_grid(previews, trainer.ema, path, iteration))
+        images = pictures.save_sample_grid(previews, trainer.ema, path, iteration)
+        return judge.measure(trainer, images) | health.lag(iteration)
 
     def baseline(path: Path) -> dict[str, float]:
-        return measured(pictures.save_baseline(previews, trainer.ema, path))
+        images = pictures.save_baseline(previews, trainer.ema, path)
+        return judge.measure(trainer, images) | health.lag(0)
 
     def report(session: Session, state: State, last: Row) -> None:
         preset, iteration = session.resolved.preset, session.iteration
@@ -183,7 +182,7 @@ def stage(trainer: Trainer, previews: pictures.Previews, judge: HeldOut) -> Stag
         write_run_report(session.run, preset, state, iteration, session.seconds, last, live)
 
     def end(session: Session, state: State, last: Row) -> None:
-        pictures.save_health_panel(previews, session.run.path / "health.png", session.iteration)
+        health.save_panel(session.run.path / "health.png", session.iteration)
         report(session, state, last)
 
     return Stage(

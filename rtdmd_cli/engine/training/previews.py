@@ -1,4 +1,4 @@
-"""Pictures of a run in progress: fixed prompts and seeds, generator beside teacher, and the fake score's health."""
+"""Pictures of a run in progress: fixed prompts and seeds, generator beside teacher."""
 
 import hashlib
 from collections.abc import Sequence
@@ -9,13 +9,10 @@ import torch
 from torch import Tensor
 
 from rtdmd_cli.config.schema import Preset
-from rtdmd_cli.engine.algo.flow import to_x0
-from rtdmd_cli.engine.algo.subinterval import renoise
 from rtdmd_cli.engine.backbones.base import Backbone, Conditioning
-from rtdmd_cli.engine.compute import rng
 from rtdmd_cli.engine.report.grid import GridRow, picture_grid, save_picture, save_png
 from rtdmd_cli.engine.roles.base import RoleSet
-from rtdmd_cli.engine.sampling.sample import Kind, SamplingPlan, decode_all, generate, guided, sampling_plan
+from rtdmd_cli.engine.sampling.sample import Kind, SamplingPlan, decode_all, generate, sampling_plan
 from rtdmd_cli.engine.storage import strict_json
 from rtdmd_cli.engine.storage.files import write_json
 from rtdmd_cli.engine.storage.run_folder import PICTURES
@@ -23,8 +20,6 @@ from rtdmd_cli.engine.storage.runs import PICTURE_INDEX
 
 COUNT = 8
 """Prompts of a run's grids where the preset names none, evenly spread over the prompt set; pictures drawn at once."""
-HEALTH_LEVEL = 0.6
-"""Noise level sigma at which teacher and fake score are asked for their clean prediction."""
 TEACHER, FEW_STEPS, START = "teacher", "few-step-teacher", "start"
 """Names of the pictures to compare with, in the file names of single pictures."""
 
@@ -219,51 +214,3 @@ def save_pictures(previews: Previews, samples: Path, name: str, images: Tensor) 
     """Write each picture of `images` [n,3,H,W] as <samples>/pictures/<name>-<key>, PNG or JPEG by its size."""
     for each, image in zip(previews.shown, images, strict=True):
         save_picture(image, samples / PICTURES / f"{name}-{each.key}")
-
-
-def save_health_panel(previews: Previews, path: Path, iteration: int) -> None:
-    """Write the generator's pictures beside the clean predictions of teacher and fake score at the same noisy points."""
-    x0, fake, teacher = health_points(previews)
-    rows = [
-        GridRow("generator", decode_all(previews.backbone, x0, COUNT)),
-        GridRow(
-            f"fake score's prediction at sigma {HEALTH_LEVEL}", decode_all(previews.backbone, fake, COUNT)
-        ),
-        GridRow(
-            f"teacher's prediction at sigma {HEALTH_LEVEL}", decode_all(previews.backbone, teacher, COUNT)
-        ),
-    ]
-    save_png(picture_grid(rows, previews.titles), path, {"iteration": str(iteration)})
-
-
-@torch.no_grad()
-def health_points(previews: Previews) -> tuple[Tensor, Tensor, Tensor]:
-    """Generator samples x0 (raw weights), and the clean predictions of fake score and guided teacher: all [n,C,H,W].
-
-    Both predict from the same point, x0 diffused to HEALTH_LEVEL with fixed noise.
-    """
-    backbone, count = previews.backbone, len(previews.shown)
-    x0 = previews.latents()
-    noise = rng.normal(previews.shape, previews.seed, "health", 0, range(count))
-    x_t = renoise(x0, 0.0, HEALTH_LEVEL, noise).to(backbone.device)
-    level = x_t.new_full((count,), HEALTH_LEVEL)
-    cond, empty = (c.to(backbone.device, backbone.dtype) for c in (previews.rows, previews.empty))
-    with previews.roles.role("fake"):
-        fake = to_x0(x_t, HEALTH_LEVEL, guided(backbone, cond, None, 1.0)(x_t, level))
-    with previews.roles.role("teacher"):
-        velocity = guided(backbone, cond, empty, previews.preset.matching_guidance)
-        teacher = to_x0(x_t, HEALTH_LEVEL, velocity(x_t, level))
-    return x0, fake.cpu(), teacher.cpu()
-
-
-def lag(previews: Previews) -> dict[str, float]:
-    """How far the fake score's clean prediction is from the generator's own samples, root mean square over latents.
-
-    `lag` is the fake score's distance, `lag_teacher` the guided teacher's at the same points: a fake score that follows
-    the generator stays well under it.
-    """
-    x0, fake, teacher = health_points(previews)
-    return {
-        "lag": float((fake - x0).square().mean().sqrt()),
-        "lag_teacher": float((teacher - x0).square().mean().sqrt()),
-    }

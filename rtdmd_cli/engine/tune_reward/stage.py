@@ -11,6 +11,7 @@ from rtdmd_cli.engine.storage.run_folder import State
 from rtdmd_cli.engine.training import memory
 from rtdmd_cli.engine.training import previews as pictures
 from rtdmd_cli.engine.training.assembly import prepare_prompts
+from rtdmd_cli.engine.training.health import Health
 from rtdmd_cli.engine.training.session import Row, Schedule, Session, Stage
 from rtdmd_cli.engine.tune_reward.checks import followed
 from rtdmd_cli.engine.tune_reward.measure import Measured, Measurement, measure
@@ -31,7 +32,8 @@ def tune_stage(
 ) -> Stage:
     """Stage 2 as a training run knows it. `warn` is given a sentence for people and the log."""
     core, config = tuner.core, tuner.config
-    watcher = _Watcher(tuner, previews, measurement, mixture, warn)
+    health = Health(previews)
+    watcher = _Watcher(tuner, health, measurement, mixture, warn)
 
     def advance(epoch: int) -> None:
         prepare_prompts(core, epoch, config.epochs, lambda i: chosen_prompts(tuner, i))
@@ -40,11 +42,11 @@ def tune_stage(
 
     def grid(path: Path, epoch: int) -> dict[str, float]:
         pictures.save_sample_grid(previews, core.ema, path, epoch)
-        return pictures.lag(previews)
+        return health.lag(epoch)
 
     def baseline(path: Path) -> dict[str, float]:
         pictures.save_baseline(previews, core.ema, path)
-        return pictures.lag(previews)
+        return health.lag(0)
 
     settings = previews.preset.previews
     return Stage(
@@ -85,7 +87,7 @@ class _Watcher:
     """Measures the run on the way, once an epoch at most, and warns. newest: of the last epoch that was measured."""
 
     tuner: Tuner
-    previews: pictures.Previews
+    health: Health
     measurement: Measurement
     mixture: RewardMixture
     warn: Callable[[str], None]
@@ -115,8 +117,7 @@ class _Watcher:
         if not self.due(session):
             last = {"iteration": session.iteration, **last, **self.judged(session)[0]}
         session.records[AFTER] = self.measured(session).means
-        path = session.run.path / "health.png"
-        pictures.save_health_panel(self.previews, path, session.iteration)
+        self.health.save_panel(session.run.path / "health.png", session.iteration)
         self.report(session, state, last)
 
     def report(self, session: Session, state: State, last: Row) -> None:

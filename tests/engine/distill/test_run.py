@@ -27,8 +27,10 @@ from rtdmd_cli.engine.report import viewer_data
 from rtdmd_cli.engine.report.metrics import explained
 from rtdmd_cli.engine.storage.checkpoint import Checkpoint, load_checkpoint, newest_valid, save_checkpoint
 from rtdmd_cli.engine.storage.run_folder import RunFolder
-from rtdmd_cli.engine.training import closing, loop, trackers
+from rtdmd_cli.engine.training import closing, health, loop, trackers
 from rtdmd_cli.engine.training import previews as pictures
+from rtdmd_cli.engine.training.health import Points
+from rtdmd_cli.engine.training.previews import Previews
 from rtdmd_cli.engine.training.restoring import restore
 from rtdmd_cli.engine.training.session import Outcome, Session
 from rtdmd_cli.engine.training.start import Start
@@ -328,3 +330,19 @@ def test_a_signal_that_asks_for_a_checkpoint_gets_one_and_the_run_goes_on(
     kept = sorted(path.name for path in (outcome.run / "checkpoints").glob("step-*"))
     assert outcome.iterations == 4 and kept == ["step-000001", "step-000002", "step-000004"]
     assert sum(line.startswith("SIGUSR1: the last checkpoint") for line in said) == 1
+
+
+def test_the_health_of_a_step_is_drawn_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the figures of the last grid and for the panel beside it."""
+    drawn: list[int] = []
+
+    def counting(previews: Previews) -> Points:
+        drawn.append(1)
+        return real(previews)
+
+    real = health.points
+    monkeypatch.setattr(health, "points", counting)
+    outcome = run(tmp_path, "healthy", Start(None, None), sample_every=1)
+    rows = RunFolder(outcome.run).metrics.read()
+    assert len(drawn) == len([row for row in rows if "lag" in row]) == 3  # before training, and after each iteration
+    assert (outcome.run / "health.png").is_file() and rows[1]["lag"] != rows[2]["lag"]
