@@ -20,6 +20,7 @@ _STATE_HINT = (
 )
 # Per-element states of AdamW (torch) and AdamW8bit (bitsandbytes); others have shapes of their own.
 _ELEMENTWISE = frozenset({"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "state1", "state2"})
+_FUSED = ("cpu", "cuda")  # devices on which torch's AdamW moves all weights in one call
 _SCALARS = (bool, int, float, str, type(None))
 
 
@@ -39,7 +40,7 @@ def build_optimizer(
     """
     parameters = [parameter for _, parameter in params]
     _require_device(choice, parameters)
-    fused = all(parameter.device.type in ("cpu", "cuda") for parameter in parameters)
+    fused = all(parameter.device.type in _FUSED for parameter in parameters)
     optimizers: dict[Choice, Callable[..., torch.optim.Optimizer]] = {
         # On the CPU in a sixth of the time; on CUDA without a copy of a state for every parameter at once.
         "adamw": partial(torch.optim.AdamW, fused=fused or None),
@@ -188,9 +189,9 @@ def load_optimizer(
 ) -> None:
     """Put a state of `optimizer_tensors` into a fresh optimiser, bit for bit.
 
-    Tensors are copied to their parameter's device, torch's step counter stays on the CPU, a paged optimiser's
-    large states go back into pages. Raises DataError, before anything is changed, for another optimiser, a missing or
-    unexpected name, or a wrong shape.
+    Tensors are copied to their parameter's device; torch's step counter is on the CPU unless all weights are moved in one
+    call, and a paged optimiser's large states go back into pages. Raises DataError, before anything is changed, for
+    another optimiser, a missing or unexpected name, or a wrong shape.
     """
     parameters = _parameters(optimizer, names)
     if state["optimizer"] != type(optimizer).__name__:
@@ -225,7 +226,8 @@ def _placed(optimizer: torch.optim.Optimizer, key: str, tensor: Tensor, paramete
     if isinstance(optimizer, PagedAdamW8bit) and key in ("state1", "state2"):
         buffer: Tensor = optimizer.get_state_buffer(parameter, dtype=tensor.dtype)
         return buffer.copy_(tensor)
-    return tensor.to("cpu" if key == "step" else parameter.device, copy=True)
+    counts_on_host = key == "step" and not optimizer.defaults["fused"]
+    return tensor.to("cpu" if counts_on_host else parameter.device, copy=True)
 
 
 def _require_same(what: str, found: set[str], expected: set[str]) -> None:

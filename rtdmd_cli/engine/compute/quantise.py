@@ -137,7 +137,8 @@ def _int8(linear: nn.Linear, device: torch.device) -> nn.Module:
         has_fp16_weights=False,
         device="meta",
     )
-    layer.weight = Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
+    weight = linear.weight.data.cpu()  # bitsandbytes rounds what leaves the CPU, and nothing else
+    layer.weight = Int8Params(weight, requires_grad=False, has_fp16_weights=False)
     if linear.bias is not None:
         layer.bias = linear.bias
     placed: Int8Linear = layer.to(device)
