@@ -32,6 +32,7 @@ DEAR = (
     "tests/engine/compute/test_blocks.py",
     "tests/engine/planning/test_plan.py",
     "tests/faults/test_terminal.py",
+    "tests/cli/test_on_a_device.py",
 )
 """The files that take 20 processor seconds and more. They come first, the dearest before the others, so that at the end no
 worker has a long one left while another waits (`scripts/test`)."""
