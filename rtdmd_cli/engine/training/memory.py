@@ -47,6 +47,9 @@ def advance_within_memory(
     tell: is given a line each time. `MemoryFull` where the micro-batch is 1. One of several processes can't make an
     iteration again on its own: there the error is the library's.
     """
+    if trainer.processes.count > 1:
+        advance()
+        return False
     undo, smaller = Undo(trainer), False
     while True:
         undo.begin()
@@ -54,8 +57,6 @@ def advance_within_memory(
             advance()
             return smaller
         except torch.OutOfMemoryError as error:
-            if trainer.processes.count > 1:
-                raise
             reason = str(error).partition(". ")[0].partition("\n")[0].rstrip(".")
         # out of the handler: until here the error holds the frames in which it was raised, and their tensors
         undo.restore()
