@@ -68,9 +68,10 @@ def main(
     for command in commands.split(","):
         say(f"{time.monotonic() - began:.0f} s: {command}")
         given = arguments(command, made, folder.resolve(), side)
-        done.append(run(command, given, folder.resolve(), limit))
-        if command in STAGES:
-            done[-1]["planned_gib"] = planned(made, settings(made, folder.resolve(), side)[1::2], command)
+        expected: dict[str, Any] = {}
+        if command in STAGES:  # before the hours that a run takes
+            expected["planned_gib"] = planned(made, settings(made, folder.resolve(), side)[1::2], command)
+        done.append(run(command, given, folder.resolve(), limit) | expected)
         if done[-1]["exit_code"]:
             break
     record = {

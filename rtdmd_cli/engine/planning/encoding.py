@@ -19,6 +19,7 @@ from rtdmd_cli.engine.planning.stand_ins import quantise
 from rtdmd_cli.engine.storage import strict_json
 
 LANGUAGE = "text_config"  # of a config of transformers
+KINDS_OF_LAYERS = "layer_types"  # of each one, as configs name them that transformers itself has written
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,9 @@ def encoder_cost(
     key = "num_layers" if "num_layers" in language else "num_hidden_layers"
 
     def count(few: Mapping[str, int]) -> dict[str, int]:
-        shallow = {key: few[key]}
+        shallow: dict[str, Any] = {key: few[key]}
+        if KINDS_OF_LAYERS in language:
+            shallow[KINDS_OF_LAYERS] = language[KINDS_OF_LAYERS][: few[key]]
         if LANGUAGE in config:
             shallow = {LANGUAGE: language | shallow}
         encoder: Any = on_shapes(kind, config | shallow, dtype)

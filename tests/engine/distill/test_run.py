@@ -344,5 +344,7 @@ def test_the_health_of_a_step_is_drawn_once(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(health, "points", counting)
     outcome = run(tmp_path, "healthy", Start(None, None), sample_every=1)
     rows = RunFolder(outcome.run).metrics.read()
-    assert len(drawn) == len([row for row in rows if "lag" in row]) == 3  # before training, and after each iteration
+    assert (
+        len(drawn) == len([row for row in rows if "lag" in row]) == 3
+    )  # before training, and after each iteration
     assert (outcome.run / "health.png").is_file() and rows[1]["lag"] != rows[2]["lag"]
