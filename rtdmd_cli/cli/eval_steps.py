@@ -92,7 +92,7 @@ def _make(
     stop: StopRequest,
     held: ExitStack,
 ) -> Made:
-    from rtdmd_cli.engine.evaluation.generate_phase import free_memory
+    from rtdmd_cli.engine.compute.device import free_memory
 
     made = _painted(benchmark, judges, prompts, options, stop, held)
     free_memory(made.device)

@@ -38,6 +38,7 @@ from rtdmd_cli.engine.backbones.locating import locate
 from rtdmd_cli.engine.backbones.single_file import DAMAGED, read_transformer
 from rtdmd_cli.engine.backbones.sizes import check_sizes
 from rtdmd_cli.engine.backbones.two_bases import TwoBases, bases_of
+from rtdmd_cli.engine.compute.device import free_memory
 from rtdmd_cli.engine.compute.float32_products import CPU, emulates_bf16, multiply_in_float32
 from rtdmd_cli.engine.compute.quantise import place, shrink_encoder
 from rtdmd_cli.engine.compute.quiet import quiet_loading
@@ -149,8 +150,7 @@ class Loaded:
         """Free the memory of the text encoders, on `device` too."""
         self.encoders_dropped = True
         self.pipe.register_modules(**dict.fromkeys(self.layout.encoders))
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        free_memory(device)
 
     def hash_ahead(self) -> None:
         """Begin to read what `model_id` needs, while the networks load."""

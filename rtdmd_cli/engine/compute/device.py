@@ -1,5 +1,6 @@
 """Which device and which number format a run computes with."""
 
+import gc
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -73,6 +74,13 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
+
+
+def free_memory(device: torch.device) -> None:
+    """Give back what nothing holds any more, before something else takes its place."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def useful_matmul(precision: str, device: torch.device) -> str:

@@ -6,7 +6,6 @@ earlier process was stopped.
 
 from __future__ import annotations
 
-import gc
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from rtdmd_cli import __version__
@@ -141,13 +139,6 @@ def generate_phase(
         timing.add(len(part), seconds)
         on_pictures(len(part))
     return True
-
-
-def free_memory(device: torch.device) -> None:
-    """Give back what is no longer referenced, before the next model comes."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def _record(job: Generation, key: Key) -> dict[str, Any]:

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 
 from rtdmd_cli.config.tune_reward import split_paths, split_weights
+from rtdmd_cli.engine.compute.device import free_memory
 from rtdmd_cli.engine.compute.signals import StopRequest
 from rtdmd_cli.engine.evaluation.benchmarks import Benchmark
 from rtdmd_cli.engine.evaluation.folder import SCORES, TIMING
-from rtdmd_cli.engine.evaluation.generate_phase import Generation, Timing, free_memory, generate_phase
+from rtdmd_cli.engine.evaluation.generate_phase import Generation, Timing, generate_phase
 from rtdmd_cli.engine.evaluation.metrics import JudgeEntry, check_prompts, find_judge
 from rtdmd_cli.engine.evaluation.picture_store import (
     FolderPictures,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rtdmd_cli.engine.algo.flow import move
-from rtdmd_cli.engine.compute.device import to_host, wait
+from rtdmd_cli.engine.compute.device import free_memory, to_host, wait
 from rtdmd_cli.engine.prompts.reading import PromptSet
 from rtdmd_cli.engine.rewards.base import Reward, RewardEntry, require_metadata
 from rtdmd_cli.engine.rewards.guard import Failed, load_reward, picture_gradient, scores_and_gradient
@@ -59,15 +59,15 @@ class RewardMixture:
         it is differentiable and gives no gradient, or fails.
         """
         for name in (*self.weights, *self.held_out):
-            with self._hold([name]) as (reward,):
+            with self._held(name):
                 if edge is not None and name in self.differentiable:
-                    self._try_gradient(name, reward, edge)
+                    self._try_gradient(name, edge)
 
-    def _try_gradient(self, name: str, reward: Reward, edge: int) -> None:
+    def _try_gradient(self, name: str, edge: int) -> None:
         picture = torch.rand(1, 3, edge, edge, generator=torch.Generator().manual_seed(0)).to(self._device)
         first = self.prompts.pick([0])
         try:
-            picture_gradient(reward, picture, first.texts, first.metadata, self._limits.seconds)
+            picture_gradient(self._loaded[name], picture, first.texts, first.metadata, self._limits.seconds)
         except Failed as failed:
             raise DataError(
                 f"The reward {name} {failed}{failed.place}.",
@@ -90,9 +90,9 @@ class RewardMixture:
     ) -> Scores:
         scores, unjudged = {}, list[Unjudged]()
         for name in names:
-            with self._hold([name]) as (reward,):
+            with self._held(name):
                 scores[name], failures = score_all(
-                    name, reward, self._device, images, prompts, numbers, self._limits
+                    name, self._loaded[name], self._device, images, prompts, numbers, self._limits
                 )
             unjudged += failures
         return Scores(scores, tuple(unjudged))
@@ -116,11 +116,11 @@ class RewardMixture:
         """
         total, gradient = torch.zeros(len(rows)), images.new_zeros(len(rows), *images.shape[1:])
         for name in self.differentiable:
-            with self._hold([name]) as (reward,):
+            with self._held(name):
                 for start in range(0, len(rows), size):
                     part = slice(start, start + size)
                     given = move(images[list(rows[part])], self._device)
-                    found = self._scores_and_gradient(name, reward, given, prompts[part])
+                    found = self._scores_and_gradient(name, given, prompts[part])
                     values, by_picture = (to_host(each.float()) for each in found)
                     wait(self._device)
                     self._require_finite(name, "", values, prompts[part])
@@ -130,12 +130,12 @@ class RewardMixture:
         return total, gradient
 
     def _scores_and_gradient(
-        self, name: str, reward: Reward, images: Tensor, prompts: Sequence[int]
+        self, name: str, images: Tensor, prompts: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
         chosen = self.prompts.pick(prompts)
         try:
             values, gradient = scores_and_gradient(
-                reward, images, chosen.texts, chosen.metadata, self._limits.seconds
+                self._loaded[name], images, chosen.texts, chosen.metadata, self._limits.seconds
             )
         except Failed as failed:
             raise RewardFailure(
@@ -155,19 +155,20 @@ class RewardMixture:
             )
 
     @contextmanager
-    def _hold(self, names: Sequence[str]) -> Iterator[list[Reward]]:
-        """The loaded rewards of these names. Unless all are kept, those loaded here are freed afterwards."""
-        missing = [name for name in names if name not in self._loaded]
+    def _held(self, name: str) -> Iterator[None]:
+        """Within the block the reward of this name is in `_loaded`. Unless all are kept, one loaded here is freed afterwards.
+
+        Keep it in no variable: that would outlive the block, and the next reward would be loaded beside it.
+        """
+        missing = name not in self._loaded
         try:
-            for name in missing:
+            if missing:
                 self._loaded[name] = load_reward(self._entries[name], self._device, self._paths.get(name))
-            yield [self._loaded[name] for name in names]
+            yield
         finally:
             if missing and not self._keep:
-                for name in missing:
-                    self._loaded.pop(name, None)
-                if self._device.type == "cuda":
-                    torch.cuda.empty_cache()
+                self._loaded.pop(name, None)
+                free_memory(self._device)
 
 
 def open_mixture(

@@ -4,7 +4,6 @@ The iteration is undone and made again with half the micro-batch: the same image
 At a micro-batch of 1 nothing is left to halve: the run saves and ends with the settings that need less.
 """
 
-import gc
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from rtdmd_cli.config.schema import Preset
+from rtdmd_cli.engine.compute.device import free_memory
 from rtdmd_cli.engine.training.trainer import Trainer
 from rtdmd_cli.engine.training.undo import Undo
 from rtdmd_cli.errors import EnvironmentFailure
@@ -60,7 +60,7 @@ def advance_within_memory(
             reason = str(error).partition(". ")[0].partition("\n")[0].rstrip(".")
         # out of the handler: until here the error holds the frames in which it was raised, and their tensors
         undo.restore()
-        free(trainer.backbone.device)
+        free_memory(trainer.backbone.device)
         before, size = sizes.micro_batch(), sizes.halved()
         if not size:
             raise MemoryFull(
@@ -78,13 +78,6 @@ def keep_size(sizes: Sizes, records: Mapping[str, Any]) -> None:
     """Go on with the micro-batch that a run has come down to, unless the preset's is smaller still."""
     if RECORD in records and records[RECORD] < sizes.micro_batch():
         sizes.resize(records[RECORD])
-
-
-def free(device: torch.device) -> None:
-    """Give back what nothing holds any more."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def hint(preset: Preset, section: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -124,19 +125,24 @@ def test_when_rewards_are_loaded(where: str) -> None:
 
 
 def test_one_at_a_time_holds_no_two() -> None:
+    """None of those before lives on in any variable, either, when the next one is loaded."""
     held: list[int] = []
     loads: list[str] = []
+    made: list[weakref.ref[Reward]] = []
     mixture = opened(dict.fromkeys(SHAPES, 1.0), where="one", find=counting(loads))
     for name, entry in mixture._entries.items():
 
         def load(device: torch.device, path: str | None, entry: RewardEntry = entry) -> Reward:
-            held.append(len(mixture._loaded))
-            return entry.load(device, path)
+            held.append(sum(each() is not None for each in made))
+            reward = entry.load(device, path)
+            made.append(weakref.ref(reward))
+            return reward
 
         mixture._entries[name] = replace(entry, load=load)
+    mixture.check_loading(32)
     mixture.score(pictures(), [0, 0, 1, 1])
     mixture.pull(pictures(), range(4), [0, 0, 1, 1], 2)
-    assert held == [0] * 4 and loads == [*SHAPES, *SHAPES]
+    assert held == [0] * 6 and loads == [*SHAPES, *SHAPES, *SHAPES]
 
 
 def test_rewards_are_freed_after_an_error() -> None:
