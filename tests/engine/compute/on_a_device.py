@@ -59,6 +59,15 @@ def gradients_are_those_of_the_cpu(device: torch.device) -> None:
         torch.testing.assert_close(one, other)
 
 
+def attention_is_that_of_the_cpu(device: torch.device) -> None:
+    q, k, v = torch.randn(3, 2, 1, 5, 4, generator=torch.Generator().manual_seed(0))
+    seen = torch.ones(5, 5, dtype=torch.bool).tril()
+    for mask in (None, seen, seen.float()):
+        there = None if mask is None else mask.to(device)
+        found = nn.functional.scaled_dot_product_attention(q.to(device), k.to(device), v.to(device), there)
+        torch.testing.assert_close(found.cpu(), nn.functional.scaled_dot_product_attention(q, k, v, mask))
+
+
 def adamw_goes_on_from_a_checkpoint(device: torch.device) -> None:
     """Its step counter too is on the device: there the fused kernel reads it."""
 
@@ -98,6 +107,7 @@ CHECKS = (
     a_late_copy_has_no_numbers_yet,
     reads_are_noted,
     gradients_are_those_of_the_cpu,
+    attention_is_that_of_the_cpu,
     adamw_goes_on_from_a_checkpoint,
     a_layer_on_a_device_is_put_into_8_bits,
 )
