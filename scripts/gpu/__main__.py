@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import torch
 import typer
 
 from rtdmd_cli.cli.quiet import quiet_libraries
+from rtdmd_cli.engine.compute.device import free_memory
 from rtdmd_cli.engine.storage.files import write_json
 from rtdmd_cli.engine.storage.run_folder import describe_environment
-from rtdmd_cli.errors import RtdmdError
 from scripts.gpu.report import agreement_lines, beyond, table
 
 ROOT = Path(__file__).parents[2]
 OUT = ROOT / "scripts/bench_results"
 LIMIT = 520
 """Seconds after which nothing further is begun; what is expected to end later is passed over."""
+
+FULL = "out of memory"
+"""Why a part failed that a card is merely too small for."""
+T = TypeVar("T")
 
 app = typer.Typer(add_completion=False)
 
@@ -43,15 +48,11 @@ def main(
         print("No CUDA device: nothing was measured.")
         return
     quiet_libraries()
-    try:
-        record = check(torch.device("cuda"), compiled)
-    except RtdmdError as error:
-        _say(f"error: {error.message}\nhint: {error.hint}")
-        raise typer.Exit(error.exit_code) from error
+    record = check(torch.device("cuda"), compiled)
     path = out / f"{datetime.now(UTC):%Y-%m-%d}-{_slug(record['environment']['device'])}.json"
     write_json(path, record)
     _say(f"{record['seconds']:.0f} s; written to {path}")
-    if record["beyond"]:
+    if record["beyond"] or record["failed"]:
         raise typer.Exit(1)
 
 
@@ -61,21 +62,26 @@ def check(device: torch.device, compiled: bool) -> dict[str, Any]:
     from scripts.gpu.models import CASES, COMPILED
     from scripts.gpu.small import FAMILIES, both_stages
 
-    began = time.monotonic()
+    began, failed = time.monotonic(), dict[str, str]()
     with tempfile.TemporaryDirectory() as folder:
-        small = [both_stages(name, device, Path(folder)) for name in FAMILIES]
+        tried = [
+            attempt(name, partial(both_stages, name, device, Path(folder)), failed, device)
+            for name in FAMILIES
+        ]
+    small = [row for row in tried if row]
     for row in small:
         print(
             f"{row['family']}: stage 1 {row['distill_seconds']:.1f} s, stage 2 {row['tune_seconds']:.1f} s, in bf16"
         )
-    found = agreement(device)
+    found = attempt("agreement", partial(agreement, device), failed, device) or {}
     print("\n".join(agreement_lines(found, STATED)))
     rows = []
     for case in (*CASES, *([COMPILED] if compiled else [])):
         _say(f"{time.monotonic() - began:.0f} s: {case.name}")
         late = time.monotonic() - began + case.seconds > LIMIT
-        row = {"model": case.name, "note": "no time left"} if late else attempt(measure, case, device)
-        rows.append(row | planned(case.settings(device)))
+        measured = None if late else attempt(case.name, partial(measure, case, device), failed, device)
+        note = {"model": case.name, "note": failed.get(case.name, "no time left")}
+        rows.append((measured or note) | planned(case.settings(device)))
     print(table(rows))
     return {
         "environment": describe_environment(["scripts/gpu_check"], device),
@@ -84,20 +90,26 @@ def check(device: torch.device, compiled: bool) -> dict[str, Any]:
         "stated": STATED,
         "beyond": beyond(found, STATED),
         "updates": rows,
+        "failed": {name: reason for name, reason in failed.items() if reason != FULL},
         "seconds": time.monotonic() - began,
     }
 
 
-def attempt(measure: Callable[..., dict[str, Any]], case: Any, device: torch.device) -> dict[str, Any]:
-    """A row, or a note that the memory is too small; the memory is free again afterwards."""
+def attempt(name: str, part: Callable[[], T], failed: dict[str, str], device: torch.device) -> T | None:
+    """What a part gives; None where it fails, which is shown and entered in `failed`: the others are worth having.
+
+    The memory is free again afterwards.
+    """
     try:
-        return measure(case, device)
+        return part()
     except torch.OutOfMemoryError:
-        return {"model": case.name, "note": "out of memory"}
+        failed[name] = FULL
+    except Exception as error:
+        traceback.print_exc()
+        failed[name] = f"{type(error).__name__}: {error}".partition("\n")[0]
     finally:
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        free_memory(device)
+    return None
 
 
 def _slug(text: str) -> str:

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from scripts.gpu import __main__ as gpu_check
 from scripts.gpu import measure as measuring
+from scripts.gpu import small
 from scripts.gpu.measure import measure
 from scripts.gpu.models import CASES, COMPILED, Case, empty_transformer, random_backbone
 from scripts.gpu.report import agreement_lines, beyond, table
@@ -84,8 +85,8 @@ def test_the_models_have_the_published_sizes() -> None:
         shrunk = (
             {"pos_embed_max_size": 8} if "pos_embed_max_size" in case.transformer else {}
         )  # no parameters
-        small = replace(case, transformer={**case.transformer, **shrunk})
-        count = sum(parameter.numel() for parameter in empty_transformer(small).parameters())
+        made = replace(case, transformer={**case.transformer, **shrunk})
+        count = sum(parameter.numel() for parameter in empty_transformer(made).parameters())
         assert low < count / 1e9 < high, case.name
         preset = case.settings(CPU)
         assert f"{preset.model.resolution} px" in case.name and preset.distill.batch == 1
@@ -136,12 +137,42 @@ def test_both_stages_of_a_small_model(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"cache", "sd3-1", "sd3-2"}
 
 
-def test_too_little_memory_is_a_note() -> None:
-    def fails(case: Case, device: torch.device) -> dict[str, Any]:
-        raise torch.OutOfMemoryError("no")
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (torch.OutOfMemoryError("no"), "out of memory"),
+        (RuntimeError("bad\nlines"), "RuntimeError: bad"),
+    ],
+)
+def test_a_part_that_fails_is_a_note(error: Exception, reason: str) -> None:
+    """The others are measured all the same."""
 
-    row = gpu_check.attempt(fails, CASES[0], CPU)
-    assert row["note"] == "out of memory" and "| out of memory |" in table([row])
+    def fails() -> dict[str, Any]:
+        raise error
+
+    failed = dict[str, str]()
+    assert gpu_check.attempt("x", fails, failed, CPU) is None and failed == {"x": reason}
+    assert gpu_check.attempt("y", lambda: {"model": "y"}, failed, CPU) == {"model": "y"}
+    assert f"| {reason} |" in table([{"model": "x", "note": failed["x"]}])
+
+
+def test_one_failure_does_not_cost_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stages(name: str, device: torch.device, folder: Path) -> dict[str, Any]:
+        if name == "sd3":
+            raise ValueError("wrong")
+        return {"family": name, "distill_seconds": 1.0, "tune_seconds": 1.0}
+
+    def fails(*given: object) -> Any:
+        raise KeyError("gone")
+
+    monkeypatch.setattr(small, "both_stages", stages)
+    monkeypatch.setattr(measuring, "agreement", fails)
+    monkeypatch.setattr(measuring, "measure", fails)
+    monkeypatch.setattr(measuring, "planned", lambda preset: {})
+    record = gpu_check.check(CPU, compiled=False)
+    assert [row["family"] for row in record["small"]] == [name for name in small.FAMILIES if name != "sd3"]
+    assert record["failed"].keys() == {"sd3", "agreement", *(case.name for case in CASES)}
+    assert len(record["updates"]) == len(CASES) and record["beyond"] == []
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
