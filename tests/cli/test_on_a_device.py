@@ -19,7 +19,7 @@ COMMANDS = (
     "tune-reward --from runs/one --name two --quiet",
     "sample 'a photo of a ring' --from runs/two --quiet",
 )
-READ, UNDO = "copy in engine/training/trainer.py, on_host", "copy in engine/training/undo.py, _on_host"
+READ, UNDO = "copy in engine/training/trainer.py, on_host", "late in engine/training/undo.py, _on_host"
 PARTS = 2  # of every turn
 
 

@@ -1,19 +1,28 @@
 """An iteration as if it had not begun: what moved in it is put back, bit by bit."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rtdmd_cli.engine.compute.device import wait
 from rtdmd_cli.engine.roles.base import GENERATOR
 from rtdmd_cli.engine.training.trainer import ROLES, Trainer, optimizer_of
+
+QUEUED = 4 * 2**30
+"""Bytes of a role that are copied behind the device's work, without a stop for each tensor. Such copies go into memory that
+the system can't use otherwise; of more, as where every weight is trained, each is waited for."""
 
 
 @dataclass(frozen=True)
 class Kept:
-    """A role before it moved, on the host: weights, each weight's optimiser state, and of the generator the average."""
+    """A role before it moved: weights, each weight's optimiser state, and of the generator the average.
+
+    On the host; there once the device has been waited for.
+    """
 
     weights: list[Tensor]
     states: list[dict[str, Any]]
@@ -42,16 +51,20 @@ class Undo:
         trainer, optimizer = self._trainer, optimizer_of(self._trainer, role)
         parameters = [parameter for _, parameter in trainer.roles.named_parameters(role)]
         average = trainer.ema if role == GENERATOR else {}
+        states = [optimizer.state[parameter] for parameter in parameters]
+        values = [*parameters, *average.values(), *(value for state in states for value in state.values())]
+        keep = partial(_on_host, queued=_bytes(values) <= QUEUED)
         self._kept[role] = Kept(
-            [_on_host(parameter) for parameter in parameters],
-            [{key: _on_host(value) for key, value in optimizer.state[p].items()} for p in parameters],
-            {name: _on_host(tensor) for name, tensor in average.items()},
+            [keep(parameter) for parameter in parameters],
+            [{key: keep(value) for key, value in state.items()} for state in states],
+            {name: keep(tensor) for name, tensor in average.items()},
         )
 
     @torch.no_grad()
     def restore(self) -> None:
         """Put everything back as it was at `begin`, and free the gradients."""
         trainer = self._trainer
+        wait(trainer.backbone.device)
         for role in ROLES:
             optimizer = optimizer_of(trainer, role)
             optimizer.zero_grad(set_to_none=True)
@@ -68,9 +81,14 @@ class Undo:
         self._kept.clear()
 
 
-def _on_host(value: Any) -> Any:
-    """A copy of a tensor on the CPU; other values, numbers say, as they are."""
-    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
+def _bytes(values: Iterable[Any]) -> int:
+    """Of the tensors among them."""
+    return sum(value.nbytes for value in values if isinstance(value, Tensor))
+
+
+def _on_host(value: Any, queued: bool) -> Any:
+    """A copy of a tensor on the CPU; other values, numbers say, as they are. queued: it is there only after `wait`."""
+    return value.detach().to("cpu", copy=True, non_blocking=queued) if isinstance(value, Tensor) else value
 
 
 def _put_back(state: dict[str, Any], kept: dict[str, Any]) -> None:

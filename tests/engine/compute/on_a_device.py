@@ -7,12 +7,20 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from rtdmd_cli.config.schema import DistillConfig, Preset
+from rtdmd_cli.config.section import LoraConfig
+from rtdmd_cli.engine.backbones.families import load_backbone
 from rtdmd_cli.engine.compute import optim
 from rtdmd_cli.engine.compute.device import to_host
 from rtdmd_cli.engine.compute.quantise import swap_linears
+from rtdmd_cli.engine.distill.recipe import iterate
+from rtdmd_cli.engine.distill.run import build_trainer
 from rtdmd_cli.engine.storage.checkpoint import load_checkpoint, save_checkpoint
+from rtdmd_cli.engine.training.undo import Undo
 from tests import pretend_device
+from tests.engine.training.test_memory import everything
 from tests.pretend_program import install
+from tests.tiny_models import sd3_config
 
 
 def tensors_of_two_devices_dont_mix(device: torch.device) -> None:
@@ -102,6 +110,25 @@ def a_layer_on_a_device_is_put_into_8_bits(device: torch.device) -> None:
     assert (parent(x) - expected).norm() / expected.norm() < 0.02
 
 
+def what_is_undone_is_as_it_was(device: torch.device) -> None:
+    """After an iteration that moved both roles, from copies that were not waited for."""
+    backbone = load_backbone(sd3_config(), device, torch.float32)
+    lora = LoraConfig(rank=2, alpha=4)
+    distill = DistillConfig(batch=1, fake_per_generator=1, fake_lr=0.1, generator_lr=0.1, lora=lora)
+    cond, empty = backbone.encode(["a ring"]), backbone.encode([""])
+    preset = Preset(name="tiny", model=sd3_config(), distill=distill)
+    trainer = build_trainer(backbone, preset, 1, cond.select, empty)
+    iterate(trainer, 0)
+    before, undo = everything(trainer), Undo(trainer)
+    undo.begin()
+    iterate(trainer, 1)
+    moved = everything(trainer)
+    undo.restore()
+    after = everything(trainer)
+    assert after.keys() == before.keys() and all(torch.equal(after[key], before[key]) for key in before)
+    assert not all(torch.equal(moved[key], before[key]) for key in before)
+
+
 CHECKS = (
     tensors_of_two_devices_dont_mix,
     a_late_copy_has_no_numbers_yet,
@@ -109,7 +136,8 @@ CHECKS = (
     gradients_are_those_of_the_cpu,
     attention_is_that_of_the_cpu,
     adamw_goes_on_from_a_checkpoint,
-    a_layer_on_a_device_is_put_into_8_bits,
+    what_is_undone_is_as_it_was,
+    a_layer_on_a_device_is_put_into_8_bits,  # the last, as it turns a switch of torch's
 )
 
 
