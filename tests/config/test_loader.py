@@ -74,6 +74,7 @@ FREE = {
     *("tune_reward.prompts", "tune_reward.micro_batch", "tune_reward.save_every", "tune_reward.sample_every"),
     *("tune_reward.eval_prompts", "tune_reward.eval_every", "tune_reward.watch.features"),
     *("tune_reward.held_out", "evaluate.batch", "hardware.dtype", "hardware.gradient_checkpointing"),
+    "hardware.float32_matmul",
     "evaluate.resolution",
 }
 """Of a published recipe, what does not change its result, and where its prompts lie."""
