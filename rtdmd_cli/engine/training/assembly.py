@@ -153,9 +153,8 @@ def assemble(
     )
     matmul = preset.hardware.float32_matmul
     mixed = resolve_mixed_precision(preset.hardware, backbone.device, backbone.dtype)
-    rounded = (
-        mixed is not None or matmul != "highest"
-    )  # with highest, results are to the last digit what they were
+    # Elsewhere nothing is to be gathered, and with "highest" and "high" a CPU's results are to the last digit what they were.
+    rounded = mixed is not None or (matmul == "medium" and backbone.device.type == "cpu")
     return Trainer(
         backbone=backbone,
         roles=roles,
