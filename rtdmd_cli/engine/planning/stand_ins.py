@@ -87,7 +87,7 @@ def optimizer_bytes(parameters: Sequence[Tensor], choice: Choice) -> int:
 
 
 PRODUCTS = ("linear", "conv2d", "scaled_dot_product_attention")
-"""Of torch's functions, those that autocast computes in the lower format; the networks of all families use no others."""
+"""Of torch's functions those that autocast computes in the lower format, as far as the families' transformers use them."""
 NORMS = ("layer_norm", "group_norm", "rms_norm")
 """Those that it computes in float32 on a card."""
 

@@ -5,9 +5,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from rtdmd_cli.engine.compute.signals import StopRequest
-from rtdmd_cli.engine.storage.checkpoint import (
-    step_name,
-)
+from rtdmd_cli.engine.storage.checkpoint import step_name
 from rtdmd_cli.engine.storage.run_folder import State
 from rtdmd_cli.engine.training.opening import note_end
 from rtdmd_cli.engine.training.session import (

@@ -9,9 +9,7 @@ from typing import Any
 import torch
 
 from rtdmd_cli.engine.compute.signals import StopRequest
-from rtdmd_cli.engine.storage.checkpoint import (
-    rotate,
-)
+from rtdmd_cli.engine.storage.checkpoint import rotate
 from rtdmd_cli.engine.storage.run_folder import create_run
 from rtdmd_cli.engine.training import memory
 from rtdmd_cli.engine.training.following import found_again, gone, identity, new_name
@@ -178,10 +176,11 @@ def note(session: Session, took: float, measured: Mapping[str, float]) -> None:
         row |= {**machine, "seconds": session.seconds, "iterations_per_second": 1 / took}
         session.tracker.log(row)
         session.run.metrics.append(row)
-    if done % schedule.save_every == 0 or session.best == done or session.stop.save:
+    asked = session.stop.save  # read once: a signal that comes later is for the next iteration
+    if done % schedule.save_every == 0 or session.best == done or asked:
         save(session)
         news = True
-    if session.stop.save:
+    if asked:
         session.stop.save = False
         session.say(f"SIGUSR1: {session.kept}; going on")
     late = time.monotonic() - session.clock.report >= REPORT_SECONDS
