@@ -127,10 +127,16 @@ def arguments(command: str, made: Rehearsal, folder: Path, side: int) -> list[st
             return [command, *named, *runs, *settings(made, folder, side)]
         case "sample":
             pictures = ["--out", str(folder / "samples"), "-n", "1"]
-            return [command, PROMPTS[0], "--from", str(folder / "runs/tuned"), *pictures]
+            return [command, PROMPTS[0], "--from", str(last_run(folder)), *pictures]
         case "export":
-            return [command, str(folder / "runs/tuned"), "--out", str(folder / "export"), "--format", "all"]
+            return [command, str(last_run(folder)), "--out", str(folder / "export"), "--format", "all"]
     raise typer.BadParameter(f"no such command: {command}")
+
+
+def last_run(folder: Path) -> Path:
+    """The run of stage 2 where there is one, otherwise stage 1's."""
+    tuned = folder / "runs/tuned"
+    return tuned if tuned.is_dir() else folder / "runs/rehearsal"
 
 
 def settings(made: Rehearsal, folder: Path, side: int) -> list[str]:
