@@ -189,8 +189,7 @@ def load_pipeline(
 
     `config.path`: a built-in model's name, a .safetensors file with the transformer alone, an existing folder and a
     hub id are tried in that order; `revision` is the hub's. With a file, everything else comes from
-    `config.components`, and the transformer is loaded at once: its keys are known only then. `config.generator_init`:
-    see `TwoBases`. hardware: as `base.load_backbone`.
+    `config.components`. `config.generator_init`: see `TwoBases`. hardware: as `base.load_backbone`.
     EnvironmentFailure where the hub can't deliver it, DataError where a folder is missing, damaged or holds
     something else, UsageError for an unknown built-in model, and for a file without `components`.
     """
@@ -203,7 +202,9 @@ def load_pipeline(
             if name in present:
                 weight_names(folder / name)
         transformer = empty_transformer(layout, folder)
-        if sources.file is None:
+        if sources.file:
+            file_tensors(layout, sources.file, folder, dtype, shapes_only=True)  # whether it fits
+        else:
             check_names(layout, folder, transformer)
         absent = dict.fromkeys(
             name
@@ -217,8 +218,6 @@ def load_pipeline(
         check_pair(layout, transformer, own, sources.generator)
         check_names(layout, sources.generator, own)
     loaded = Loaded(layout, config, sources, pipe, opener)
-    if sources.file:
-        _ = loaded.transformer
     loaded.hash_ahead()
     return loaded
 
@@ -252,12 +251,17 @@ def load_file(layout: Layout, file: Path, folder: Path, dtype: torch.dtype) -> A
         return network.from_single_file(tensors, config=str(folder), subfolder="transformer", dtype=dtype)
 
 
-def file_tensors(layout: Layout, file: Path, folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The weights in a single file by diffusers' names, 8-bit ones as `dtype` with their scales; errors as `load_file`."""
+def file_tensors(
+    layout: Layout, file: Path, folder: Path, dtype: torch.dtype, shapes_only: bool = False
+) -> dict[str, Tensor]:
+    """The weights in a single file by diffusers' names, 8-bit ones as `dtype` with their scales; errors as `load_file`.
+
+    shapes_only: as `read_transformer`.
+    """
     network = layout.networks["transformer"]
     with readable_file(file, folder):
         config = network.load_config(folder, subfolder="transformer")
-        return read_transformer(file, network, config, dtype)
+        return read_transformer(file, network, config, dtype, shapes_only)
 
 
 @contextmanager

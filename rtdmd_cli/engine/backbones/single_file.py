@@ -44,6 +44,7 @@ LORA_MARKS = (
 )
 SCALES = (".scale_weight", ".weight_scale")  # of a layer's 8-bit weight
 OF_ACTIVATIONS = (".scale_input", ".input_scale")  # for products in fp8, which are not used here
+DESCRIBED = "comfy_quant"  # how a layer is stored
 EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)
 TAKE = "The file must be a fine-tune of the model in model.components, in fp32, fp16, bf16, or fp8 with plain scales."
 
@@ -84,24 +85,30 @@ def refuse_lora(file: Path) -> None:
 
 
 def read_transformer(
-    file: Path, network: Any, config: Mapping[str, Any], dtype: torch.dtype
+    file: Path, network: Any, config: Mapping[str, Any], dtype: torch.dtype, shapes_only: bool = False
 ) -> dict[str, Tensor]:
     """The transformer's tensors with diffusers' names, scales multiplied in.
 
-    network: its class in diffusers, config: of its config.json. DataError, naming the tensor, where one of the
-    transformer's is not used, or one of diffusers' is missing. Errors of a damaged file as `load_file`.
+    network: its class in diffusers, config: of its config.json. shapes_only: all of it on `meta`, to see beforehand that
+    the file fits; of the weights nothing is read. DataError, naming the tensor, where one of the transformer's is not
+    used, or one of diffusers' is missing or has another shape. Errors of a damaged file as `load_file`.
     """
     refuse_lora(file)
-    tensors = scaled(without_prefix(load_file(file)), file, dtype)
+    stored = load_file(file)  # mapped: a tensor is read where it is first used
+    if shapes_only:
+        stored = {key: t if key.endswith(DESCRIBED) else t.to("meta") for key, t in stored.items()}
+    tensors = scaled(without_prefix(stored), file, dtype)
     with torch.device("meta"):
-        expected = set(network.from_config(config).state_dict())
+        expected = {name: t.shape for name, t in network.from_config(config).state_dict().items()}
     converted = tensors
     # Other names than diffusers' own; a part of them may be alike, as Z-Image's are.
-    if tensors.keys() - expected and expected - tensors.keys():
+    if tensors.keys() - expected.keys() and expected.keys() - tensors.keys():
         convert = SINGLE_FILE_LOADABLE_CLASSES[network.__name__]["checkpoint_mapping_fn"]
         converted = convert(checkpoint=tensors, config=config)  # takes what it knows out of `tensors`
-    require_all(file, "is not used", {*converted, *tensors} - expected)
-    require_all(file, "is missing", expected - converted.keys())
+    require_all(file, "is not used", {*converted, *tensors} - expected.keys())
+    require_all(file, "is missing", expected.keys() - converted.keys())
+    others = [name for name, shape in expected.items() if converted[name].shape != shape]
+    require_all(file, "has another shape", others)
     return {name: converted[name] for name in expected}
 
 
@@ -136,7 +143,7 @@ def scaled(tensors: Mapping[str, Tensor], file: Path, dtype: torch.dtype) -> dic
             found.pop(key)
         elif f".{end}" in SCALES:
             factors[f"{layer}.weight"] = found.pop(key)
-        elif end == "comfy_quant":
+        elif end == DESCRIBED:
             _require_fp8(found.pop(key), key, file)
     for name, factor in factors.items():
         weight = found.get(name)

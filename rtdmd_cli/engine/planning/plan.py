@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import torch
 
-from rtdmd_cli.config.places import is_single_file
 from rtdmd_cli.config.schema import Preset
 from rtdmd_cli.config.tune_reward import split_weights
 from rtdmd_cli.engine.backbones.locating import BUILTIN
@@ -173,13 +172,12 @@ def with_encoders(facts: Facts, phases: Sequence[Phase], vae: int) -> list[Phase
     """The phase of encoding before the others, and the encoders beside all of them where they stay on the card.
 
     vae: its bytes. It is there while prompts are encoded; the transformer is too where they are encoded ahead of the
-    iterations, and where it lies in a file of its own.
+    iterations.
     """
     cost, on_card = facts.encoding, facts.encode_on_card
     if not on_card:
         return list(phases)
-    early = facts.ahead or is_single_file(facts.preset.model.path)
-    base = phases[0].kinds["weights"] if early else vae
+    base = phases[0].kinds["weights"] if facts.ahead else vae
     first = Phase(ENCODE, {"weights": base + cost.weights, "activations": cost.activations}, cost.flops)
     beside = cost.weights if facts.stay else 0
     return [first, *(heavier(phase, beside, 0) for phase in phases)]

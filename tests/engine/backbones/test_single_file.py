@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -62,6 +63,22 @@ def test_a_tensor_that_is_not_used_or_missing_is_named(tmp_path: Path, family: s
     del tensors[name]
     with pytest.raises(DataError, match=f"tensor {name} is missing"):
         loaded(family, written(tmp_path / "less.safetensors", tensors))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_file_is_checked_at_once_and_read_when_the_encoders_have_left(tmp_path: Path, family: str) -> None:
+    tensors = own(family)
+    parts = {"path": written(tmp_path / "mine.safetensors", tensors), "components": str(tiny_folder(family))}
+    backbone = load_tiny(family, **parts)
+    backbone.encode(["a ring"])
+    assert all(parameter.is_meta for parameter in backbone._pipe.transformer.parameters())
+    backbone.drop_text_encoders()
+    found = backbone.transformer.state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    name = next(name for name, tensor in tensors.items() if tensor.ndim == 2)
+    cut = written(tmp_path / "cut.safetensors", tensors | {name: tensors[name][:-1]})
+    with pytest.raises(DataError, match=f"its tensor {re.escape(name)} has another shape"):
+        load_tiny(family, **parts | {"path": cut})
 
 
 @pytest.mark.parametrize(
