@@ -19,9 +19,10 @@ import torch
 from rtdmd_cli.engine.evaluation.prompts import spread
 from rtdmd_cli.engine.evaluation.shapes import Judged, clip_figures, judge_pictures, open_judge, scores
 from rtdmd_cli.engine.judges.features import ClipScorer
-from rtdmd_cli.engine.sampling.model_source import Model, open_model, resolve
+from rtdmd_cli.engine.sampling.model import Model, open_model
 from rtdmd_cli.engine.sampling.pictures import batched, encode, paint
 from rtdmd_cli.engine.sampling.sample import SamplingPlan
+from rtdmd_cli.engine.sampling.source import resolve
 from rtdmd_cli.shapes.prompts import benchmark
 from rtdmd_cli.shapes.render import PICTURE
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from rtdmd_cli.engine.evaluation.prompts import EvalPrompts
     from rtdmd_cli.engine.evaluation.run import Evaluation
     from rtdmd_cli.engine.evaluation.tables import Shown
-    from rtdmd_cli.engine.sampling.model_source import Source
+    from rtdmd_cli.engine.sampling.source import Source
 
 
 @dataclass(frozen=True)

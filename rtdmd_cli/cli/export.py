@@ -16,7 +16,7 @@ from rtdmd_cli.errors import UsageError
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-    from rtdmd_cli.engine.sampling.model_source import Source
+    from rtdmd_cli.engine.sampling.source import Source
 
 FORMATS = ("diffusers", "comfyui", "merged")
 ALL = "all"
@@ -130,7 +130,7 @@ def _formats(text: str) -> tuple[str, ...]:
 
 def _source(run: str | None, checkpoint: str | None, quiet: bool) -> Source:
     """The generator to export. UsageError for a base model and for what is exported already."""
-    from rtdmd_cli.engine.sampling.model_source import resolve
+    from rtdmd_cli.engine.sampling.source import resolve
 
     source = resolve(run, RUNS, checkpoint)
     if source.exported is not None:

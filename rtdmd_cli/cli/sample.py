@@ -16,8 +16,9 @@ from rtdmd_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from rtdmd_cli.config.schema import Preset
-    from rtdmd_cli.engine.sampling.model_source import Model, Source
+    from rtdmd_cli.engine.sampling.model import Model
     from rtdmd_cli.engine.sampling.pictures import Job, Written
+    from rtdmd_cli.engine.sampling.source import Source
 
 RUNS = Path("runs")
 LONGEST_SIDE = 8192  # px
@@ -188,8 +189,9 @@ def load_model(
     texts, size: prompts and sides of the pictures; without prompts the text encoders come later, beside the transformer.
     """
     from rtdmd_cli.engine.compute.device import resolve_device, resolve_dtype
-    from rtdmd_cli.engine.sampling.model_source import open_model, refuse_guidance, resolve
+    from rtdmd_cli.engine.sampling.model import open_model
     from rtdmd_cli.engine.sampling.pictures import encoding_ahead
+    from rtdmd_cli.engine.sampling.source import refuse_guidance, resolve
 
     source = resolve(reference, RUNS, checkpoint)
     for note in source.notes:

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from rtdmd_cli.cli.checking import require_folders
 from rtdmd_cli.cli.starting import DISTILL, find_prompts, find_start, load_recipe
 from rtdmd_cli.config.loader import Resolved, dump_resolved, load_preset
-from rtdmd_cli.engine.sampling.model_source import resolve
+from rtdmd_cli.engine.sampling.source import resolve
 from rtdmd_cli.engine.storage.checkpoint import load_checkpoint, save_checkpoint
 from rtdmd_cli.engine.storage.run_folder import RunFolder
 from rtdmd_cli.engine.training.restoring import accepted

@@ -128,7 +128,7 @@ def test_mistakes_are_refused_before_a_model_is_loaded(monkeypatch: pytest.Monke
     def never(*args: object) -> None:
         raise AssertionError("loaded a model")
 
-    monkeypatch.setattr("rtdmd_cli.engine.sampling.model_source.load_backbone", never)
+    monkeypatch.setattr("rtdmd_cli.engine.sampling.model.load_backbone", never)
     make_run(Path("runs"), "mine")
     Path("empty.txt").write_text("\n")
     Path("latin.txt").write_bytes("fine\ngrün\n".encode("latin-1"))

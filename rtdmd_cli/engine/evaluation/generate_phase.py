@@ -19,7 +19,7 @@ from rtdmd_cli import __version__
 from rtdmd_cli.engine.compute.signals import StopRequest
 from rtdmd_cli.engine.evaluation.prompts import EvalPrompts, Key
 from rtdmd_cli.engine.evaluation.sums import fits, with_check
-from rtdmd_cli.engine.sampling.model_source import Model
+from rtdmd_cli.engine.sampling.model import Model
 from rtdmd_cli.engine.sampling.pictures import DTYPE_NAMES, batched, encode_to_cache, paint, text_chunks
 from rtdmd_cli.engine.sampling.sample import SamplingPlan
 from rtdmd_cli.engine.storage import strict_json

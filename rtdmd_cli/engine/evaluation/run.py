@@ -27,7 +27,7 @@ from rtdmd_cli.engine.evaluation.prompts import EvalPrompts, Key
 from rtdmd_cli.engine.evaluation.score_phase import Line, ScoreFile, score_phase
 from rtdmd_cli.engine.evaluation.sums import PictureSums
 from rtdmd_cli.engine.rewards.local import missing
-from rtdmd_cli.engine.sampling.model_source import Source
+from rtdmd_cli.engine.sampling.source import Source
 from rtdmd_cli.engine.storage.run_folder import RunFolder
 from rtdmd_cli.engine.storage.scrubbing import scrub_text
 from rtdmd_cli.errors import DataError, EnvironmentFailure, UsageError

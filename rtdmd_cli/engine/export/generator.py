@@ -11,7 +11,7 @@ from rtdmd_cli.config.section import LoraConfig
 from rtdmd_cli.engine.export.fold import Part
 from rtdmd_cli.engine.roles.adapters import DTYPES
 from rtdmd_cli.engine.roles.base import STAGE1_GENERATOR
-from rtdmd_cli.engine.sampling.model_source import EMA
+from rtdmd_cli.engine.sampling.model import EMA
 from rtdmd_cli.engine.storage.checkpoint import Checkpoint
 from rtdmd_cli.engine.storage.lora_files import A, B
 
@@ -31,7 +31,7 @@ def is_full(preset: Preset) -> bool:
 def adapter_stacks(preset: Preset, checkpoint: Checkpoint) -> dict[str, list[Part]]:
     """Layer -> the adapters that are active on it when the generator is sampled, bottom first.
 
-    The checkpoint's tensors fit the model: `model_source.open_model` has loaded them.
+    The checkpoint's tensors fit the model: `sampling.model.open_model` has loaded them.
     """
     groups = [(EMA, preset.distill.lora)]
     if is_tuned(checkpoint):

@@ -12,7 +12,7 @@ COMFYUI = "comfyui"  # folder of an export
 
 
 def export_name(label: str) -> str:
-    """What the files are called: run and step, as in `mine-step-000500`. label: of a `model_source.Source`."""
+    """What the files are called: run and step, as in `mine-step-000500`. label: of a `sampling.source.Source`."""
     return label.replace("/", "-")
 
 

@@ -21,7 +21,7 @@ from rtdmd_cli.engine.compute.quiet import quiet_loading
 from rtdmd_cli.engine.export.code import Stock, call_lines, load_lines
 from rtdmd_cli.engine.export.families import FAMILIES
 from rtdmd_cli.engine.roles.base import GENERATOR
-from rtdmd_cli.engine.sampling.model_source import Model
+from rtdmd_cli.engine.sampling.model import Model
 from rtdmd_cli.engine.sampling.pictures import encode
 from rtdmd_cli.engine.sampling.sample import SamplingPlan, cps, decode_all, guided
 from rtdmd_cli.errors import NumericalError

@@ -44,8 +44,9 @@ from rtdmd_cli.engine.export.roundtrip import RoundTrip, compare, open_stock, ow
 from rtdmd_cli.engine.export.stock import stock_here, stock_there
 from rtdmd_cli.engine.report.grid import GridRow, picture_grid, save_png
 from rtdmd_cli.engine.roles.adapters import DTYPES
-from rtdmd_cli.engine.sampling.model_source import EMA, Source, open_model
+from rtdmd_cli.engine.sampling.model import EMA, open_model
 from rtdmd_cli.engine.sampling.pictures import encoding_ahead
+from rtdmd_cli.engine.sampling.source import Source
 from rtdmd_cli.engine.storage import files, strict_json
 from rtdmd_cli.engine.storage.checkpoint import Checkpoint, load_checkpoint
 from rtdmd_cli.engine.storage.disk_errors import os_errors

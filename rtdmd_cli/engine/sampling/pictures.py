@@ -32,7 +32,7 @@ from rtdmd_cli.engine.backbones.base import Backbone, Conditioning
 from rtdmd_cli.engine.compute.signals import StopRequest
 from rtdmd_cli.engine.prompts.embeddings import EmbeddingCache, open_cache
 from rtdmd_cli.engine.report.grid import GridRow, as_rgb, picture_grid, save_png, to_pil
-from rtdmd_cli.engine.sampling.model_source import Model
+from rtdmd_cli.engine.sampling.model import Model
 from rtdmd_cli.engine.sampling.sample import SamplingPlan, decode_all, generate
 from rtdmd_cli.engine.storage import strict_json
 from rtdmd_cli.engine.storage.disk_errors import os_errors

@@ -25,7 +25,8 @@ from rtdmd_cli.engine.backbones.sizes import _most
 from rtdmd_cli.engine.backbones.two_bases import TwoBases
 from rtdmd_cli.engine.roles.adapters import Roles
 from rtdmd_cli.engine.roles.base import FAKE, GENERATOR, START, TEACHER
-from rtdmd_cli.engine.sampling.model_source import Source, open_model
+from rtdmd_cli.engine.sampling.model import open_model
+from rtdmd_cli.engine.sampling.source import Source
 from rtdmd_cli.errors import DataError, EnvironmentFailure, UsageError
 from tests.tiny_flux import FAMILIES as SMALL
 from tests.tiny_flux import TINY, build_flux2_pipeline, load_tiny, save, tiny_config, tiny_folder

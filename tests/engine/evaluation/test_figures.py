@@ -22,7 +22,7 @@ from rtdmd_cli.engine.evaluation.metrics import find_judge
 from rtdmd_cli.engine.evaluation.picture_store import MemoryPictures
 from rtdmd_cli.engine.evaluation.prompts import EvalPrompts
 from rtdmd_cli.engine.evaluation.run import Ask, Evaluation, choose_judges, trained_on
-from rtdmd_cli.engine.sampling.model_source import Source
+from rtdmd_cli.engine.sampling.source import Source
 from rtdmd_cli.engine.storage.exported import Exported
 
 

@@ -17,7 +17,7 @@ from rtdmd_cli import __version__
 from rtdmd_cli.config.loader import load_preset
 from rtdmd_cli.engine.compute.signals import Stopped, StopRequest
 from rtdmd_cli.engine.sampling import pictures
-from rtdmd_cli.engine.sampling.model_source import Model, Source, open_model, resolve
+from rtdmd_cli.engine.sampling.model import Model, open_model
 from rtdmd_cli.engine.sampling.pictures import (
     Job,
     choose_folder,
@@ -29,6 +29,7 @@ from rtdmd_cli.engine.sampling.pictures import (
     write_grid,
     write_pictures,
 )
+from rtdmd_cli.engine.sampling.source import Source, resolve
 from rtdmd_cli.engine.storage.files import locked
 from rtdmd_cli.errors import BusyError, EnvironmentFailure, NumericalError, UsageError
 from tests.tiny_runs import make_run, write_preset

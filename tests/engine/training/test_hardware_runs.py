@@ -17,7 +17,8 @@ from rtdmd_cli.config.section import LoraConfig
 from rtdmd_cli.engine.distill import run as distill_run
 from rtdmd_cli.engine.distill.run import run_distill
 from rtdmd_cli.engine.prompts.reading import PromptSet
-from rtdmd_cli.engine.sampling.model_source import open_model, resolve
+from rtdmd_cli.engine.sampling.model import open_model
+from rtdmd_cli.engine.sampling.source import resolve
 from rtdmd_cli.engine.storage.checkpoint import Checkpoint, load_checkpoint
 from rtdmd_cli.engine.storage.run_folder import RunFolder
 from rtdmd_cli.engine.training.session import Outcome

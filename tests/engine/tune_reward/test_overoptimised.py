@@ -25,8 +25,9 @@ from rtdmd_cli.engine.backbones.families import load_backbone
 from rtdmd_cli.engine.prompts.reading import evenly_chosen, read_prompt_set
 from rtdmd_cli.engine.rewards import shapes_clip
 from rtdmd_cli.engine.roles.adapters import Roles
-from rtdmd_cli.engine.sampling.model_source import open_model, resolve
+from rtdmd_cli.engine.sampling.model import open_model
 from rtdmd_cli.engine.sampling.pictures import encode, paint
+from rtdmd_cli.engine.sampling.source import resolve
 from rtdmd_cli.engine.storage.checkpoint import checkpoint_steps, load_checkpoint, save_checkpoint
 from rtdmd_cli.engine.storage.run_folder import RunFolder, create_run
 from rtdmd_cli.shapes.prompts import training_captions

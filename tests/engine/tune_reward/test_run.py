@@ -18,8 +18,9 @@ from rtdmd_cli.engine.backbones.sd3 import LAYOUT
 from rtdmd_cli.engine.prompts.reading import PromptSet, evenly_chosen, known_by
 from rtdmd_cli.engine.report.metrics import explained
 from rtdmd_cli.engine.rewards import registry
-from rtdmd_cli.engine.sampling.model_source import open_model, resolve
+from rtdmd_cli.engine.sampling.model import open_model
 from rtdmd_cli.engine.sampling.sample import decode_all, generate
+from rtdmd_cli.engine.sampling.source import resolve
 from rtdmd_cli.engine.storage.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from rtdmd_cli.engine.storage.run_folder import RunFolder
 from rtdmd_cli.engine.training.assembly import encode_prompts
