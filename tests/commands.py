@@ -154,11 +154,22 @@ def signalled(
     limit: float = LIMIT,
 ) -> Done:
     """Send a training a signal as soon as `when` holds of its run folder, and wait for its end."""
+    send_when(process, run, number, when, limit)
+    return wait(process, limit)
+
+
+def send_when(
+    process: subprocess.Popen[str] | Forked,
+    run: RunFolder,
+    number: signal.Signals,
+    when: Callable[[RunFolder], bool],
+    limit: float = LIMIT,
+) -> None:
+    """Send a training a signal as soon as `when` holds of its run folder, or after `limit` seconds."""
     end = time.monotonic() + limit
     while process.poll() is None and not when(run) and time.monotonic() < end:
         time.sleep(0.005)
     process.send_signal(number)
-    return wait(process, limit)
 
 
 def as_overrides(section: str, values: Mapping[str, object]) -> list[str]:

@@ -16,10 +16,21 @@ import pytest
 import torch
 
 from rtdmd_cli.cli.launching import children, without_option
-from rtdmd_cli.engine.storage.checkpoint import load_checkpoint
+from rtdmd_cli.engine.storage.checkpoint import checkpoint_steps, load_checkpoint
 from rtdmd_cli.engine.storage.run_folder import RunFolder
 from tests.cli.test_distill import write_preset
-from tests.commands import ENDLESS, PROGRAM, Done, World, as_overrides, fork, launch, signalled, wait
+from tests.commands import (
+    ENDLESS,
+    PROGRAM,
+    Done,
+    World,
+    as_overrides,
+    fork,
+    launch,
+    send_when,
+    signalled,
+    wait,
+)
 from tests.engine.compute import two_processes
 
 TWO = ("--processes", "2")
@@ -65,6 +76,12 @@ def both(folder: Path, *arguments: str) -> Done:
     return speaking
 
 
+def has_gone_on(run: RunFolder) -> bool:
+    """Whether it has trained on after a checkpoint."""
+    steps = checkpoint_steps(run.checkpoints)
+    return bool(steps) and int(run.metrics.read()[-1]["iteration"]) > steps[-1]
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     """ "one": 4 iterations in one process; "two": 2 in two, then 2 more in two; both stages' second; a broken run."""
@@ -76,9 +93,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     for kind, settings in (("tuned", ()), ("tilted", TILTED)):
         done[f"{kind} one"] = wait(fork(folder, *tune(f"{kind}-one", *settings)))
         done[f"{kind} two"] = both(folder, *tune(f"{kind}-two", *settings))
-    broken = launch(folder, "rtdmd_cli", *distill("broken", ENDLESS, *TWO))
+    seldom = ("--set", f"distill.save_every={ENDLESS}")
+    broken = launch(folder, "rtdmd_cli", *distill("broken", ENDLESS, *TWO, *seldom))
     run = RunFolder(folder / "runs/broken")
-    done["broken"] = signalled(broken, run, signal.SIGTERM, lambda r: bool(r.metrics.read()))
+    send_when(broken, run, signal.SIGUSR1, lambda r: bool(r.metrics.read()))
+    done["broken"] = signalled(broken, run, signal.SIGTERM, has_gone_on)
     return World(folder, done)
 
 
@@ -126,12 +145,14 @@ def test_stage_2_in_two_processes_is_that_of_one(world: World, kind: str) -> Non
         assert other.get("tilt_effective", 0.0) == pytest.approx(row.get("tilt_effective", 0.0), abs=1e-3)
 
 
-def test_a_signal_stops_both_after_saving(world: World) -> None:
+def test_one_signal_saves_and_the_other_stops_both_after_saving(world: World) -> None:
     run, done = world.run("broken"), world.done["broken"]
     assert done.code == 143, done.err
     status = run.status()
     assert status["state"] == "interrupted"
-    assert (run.checkpoints / f"step-{status['iteration']:06d}").is_dir()
+    asked_for, last = checkpoint_steps(run.checkpoints)
+    assert asked_for < last == status["iteration"]
+    assert done.err.count("SIGUSR1: the last checkpoint") == 1
 
 
 def test_the_launcher_passes_the_command_on_without_its_own_option() -> None:
