@@ -6,11 +6,11 @@ A family says with a `Layout` what its pipeline's folder holds; nothing here kno
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +120,7 @@ class Loaded:
         self.encoders_dropped = False
         self._opener = opener
         self._transformer: nn.Module | None = None if opener else pipe.transformer
-        self._hashing: Future[str] | None = None
+        self._hashes = hashes_of(layout, sources)
 
     @property
     def transformer(self) -> nn.Module:
@@ -153,26 +153,19 @@ class Loaded:
         free_memory(device)
 
     def hash_ahead(self) -> None:
-        """Begin to read what `model_id` needs, while the networks load."""
+        """Begin to read what `model_id` needs, file after file, while the networks load."""
         pool = ThreadPoolExecutor(1, thread_name_prefix="sha256")
-        self._hashing = pool.submit(self._components_hash)
+        self._hashes = [pool.submit(part).result for part in self._hashes]
         pool.shutdown(wait=False)
-
-    def _components_hash(self) -> str:
-        return folder_hash(self.layout, self.sources.folder, self.sources.file is None)
 
     @cached_property
     def _components(self) -> str:
-        return self._hashing.result() if self._hashing else self._components_hash()
+        return self._hashes[0]()
 
     @cached_property
     def model_id(self) -> ModelId:
         """One hash over everything that is loaded; a plain pipeline has its folder's hash."""
-        parts, sources = [self._components], self.sources
-        if sources.file is not None:
-            parts.append(file_digest(sources.file))
-        if sources.generator is not None:
-            parts.append(transformer_hash(sources.generator))
+        parts = [self._components, *(part() for part in self._hashes[1:])]
         total = parts[0] if len(parts) == 1 else hashlib.sha256(" ".join(parts).encode()).hexdigest()
         return ModelId(self.config.path, self.config.revision, total)
 
@@ -180,6 +173,16 @@ class Loaded:
         """Names what the text encoders' results depend on besides prompt and text length."""
         in_8_bit = self._opener is not None and self._opener.hardware.text_encoder == "int8"
         return f"{self._components}:{self.config.revision}:{dtype}{':int8' if in_8_bit else ''}"
+
+
+def hashes_of(layout: Layout, sources: Sources) -> list[Callable[[], str]]:
+    """What gives the hash of the pipeline's folder, of the single file, of the generator's own base; the folder is first."""
+    parts: list[Callable[[], str]] = [partial(folder_hash, layout, sources.folder, sources.file is None)]
+    if sources.file is not None:
+        parts.append(partial(file_digest, sources.file))
+    if sources.generator is not None:
+        parts.append(partial(transformer_hash, sources.generator))
+    return parts
 
 
 def load_pipeline(
