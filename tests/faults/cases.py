@@ -22,7 +22,7 @@ EVERY = os.environ.get("RTDMD_FAULTS") == "all"
 """Try every call and every moment, which takes an hour, and not a sample of them by SEED."""
 
 MORE = (
-    Command("data fetch", ("data", "fetch", "geneval-train", "--quiet")),
+    Command("data fetch", ("data", "fetch", "geneval-val", "--quiet")),
     Command("runs compare", ("runs", "compare", "base", "other", "--out", "page.html", "--force", "--quiet")),
 )
 CASES = {command.name: command for command in (*COMMANDS, *MORE)}

@@ -182,11 +182,12 @@ def test_generated_prompts_need_no_fetching() -> None:
     assert kept.pinned and read_stored(kept) == made
     measured = read_prompt_set("data:geneval-val")
     assert len(measured) == 510 and not set(measured.texts) & set(made.texts)
-    assert read_stored(store.fetch(DATA["geneval-val"], read_stored)) == measured
-    kept.path.write_text('{"prompt": "of another version"}\n')
-    assert store.stored(DATA["geneval-train"]) is None
-    again = store.fetch(DATA["geneval-train"], read_stored)
-    assert again.fresh and read_stored(again) == made
+    held_out = store.fetch(DATA["geneval-val"], read_stored)
+    assert read_stored(held_out) == measured
+    held_out.path.write_text('{"prompt": "of another version"}\n')
+    assert store.stored(DATA["geneval-val"]) is None
+    again = store.fetch(DATA["geneval-val"], read_stored)
+    assert again.fresh and read_stored(again) == measured
 
 
 def test_a_set_without_a_pinned_hash_is_known_by_its_ends() -> None:

@@ -128,7 +128,7 @@ ROWS = st.lists(
 )
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(STATUSES, ENVIRONMENTS, ROWS, st.binary(max_size=40))
 def test_whatever_the_files_of_a_run_hold(
     out: Path, status: object, environment: object, rows: list[object], rest: bytes
