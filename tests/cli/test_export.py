@@ -96,9 +96,16 @@ def test_every_format_makes_the_runs_pictures(world: World) -> None:
     assert found["rank"] == found["exact_rank"] == RANK + FRESH_RANK and found["fold_error"] == 0
     for name, trip in found["round_trip"].items():
         assert trip["mean_difference"] < ROUNDING and trip["pictures"] == 4, name
-        assert f"round trip {name}" in world.exported.err
+        assert f"round trip {name}: mean difference" in world.exported.err
     assert len(found["round_trip"]) == 3 and found["stock_schedule"] is True
     assert "two stacked adapters" in world.exported.err and found["trained_on"] == ["shapes-clip"]
+
+
+def test_what_goes_on_is_said_before_it_begins(world: World) -> None:
+    said = [line for line in world.exported.err.splitlines() if not line.startswith(" ")]
+    steps = ("loading the model", "drawing 4 pictures", "writing the whole", "round trip merged: loading")
+    places = [next(i for i, line in enumerate(said) if line.startswith(step)) for step in steps]
+    assert places == sorted(places)
 
 
 def test_the_files_hold_both_stages(world: World) -> None:

@@ -24,6 +24,7 @@ from rtdmd_cli.engine.roles.base import GENERATOR
 from rtdmd_cli.engine.sampling.model import Model
 from rtdmd_cli.engine.sampling.pictures import encode
 from rtdmd_cli.engine.sampling.sample import SamplingPlan, cps, decode_all, guided
+from rtdmd_cli.engine.training.heartbeat import under_way
 from rtdmd_cli.errors import NumericalError
 
 SEED = 0  # of the first picture; the others count on
@@ -85,6 +86,7 @@ def own_pictures(
     for eta in etas:
         latents = []
         for i in range(len(prompts)):
+            under_way(f"picture {i + 1} of {len(prompts)} with eta {eta:g}")
             one = cond.select([i]).to(backbone.device, backbone.dtype)
             fresh = [
                 rng.normal(shape, SEED, "export", step, [i]).to(backbone.device)
@@ -93,6 +95,7 @@ def own_pictures(
             with model.roles.role(GENERATOR) if model.roles else nullcontext():
                 velocity = guided(backbone, one, None, 1.0)
                 latents.append(cps(velocity, noise[i : i + 1].to(backbone.device), plan.sigmas, eta, fresh))
+        under_way(f"decoding the pictures with eta {eta:g}")
         sets.append(decode_all(backbone, torch.cat(latents).cpu(), 1))
     return sets
 
@@ -127,6 +130,7 @@ def stock_pictures(pipe: Any, prompts: Sequence[str], call: Mapping[str, str]) -
     made = []
     with quiet_loading():  # what it has to say of long prompts was said when our side encoded them
         for i, prompt in enumerate(prompts):
+            under_way(f"picture {i + 1} of {len(prompts)} by the stock pipeline")
             names = {"pipe": pipe, "torch": torch}
             exec("\n".join(call_lines({**call, "output_type": '"pt"'}, prompt, SEED + i)), names)
             made.append(names["image"].float().cpu())

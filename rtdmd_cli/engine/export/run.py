@@ -127,7 +127,7 @@ def _built(request: Request, building: Path, say: Callable[[str], None]) -> dict
     """Fill the folder `building` and give it its name; what export.json says of it."""
     assert request.source.checkpoint is not None
     prompts = picture_prompts(request.source)
-    own = draw_own(request, prompts)
+    own = draw_own(request, prompts, say)
     checkpoint = load_checkpoint(request.source.checkpoint)
     folded = NO_ADAPTER
     if not is_full(request.source.preset):
@@ -207,10 +207,12 @@ def picture_prompts(source: Source) -> list[str]:
     return [captions[(2 * i + 1) * len(captions) // (2 * PICTURES)].text for i in range(PICTURES)]
 
 
-def draw_own(request: Request, prompts: Sequence[str]) -> Own:
+def draw_own(request: Request, prompts: Sequence[str], say: Callable[[str], None]) -> Own:
     """Open the run's generator, draw, and let it go again."""
+    say(f"loading the model {request.source.preset.model.path}")
     model = open_model(request.source, request.device, request.dtype, encoding_ahead(prompts))
     plan = model.plan()
+    say(f"drawing {len(prompts)} pictures with the run, with eta {plan.eta:g} and with eta 0")
     pictures, euler = own_pictures(model, plan, prompts, (plan.eta, 0.0))
     side = request.source.preset.model.resolution
     backbone = model.backbone
@@ -239,6 +241,7 @@ def build(
     if "merged" in facts.formats:
         full = is_full(facts.preset)
         changes = merged.full_changes(checkpoint.tensors[EMA]) if full else merged.lora_changes(folded)
+        say("writing the whole pipeline")
         exact = merged.write_merged(
             folder,
             bases.pipeline,
@@ -318,6 +321,7 @@ def prove(
         else:
             file = folder / loras[name]
             stock = replace(base, lora=(Place(str(file.parent)), file.name))
+        say(f"round trip {name}: loading it into the stock pipeline, drawing the same pictures")
         pipe = open_stock(stock, request.device, request.dtype)
         pictures = stock_pictures(pipe, facts.prompts, facts.call(merged=name == "merged"))
         trips[name] = compare(own.euler, pictures, dtype, facts.fold_error == 0, name)
