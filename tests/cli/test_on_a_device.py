@@ -18,6 +18,8 @@ COMMANDS = (
     f"{DISTILL}2 --resume runs/one",
     "tune-reward --from runs/one --name two --quiet",
     "sample 'a photo of a ring' --from runs/two --quiet",
+    "eval tiny.txt --rewards shapes-clip,shapes-geneval --from runs/two --compare runs/one --out evals/two --quiet",
+    "export runs/two --format diffusers --quiet",
 )
 READ, UNDO = "copy in engine/training/trainer.py, on_host", "late in engine/training/undo.py, _on_host"
 PARTS = 2  # of every turn
@@ -47,7 +49,8 @@ def turns(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, 
     write_preset(folder)
     done = wait(fork(folder, *COMMANDS, program="tests.pretend_program"))
     assert done.code == 0, done.err
-    assert list(folder.glob("samples/*.png"))
+    wanted = ("samples/*.png", "evals/two/results.json", "exports/two/*.safetensors")
+    assert all(list(folder.glob(pattern)) for pattern in wanted)
     noted: dict[str, list[dict[str, Any]]] = json.loads((folder / "turns.json").read_text("utf-8"))
     return noted
 
