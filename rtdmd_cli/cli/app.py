@@ -133,10 +133,10 @@ COMMANDS = {
     "rewards": Entry(_rewards, "List the rewards, and check that they work: order, range, gradient."),
     "doctor": Entry(
         _doctor,
-        "Check this machine: Python, libraries, GPU, memory, disk, hub; PASS, WARN or FAIL, and what mends it.",
+        "Check this machine: Python, libraries, GPU, memory, disk, hub; PASS, WARN or FAIL, and how to fix it.",
     ),
     "presets": Entry(
-        _presets, "List, show, copy and check presets: one YAML file is one recipe; list the keys of --set."
+        _presets, "List, show, copy and check presets (a YAML file is a recipe), and list the keys of --set."
     ),
 }
 

@@ -109,7 +109,7 @@ def fetch(
     console.say(f"{data.name}: {say}, {count:,} prompts; licence: {data.licence}", quiet)
     if found.own:
         console.say(
-            "This file could not be told to be the published set: it is kept as your own, and marked so.",
+            "Nothing shows that this file is the published set: it is kept as your own, and marked so.",
             quiet,
         )
     elif not found.pinned:

@@ -56,9 +56,9 @@ def distill(
 ) -> None:
     """Turn a model into a 4-step generator (stage 1).
 
-    The model is the teacher. A second network, the fake score, learns what the generator draws; the generator is moved
-    by the difference of the two, on its own rollouts: samplings from noise, of which the boundaries, the noise levels
-    between the steps, are trained on. While it runs, look at runs/NAME/report.html or rtdmd runs view.
+    The model is the teacher. A second network, the fake score, learns what the generator draws. The generator samples
+    from noise in a few steps (a rollout). At the noise levels between the steps (the boundaries) the difference between
+    teacher and fake score moves it towards the teacher. While it runs, look at runs/NAME/report.html or rtdmd runs view.
 
     Example: rtdmd distill --preset shapes-4step
     """

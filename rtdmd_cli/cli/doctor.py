@@ -16,9 +16,9 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Nothing on stderr but errors.")] = False,
 ) -> None:
-    """Check this machine: Python, libraries, GPU, memory, disk, hub; PASS, WARN or FAIL, and what mends it.
+    """Check this machine: Python, libraries, GPU, memory, disk, hub; PASS, WARN or FAIL, and how to fix it.
 
-    What a bug report wants: it names no user, host or token. Exit code 3 where something that is needed fails.
+    Put its output into a bug report: it names no user, host or token. The exit code is 3 if something needed fails.
 
     Example: rtdmd doctor
     """

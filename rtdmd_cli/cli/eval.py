@@ -53,8 +53,8 @@ Compare = Annotated[
     str | None,
     typer.Option(
         metavar="OTHER",
-        help="Another evaluation's folder, or a run, checkpoint or preset that is evaluated likewise "
-        "(with its own steps and guidance): paired differences at equal seeds.",
+        help="What to compare with: another evaluation's folder, or a run, checkpoint or preset, which is "
+        "evaluated too (with its own steps and guidance). Pictures of the same prompt and seed are compared.",
         autocompletion=completing.sources,
     ),
 ]
@@ -63,7 +63,7 @@ ImagesPerPrompt = Annotated[
     typer.Option(min=1, max=10_000, help="Pictures of each prompt. Default: the benchmark's."),
 ]
 Limit = Annotated[
-    int | None, typer.Option(min=1, help="Only so many prompts, evenly spread; every figure says so.")
+    int | None, typer.Option(min=1, help="Take only N prompts, evenly spread; the results say so.")
 ]
 Seed = Annotated[
     int | None, typer.Option(min=0, max=MAX_SEED, help="Seed of the noise. Default: the preset's.")

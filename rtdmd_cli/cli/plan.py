@@ -136,7 +136,7 @@ def dry_run_figures(resolved: Resolved, stage: "StageName", quiet: bool) -> dict
     found = kept(resolved.sha256, stage)
     if found is None:
         console.say(
-            "Memory, disk and hours: rtdmd plan, with the same --preset and --set; then they stand here too.",
+            "For memory, disk and hours: rtdmd plan with this --preset and --set; dry runs then have them.",
             quiet,
         )
         return {}

@@ -13,7 +13,7 @@ from rtdmd_cli.errors import UsageError
 
 app = typer.Typer(
     name="presets",
-    help="List, show, copy and check presets: one YAML file is one recipe; list the keys of --set.",
+    help="List, show, copy and check presets (a YAML file is a recipe), and list the keys of --set.",
     no_args_is_help=True,
 )
 
@@ -135,7 +135,7 @@ def _show_resolved(name: str, overrides: list[str], as_json: bool) -> None:
 @app.command("keys")
 def keys_(
     word: Annotated[
-        str | None, typer.Argument(metavar="WORD", help="Only keys that hold it, or whose sentence does.")
+        str | None, typer.Argument(metavar="WORD", help="Only keys with WORD in their name or description.")
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -124,7 +124,7 @@ def show(name: Name, out: Out = Path("runs"), as_json: Json = False, quiet: Quie
     run = find_run(name, out)
     each, kept, environment = summary(run), saved(run), recorded(run)
     if end_report(each):
-        console.say(f"{run.report} was of a run that goes on: now it says how it ended", quiet)
+        console.say(f"{run.report} still showed a run in progress: now it says how it ended", quiet)
     details = row(each) | {
         "checkpoints": list(kept.steps),
         "newest_checkpoint": kept.newest,

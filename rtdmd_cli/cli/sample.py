@@ -53,7 +53,7 @@ Batch = Annotated[
     typer.Option(
         min=1,
         max=65536,
-        help="Pictures at once; does not change them. Default: the preset's, less for large ones.",
+        help="Pictures drawn at once; any number gives the same ones. Default: the preset's, fewer if large.",
     ),
 ]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps. Default: the preset's.")]
@@ -77,7 +77,7 @@ Side = Annotated[
 ]
 Out = Annotated[
     Path,
-    typer.Option(help="Folder of the pictures; with other pictures of the same names in it, OUT-2 is taken."),
+    typer.Option(help="Folder for the pictures; if it holds others of the same names, OUT-2 is used."),
 ]
 Grid = Annotated[bool, typer.Option("--grid", help="Also write grid.png, all pictures in one.")]
 

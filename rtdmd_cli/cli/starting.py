@@ -47,7 +47,7 @@ AllowChange = Annotated[
     typer.Option(
         "--allow-change",
         metavar="KEY",
-        help="Continue although KEY (hardware.dtype, hardware.base ...) is not the run's; noted there. Repeatable.",
+        help="Continue although KEY (such as hardware.dtype) has changed; the run notes it. Repeatable.",
     ),
 ]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps.")]
@@ -55,7 +55,7 @@ Dtype = Annotated[str | None, typer.Option(help="auto, fp32 or bf16.")]
 Processes = Annotated[
     int | None,
     typer.Option(
-        min=1, max=1024, help="Share every batch among so many processes, by accelerate: one for each GPU."
+        min=1, max=1024, help="Processes that share every batch, one for each GPU; run by accelerate."
     ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would run, stop.")]
@@ -366,8 +366,8 @@ def require_same_recipe(
     if changed and changed == differing:
         pairs = ", ".join(f"{key} was {before[key]}, now {now[key]}" for key in differing)
         raise DataError(
-            f"{own.parent} would go on with other numbers: {pairs}.",
-            f"Give it as before, or accept it: {' '.join(f'--allow-change {key}' for key in differing)}",
+            f"{own.parent} was trained with other precision settings: {pairs}.",
+            f"Set it as before, or accept that: {' '.join(f'--allow-change {key}' for key in differing)}",
         )
     allowed = tuple(
         (key, before[key], now[key]) for key in [*moved, *changed] if key in allow or key in moved

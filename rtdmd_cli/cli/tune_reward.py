@@ -91,9 +91,9 @@ def tune_reward(
 ) -> None:
     """Raise a generator's rewards (stage 2).
 
-    It goes on from a run of rtdmd distill. With tune_reward.tilt the fake score, which learns what the generator draws,
-    leans to pictures that the rewards find poor, so that the generator is moved away from them. While it runs, look at
-    runs/NAME/report.html or rtdmd runs view.
+    It starts from a run of rtdmd distill. The fake score goes on learning what the generator draws; with
+    tune_reward.tilt it sees more of the pictures that score poorly, and distribution matching then moves the generator
+    away from them. While it runs, look at runs/NAME/report.html or rtdmd runs view.
 
     Example: rtdmd tune-reward --reward shapes-clip --reward shapes-geneval-soft
     """

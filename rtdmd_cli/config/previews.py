@@ -21,7 +21,7 @@ class PreviewsConfig(Section):
     seeds: tuple[int, ...] = Field(
         default=(),
         strict=False,
-        description="seeds of their noise, each prompt is drawn with each of them; none: evaluate.seed alone",
+        description="noise seeds of the sample grids; every prompt is drawn with each; none: evaluate.seed",
     )
     minutes: float | None = Field(
         default=60.0,

@@ -157,11 +157,13 @@ class DistillConfig(TrainingSection):
         default=None,
         ge=1,
         le=100,
-        description="the same at t = 0.95 and above, from `guidance` at 0.5 and below in a straight line; null for no fall",
+        description="the teacher's guidance at t = 0.95 and above, linear from there to `guidance` at 0.5 "
+        "and below; null for `guidance` at every t",
     )
     boundaries: Literal["one", "every"] = Field(
         default="one",
-        description="boundaries (noise levels between the steps) of a rollout that are trained on: one drawn, or every one",
+        description="which boundaries (noise levels between the steps) of a rollout are trained on: one at "
+        "random, or every one",
     )
     boundaries_batched: bool = Field(
         default=False,
@@ -171,11 +173,13 @@ class DistillConfig(TrainingSection):
         default=1,
         ge=1,
         le=1000,
-        description="last steps of a rollout (a sampling from noise) that gradients flow back through; 1: each boundary's own",
+        description="number of last steps of a rollout (one sampling from noise) that gradients flow back "
+        "through; 1: only the step that lands on the boundary",
     )
     interval: Literal["sub", "full"] = Field(
         default="sub",
-        description="noising of a boundary: from x_s inside (s, 1], or from its clean prediction over the whole interval",
+        description="what noise is added to: sub for a boundary's latent x_s, up to t in (s, 1], or full for "
+        "its clean prediction, up to t in (0, 1]",
     )
     boundary_weight: Literal["published", "balanced"] = Field(
         default="published",
@@ -191,15 +195,13 @@ class DistillConfig(TrainingSection):
         default="lora",
         description="what is trained, in both stages: adapters on the shared base, or a full copy of its weights a role",
     )
-    save_every: int = Field(
-        default=500, ge=1, le=MAX_COUNT, description="distance of checkpoints, iterations"
-    )
-    log_every: int = Field(default=10, ge=1, le=MAX_COUNT, description="distance of metric lines, iterations")
+    save_every: int = Field(default=500, ge=1, le=MAX_COUNT, description="iterations between two checkpoints")
+    log_every: int = Field(default=10, ge=1, le=MAX_COUNT, description="iterations between two metric lines")
     sample_every: int = Field(
         default=500,
         ge=0,
         le=MAX_COUNT,
-        description="distance of sample grids, iterations, see also previews.minutes; 0 for the end only",
+        description="iterations between two sample grids, see also previews.minutes; 0 for the end only",
     )
 
     @field_validator("betas")

@@ -28,7 +28,7 @@ class LoraConfig(Section):
     """The adapters of generator and fake score, both of the same shape."""
 
     rank: int = Field(default=32, ge=1, le=4096, description="rank of each adapter matrix, no unit")
-    alpha: int = Field(default=64, ge=1, le=65536, description="adapter scale times rank, no unit")
+    alpha: int = Field(default=64, ge=1, le=65536, description="adapter scale is alpha / rank, no unit")
     dtype: Literal["float32", "bf16"] = Field(
         default="float32",
         description="number format of the adapters; bf16, as published, loses most of an update at the published rates",

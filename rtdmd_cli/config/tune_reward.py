@@ -64,7 +64,8 @@ class TuneRewardConfig(TrainingSection):
         default=2,
         ge=1,
         le=999,
-        description="stochastic steps with noise of each image's own (SubGRPO), at most all; divides every loss, plus 1",
+        description="number of stochastic steps in which each image has its own noise (SubGRPO), at most "
+        "all; every loss is divided by this number plus 1",
     )
     generator_lr: float = Field(
         default=3e-6, gt=0, le=1, description="learning rate of the generator, no unit"
@@ -138,8 +139,8 @@ class TuneRewardConfig(TrainingSection):
         default=0.74,
         ge=0,
         lt=1,
-        description="decay d of the generator's average per optimiser step, no unit; mean age d/(1-d): 0.74 gives the 2.8 "
-        "epochs of the published one, which acts at every 8th epoch alone with 16 updates of 0.9",
+        description="decay d of the generator's average per optimiser step, no unit; its mean age is d/(1-d) "
+        "epochs: 0.74 gives 2.8, as in the published code, which makes 16 updates of 0.9 in every 8th epoch",
     )
     eval_prompts: str | None = Field(
         default=None,
@@ -154,16 +155,16 @@ class TuneRewardConfig(TrainingSection):
         default=0,
         ge=0,
         le=MAX_COUNT,
-        description="distance of measurements, epochs; 0 for start and end only",
+        description="epochs between two measurements; 0 for start and end only",
     )
     watch: WatchConfig = WatchConfig()
-    save_every: int = Field(default=50, ge=1, le=MAX_COUNT, description="distance of checkpoints, epochs")
-    log_every: int = Field(default=1, ge=1, le=MAX_COUNT, description="distance of metric lines, epochs")
+    save_every: int = Field(default=50, ge=1, le=MAX_COUNT, description="epochs between two checkpoints")
+    log_every: int = Field(default=1, ge=1, le=MAX_COUNT, description="epochs between two metric lines")
     sample_every: int = Field(
         default=50,
         ge=0,
         le=MAX_COUNT,
-        description="distance of sample grids, epochs, see also previews.minutes; 0 for the end only",
+        description="epochs between two sample grids, see also previews.minutes; 0 for the end only",
     )
 
     _printable = field_validator("eval_prompts")(one_line)

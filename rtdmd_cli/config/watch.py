@@ -27,7 +27,8 @@ class WatchConfig(Section):
         default=0.2,
         gt=0,
         le=1e6,
-        description="fall of the held-out rewards from their best, in the start's standard deviations, that is too much",
+        description="largest fall of the held-out rewards below their best that raises no alarm, in standard "
+        "deviations at the start",
     )
     min_diversity: float = Field(
         default=0.9,

@@ -79,8 +79,8 @@ def refuse_lora(file: Path) -> None:
     lora = [key for key in keys if any(mark in key.lower() for mark in LORA_MARKS)]
     if lora:
         raise DataError(
-            f"{file} is a LoRA, which changes a model and is none: it holds {lora[0]}.",
-            "Set model.path to the model that it was made for; a LoRA is not read.",
+            f"{file} is a LoRA, not a whole model: it holds {lora[0]}.",
+            "Set model.path to the model that it was made for; LoRA files can't be loaded.",
         )
 
 

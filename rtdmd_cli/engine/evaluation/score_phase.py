@@ -4,8 +4,8 @@
       {"judge": "geneval", "weights": "published"}
       {"prompt": 0, "image": 0, "score": 1.0, "reasons": [], "sha256": ..., "check": ...}
 
-Lines are appended in order and flushed batch by batch. What is there is never computed again, but for lines that are damaged,
-as a kill leaves the last one, or were changed, and scores of other pictures than those that are there now (`sums`).
+Lines are appended in order and flushed batch by batch. A score that is there is not computed again,
+unless its line is damaged (a kill leaves the last one so) or was changed, or its picture is another one by now (`sums`).
 """
 
 from __future__ import annotations

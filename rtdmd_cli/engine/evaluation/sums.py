@@ -2,8 +2,8 @@
 
     pictures.jsonl    {"exact": ..., "image": 0, "png": ..., "prompt": 0} of every picture that was made
 
-What a sum does not fit was damaged, swapped or changed by hand. Whoever also writes a new sum is not found out: they are
-no signatures.
+A file that does not fit its sum was damaged, swapped or changed by hand. The sums are no signatures: somebody who changes a
+file and writes a new sum is not noticed.
 """
 
 from __future__ import annotations

@@ -189,7 +189,7 @@ def check_target(request: Request) -> None:
     for read in (checkpoint, *bases.read):
         path = read.resolve()
         if path.is_relative_to(target) or target.is_relative_to(path):
-            raise UsageError(f"{out} is, holds or lies in {read}, which is read.", "Choose another --out.")
+            raise UsageError(f"{out} overlaps {read}, from which the export reads.", "Choose another --out.")
     with os_errors(out, "read"):
         if not out.exists() or (out.is_dir() and not any(out.iterdir())):
             return

@@ -1,8 +1,8 @@
 """The quickest settings of a preset that fit a card, found in a fixed order, and written as a preset of their own.
 
-It begins with everything that is quick and takes memory. While the plan does not fit, what costs the least time is given
-up first: of `SAVINGS`, in this order, the first that makes the peak smaller, from the top anew after each choice, as another
-phase may be the largest by then. Then the micro-batch grows while it fits.
+It begins with everything that is quick and takes memory. While the plan does not fit, it gives
+up what costs the least time: it takes the first of `SAVINGS` that makes the peak smaller, then looks through the list from
+the top again, since another phase may be the largest by then. At the end the micro-batch grows while it fits.
 The images of an update stay, so that the step is the same up to rounding; a base in 8 or 4 bits changes it, and comes late.
 """
 

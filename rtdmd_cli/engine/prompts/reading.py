@@ -166,8 +166,8 @@ def _read_file(path: Path) -> PromptSet:
                 return _entries(_rows(file, name, TABLES[ending]), name, _TABLE_HINT)
             if ending and ending not in SUFFIXES:
                 raise DataError(
-                    f"{name} ends in {path.suffix}, which is no prompt file.",
-                    f"Read are {', '.join(SUFFIXES)}: rename it if it is text with one prompt a line.",
+                    f"{name} ends in {path.suffix}, which is not the ending of a prompt file.",
+                    f"Use one of {', '.join(SUFFIXES)}: rename the file if it is text with one prompt a line.",
                 )
             lines = _prompts(file, name, comments=ending != ".jsonl")
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:

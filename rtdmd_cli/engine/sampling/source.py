@@ -1,8 +1,8 @@
 """What `--from` names.
 
 A name is looked up in this order: a path (a run folder, a checkpoint folder, an exported folder), the name of a run, a
-preset (its untouched base model). Without `--from` it is the newest finished run, or else the built-in model. Of a run
-the best checkpoint by its own held-out rewards is taken, where it names one, else the newest.
+preset (its untouched base model). Without `--from` it is the newest finished run, or else the built-in model. From a run
+it takes the checkpoint that the run names as its best by held-out rewards, or else the newest.
 """
 
 from __future__ import annotations
