@@ -24,7 +24,7 @@ from diffusers import (
     FluxTransformer2DModel,
 )
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import CLIPTextConfig, CLIPTextModel, Qwen3ForCausalLM
 
 from rtdmd_cli.config.schema import ModelConfig
 from rtdmd_cli.engine.backbones.base import Backbone
@@ -40,7 +40,13 @@ from tests.tiny_models import (
     t5_tokenizer,
     vae,
 )
-from tests.tiny_qwen import QWEN_WIDTH, build_qwenimage_pipeline, build_zimage_pipeline, qwen_tokenizer
+from tests.tiny_qwen import (
+    QWEN_WIDTH,
+    build_qwenimage_pipeline,
+    build_zimage_pipeline,
+    qwen3_config,
+    qwen_tokenizer,
+)
 
 FP8 = torch.float8_e4m3fn
 QWEN_LAYERS = 28  # the pipeline reads the hidden states 9, 18 and 27
@@ -88,20 +94,10 @@ def build_flux2_pipeline(seed: int = 0, is_distilled: bool = False) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tokenizer = qwen_tokenizer()
-        config = Qwen3Config(
-            vocab_size=len(tokenizer),
-            hidden_size=QWEN_WIDTH,
-            intermediate_size=2 * QWEN_WIDTH,
-            num_hidden_layers=QWEN_LAYERS,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=8,
-            max_position_embeddings=64,
-        )
         pipe: Any = Flux2KleinPipeline(
             scheduler=_scheduler(),
             vae=_flux2_vae(),
-            text_encoder=Qwen3ForCausalLM(config),
+            text_encoder=Qwen3ForCausalLM(qwen3_config(len(tokenizer), QWEN_LAYERS)),
             tokenizer=tokenizer,
             transformer=Flux2Transformer2DModel(
                 in_channels=16,

@@ -38,20 +38,10 @@ def build_zimage_pipeline(seed: int = 0) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tokenizer = qwen_tokenizer()
-        config = Qwen3Config(
-            vocab_size=len(tokenizer),
-            hidden_size=QWEN_WIDTH,
-            intermediate_size=2 * QWEN_WIDTH,
-            num_hidden_layers=3,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=8,
-            max_position_embeddings=64,
-        )
         pipe: Any = ZImagePipeline(
             scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=6.0),
             vae=vae(),
-            text_encoder=Qwen3Model(config),
+            text_encoder=Qwen3Model(qwen3_config(len(tokenizer), 3)),
             tokenizer=tokenizer,
             transformer=ZImageTransformer2DModel(
                 in_channels=4,
@@ -131,6 +121,20 @@ def build_qwenimage_pipeline(seed: int = 0) -> Any:
                 axes_dims_rope=(4, 6, 6),
             ),
         )
+
+
+def qwen3_config(words: int, layers: int) -> Qwen3Config:
+    """Of a text encoder with so many words and layers."""
+    return Qwen3Config(
+        vocab_size=words,
+        hidden_size=QWEN_WIDTH,
+        intermediate_size=2 * QWEN_WIDTH,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=64,
+    )
 
 
 def qwen_tokenizer(length: int = 64) -> Any:
