@@ -104,7 +104,7 @@ def write_transformer(out: Path, base: Path, changes: Changes) -> None:
     for source in weight_files(base):
         tensors, metadata = _read(source)
         left -= tensors.keys()
-        _save(out / source.name, _with(tensors, changes), metadata)
+        write_tensors(out / source.name, _with(tensors, changes), metadata)
     _require_all_used(left, base)
 
 
@@ -112,7 +112,7 @@ def write_weights(path: Path, tensors: Mapping[str, Tensor], changes: Changes) -
     """Write a transformer's weights as one file, with `changes` as in `write_transformer`."""
     _require_all_used(changes.keys() - tensors.keys(), path)
     kept = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    _save(path, _with(kept, changes), {"format": "pt"})
+    write_tensors(path, _with(kept, changes), {"format": "pt"})
 
 
 def _with(tensors: dict[str, Tensor], changes: Changes) -> dict[str, Tensor]:
@@ -160,13 +160,6 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     with safe_open(path, framework="pt") as stored:
         tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - no mapping
         return tensors, dict(stored.metadata() or {"format": "pt"})
-
-
-def _save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    def write(temporary: Path) -> None:
-        write_tensors(temporary, tensors, metadata)
-
-    files.write_with(path, write)
 
 
 def _copied(folder: Path) -> Iterator[Path]:

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from rtdmd_cli.engine.storage import strict_json
 from rtdmd_cli.engine.storage.disk_errors import os_errors
-from rtdmd_cli.engine.storage.files import cache_folder, remove_leftovers, write_json, write_with
+from rtdmd_cli.engine.storage.files import cache_folder, remove_leftovers, write_json
 from rtdmd_cli.engine.storage.hub import hub_file
 from rtdmd_cli.engine.storage.tensor_files import write_tensors
 from rtdmd_cli.engine.storage.tensors import AGAIN
@@ -123,16 +123,8 @@ def _load(file: Path, entry: str) -> dict[str, Tensor]:
 
 def _save(target: Path, tensors: dict[str, Tensor], sha256: str) -> None:
     own = _unshared(tensors)
-
     remove_leftovers(target.parent)
-
-    def write(temporary: Path) -> None:
-        write_tensors(temporary, own, {"format": "pt", _SOURCE: sha256})
-
-    try:
-        write_with(target, write)
-    except SafetensorError as error:  # its form of a full disk
-        raise EnvironmentFailure(f"Cannot write {target}: {error}", "Free some disk space.") from error
+    write_tensors(target, own, {"format": "pt", _SOURCE: sha256})
 
 
 def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -13,10 +13,12 @@ from pathlib import Path
 import safetensors.torch
 from torch import Tensor
 
-from rtdmd_cli.engine.storage import strict_json
+from rtdmd_cli.engine.storage import files, strict_json
+from rtdmd_cli.engine.storage.disk_errors import os_errors
 
 _LENGTH = 8  # bytes in front of the header that say how long it is
 _METADATA = "__metadata__"
+_READ_AND_WRITE = 0o666  # what of a new folder's permissions is a file's
 
 
 def tensor_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
@@ -27,11 +29,25 @@ def tensor_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> 
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """As `tensor_bytes`, into a file that `files.write_with` gives, without a copy in memory.
+    """Make the bytes of `tensor_bytes` the content of `path`, whole or not at all, without a copy in memory.
 
-    OSError or SafetensorError where the disk refuses.
+    The library writes a file under a name of its own, readable for its owner alone (safetensors 0.8), and renames it. Hence a
+    folder of ours around it: a killed process's leftovers are known by their name, and the file gets usual permissions.
+    EnvironmentFailure where the disk refuses.
     """
-    safetensors.torch.save_file(dict(tensors), path, metadata=dict(metadata))
+    with files.building(path) as folder:
+        file = folder / path.name
+        with os_errors(path):
+            safetensors.torch.save_file(dict(tensors), file, metadata=dict(metadata))
+            file.chmod(folder.stat().st_mode & _READ_AND_WRITE)
+            _sort_metadata(file)
+            files.disk.flush_path(file)
+            files.disk.replace(file, path)
+            files.disk.flush_path(path.parent)
+        files.remove_folder(folder)
+
+
+def _sort_metadata(path: Path) -> None:
     with path.open("r+b") as file:
         length = int.from_bytes(file.read(_LENGTH), "little")
         header = _in_order(file.read(length))
