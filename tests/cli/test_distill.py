@@ -362,7 +362,7 @@ def test_other_precision_is_refused_unless_allowed(run: RunFolder, capsys: pytes
         def begin(*allow: str, preset: Resolved = now) -> Start:
             return find_start("auto", run.path.parent, None, "mine", preset, "", False, DISTILL, allow)
 
-        told = f"other numbers: hardware.{key} was {before}, now {value}"
+        told = f"other precision settings: hardware.{key} was {before}, now {value}"
         with pytest.raises(DataError, match=told) as caught:
             begin()
         assert f"--allow-change hardware.{key}" in caught.value.hint
