@@ -226,7 +226,7 @@ def _unknown(reference: str, out: Path) -> UsageError:
     near = get_close_matches(reference, sorted(names), n=1)
     return UsageError(
         f"`{shown}` is no run or checkpoint folder, no exported folder, no run under {out}/, and no preset.",
-        f"Did you mean `{near[0]}`?" if near else "List the shipped presets: rtdmd presets list",
+        f"Did you mean `{near[0]}`?" if near else "List what there is: rtdmd runs list, rtdmd presets list",
     )
 
 
