@@ -355,7 +355,9 @@ def test_checkpoints_of_others(run: RunFolder) -> None:
         found(run, "auto")
 
 
-def test_other_precision_is_refused_unless_allowed(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_precision_is_refused_unless_allowed(
+    run: RunFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
     for key, value, before in (("base", "nf4", "plain"), ("mixed_precision", "bf16", "none")):
         now = load_preset(str(run.preset), [f"hardware.{key}={value}"], {})
 
