@@ -11,6 +11,7 @@ from rtdmd_cli.cli import completing, console
 from rtdmd_cli.cli.failures import nearest
 from rtdmd_cli.cli.sample import RUNS, Device, Dtype, Json, Quiet, WhichCheckpoint
 from rtdmd_cli.engine.compute.signals import stop_on_signals
+from rtdmd_cli.engine.export import PICTURES
 from rtdmd_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -53,6 +54,15 @@ NoCheck = Annotated[
     bool, typer.Option("--no-check", help="Leave out the round trip through the stock pipeline.")
 ]
 
+Pictures = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        max=PICTURES,
+        help="Pictures that the round trip compares and the card shows; fewer take less time. Default: 4.",
+    ),
+]
+
 
 def export(
     run: Run = None,
@@ -63,6 +73,7 @@ def export(
     rank: Rank = None,
     force: Force = False,
     no_check: NoCheck = False,
+    pictures: Pictures = PICTURES,
     device: Device = None,
     dtype: Dtype = None,
     checkpoint: WhichCheckpoint = None,
@@ -99,6 +110,7 @@ def export(
         where=push_to_hub or local_name(str(folder)),
         rank=rank,
         check=not no_check,
+        pictures=pictures,
         force=force,
         device=where,
         dtype=resolve_dtype(dtype or hardware.dtype, where),

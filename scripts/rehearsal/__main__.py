@@ -129,7 +129,8 @@ def arguments(command: str, made: Rehearsal, folder: Path, side: int) -> list[st
             pictures = ["--out", str(folder / "samples"), "-n", "1"]
             return [command, PROMPTS[0], "--from", str(last_run(folder)), *pictures]
         case "export":
-            return [command, str(last_run(folder)), "--out", str(folder / "export"), "--format", "all"]
+            named = [str(last_run(folder)), "--out", str(folder / "export")]
+            return [command, *named, "--format", "all", "--pictures", "1"]
     raise typer.BadParameter(f"no such command: {command}")
 
 

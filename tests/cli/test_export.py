@@ -108,6 +108,17 @@ def test_what_goes_on_is_said_before_it_begins(world: World) -> None:
     assert places == sorted(places)
 
 
+def test_fewer_pictures(world: World) -> None:
+    result = world.run("export", "tuned", "--out", "exports/fewer", "--pictures", "1", "--json")
+    assert result.code == 0 and "drawing 1 picture with" in result.err, result.err
+    assert [trip["pictures"] for trip in result.json["round_trip"].values()] == [1]
+    folder = world.folder / "exports"
+    with Image.open(folder / "fewer/samples.png") as one, Image.open(folder / "tuned/samples.png") as four:
+        assert one.width < four.width
+    refused = world.run("export", "tuned", "--out", "exports/none", "--pictures", "0")
+    assert refused.code == 2 and not (folder / "none").exists()
+
+
 def test_the_files_hold_both_stages(world: World) -> None:
     """Weights of the base plus both adapters, computed here, in the LoRA and in the merged transformer."""
     folder = world.folder / "exports/tuned"

@@ -17,7 +17,7 @@ from rtdmd_cli.config.tune_reward import split_weights
 from rtdmd_cli.engine.backbones.common import evenly_spaced
 from rtdmd_cli.engine.backbones.families import FAMILIES as BACKBONES
 from rtdmd_cli.engine.backbones.loading import file_tensors
-from rtdmd_cli.engine.export import merged
+from rtdmd_cli.engine.export import PICTURES, merged
 from rtdmd_cli.engine.export.card import card_text
 from rtdmd_cli.engine.export.code import Place, Stock
 from rtdmd_cli.engine.export.facts import Facts
@@ -67,7 +67,6 @@ from rtdmd_cli.shapes.prompts import benchmark
 FORMATS = ("diffusers", "comfyui", "merged")
 NO_COMFYUI = "ComfyUI can't load the built-in model: it knows no SD3 with 8 latent channels and heads of 32"
 NO_ADAPTER = Folded({}, 0, 0, 0.0)
-PICTURES = 4
 PROMPTS = (
     "a photo of a red bicycle leaning on a white wall",
     "an oil painting of a lighthouse in a storm",
@@ -82,6 +81,7 @@ class Request:
     """What to export. formats: of FORMATS; out: the folder to make; where: what the card's code loads.
 
     rank: at most that, None for the exact one. check: run the round trip. stored: how the base was stored in training.
+    pictures: how many the card shows and the round trip compares, 1 to PICTURES.
     """
 
     source: Source
@@ -94,6 +94,7 @@ class Request:
     device: torch.device
     dtype: torch.dtype
     stored: str = "plain"
+    pictures: int = PICTURES
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def run_export(request: Request, say: Callable[[str], None]) -> dict[str, Any]:
 def _built(request: Request, building: Path, say: Callable[[str], None]) -> dict[str, Any]:
     """Fill the folder `building` and give it its name; what export.json says of it."""
     assert request.source.checkpoint is not None
-    prompts = picture_prompts(request.source)
+    prompts = picture_prompts(request.source)[: request.pictures]
     own = draw_own(request, prompts, say)
     checkpoint = load_checkpoint(request.source.checkpoint)
     folded = NO_ADAPTER
@@ -212,7 +213,8 @@ def draw_own(request: Request, prompts: Sequence[str], say: Callable[[str], None
     say(f"loading the model {request.source.preset.model.path}")
     model = open_model(request.source, request.device, request.dtype, encoding_ahead(prompts))
     plan = model.plan()
-    say(f"drawing {len(prompts)} pictures with the run, with eta {plan.eta:g} and with eta 0")
+    drawn = "1 picture" if len(prompts) == 1 else f"{len(prompts)} pictures"
+    say(f"drawing {drawn} with the run, with eta {plan.eta:g} and with eta 0")
     pictures, euler = own_pictures(model, plan, prompts, (plan.eta, 0.0))
     side = request.source.preset.model.resolution
     backbone = model.backbone
