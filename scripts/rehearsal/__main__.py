@@ -94,7 +94,7 @@ def main(
 
 
 def planned(made: Rehearsal, values: list[str], stage: StageName) -> dict[str, float]:
-    """GiB of tensors by phase, as `rtdmd plan` counts them for a card; here all of them lie in the host's memory."""
+    """GiB of tensors by phase, as `rtdmd plan` counts them for this processor."""
     preset = load_preset(made.preset, values, {}).preset
     return {phase.name: phase.peak / GIB for phase in plan_stage(preset, stage).phases}
 
@@ -144,6 +144,7 @@ def settings(made: Rehearsal, folder: Path, side: int) -> list[str]:
     """What of the preset is changed, as `--set`."""
     values = [
         f"model.path={folder / 'model'}",
+        "hardware.device=cpu",
         f"model.resolution={side}",
         "model.teacher_steps=2",
         f"distill.prompts={folder / 'prompts.txt'}",

@@ -15,6 +15,8 @@ from torch.nn import functional as F
 from rtdmd_cli.engine.compute.mixed import multiplies_bf16
 
 CPU = torch.device("cpu")
+WIDENING = ("cpu", "meta")
+"""Devices on which the layers of `multiply_in_float32` do so; on `meta` they stand for those on a CPU."""
 
 
 def emulates_bf16(device: torch.device, dtype: torch.dtype) -> bool:
@@ -28,7 +30,7 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 
 def multiply_in_float32(parent: nn.Module) -> None:
-    """Let the plain bf16 linear layers and convolutions inside `parent` compute in float32 wherever they run on a CPU.
+    """Let the plain bf16 linear layers and convolutions inside `parent` compute in float32 on the devices of WIDENING.
 
     What goes in and out keeps its dtype, the parameters and their names stay as they are. To be called before adapters
     are put on.
@@ -66,11 +68,15 @@ def _empty_convolution(old: nn.Conv2d) -> Float32Conv2d:
     )
 
 
+def _widened(x: Tensor) -> bool:
+    return x.device.type in WIDENING and x.dtype == torch.bfloat16
+
+
 class Float32Linear(nn.Linear):
     """x [..., in] -> [..., out] in x's dtype."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu" or x.dtype != torch.bfloat16:
+        if not _widened(x):
             return super().forward(x)
         y: Tensor = _Product.apply(x, self.weight)
         return y if self.bias is None else y + self.bias
@@ -80,7 +86,7 @@ class Float32Conv2d(nn.Conv2d):
     """x [B,C,H,W] in x's dtype."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu" or x.dtype != torch.bfloat16:
+        if not _widened(x):
             return super().forward(x)
         bias = None if self.bias is None else self.bias.float()
         y: Tensor = self._conv_forward(x.float(), self.weight.float(), bias)

@@ -12,6 +12,7 @@ import torch
 
 from rtdmd_cli.config.schema import HardwareConfig, ModelConfig
 from rtdmd_cli.engine.backbones import families
+from rtdmd_cli.engine.compute.float32_products import CPU, emulates_bf16, multiply_in_float32
 from rtdmd_cli.engine.planning.account import Account, fused_attention
 from rtdmd_cli.engine.planning.depth import extrapolated
 from rtdmd_cli.engine.planning.skeleton import META, Configs, on_shapes, tensors_of
@@ -44,10 +45,11 @@ def encoding(model: ModelConfig, hardware: HardwareConfig, dtype: torch.dtype, c
     """All text encoders of a model, one after another on the prompts that they get at once."""
     module = families.FAMILIES[model.family].module()
     batch, int8 = module.ENCODE_BATCH, hardware.text_encoder == "int8"
+    wide = hardware.device == "cpu" and emulates_bf16(CPU, dtype)
     length = model.text_length + module.BACKBONE.unread
     found = {
         name: encoder_cost(
-            module.LAYOUT.networks[name], json.dumps(configs[name]), length, batch, int8, dtype
+            module.LAYOUT.networks[name], json.dumps(configs[name]), length, batch, int8, dtype, wide
         )
         for name in module.LAYOUT.encoders
         if name in configs
@@ -62,9 +64,9 @@ def encoding(model: ModelConfig, hardware: HardwareConfig, dtype: torch.dtype, c
 
 @cache
 def encoder_cost(
-    kind: Any, text: str, length: int, batch: int, int8: bool, dtype: torch.dtype
+    kind: Any, text: str, length: int, batch: int, int8: bool, dtype: torch.dtype, wide: bool = False
 ) -> dict[str, int]:
-    """Of one encoder, whose config is `text`: as `Encoding`, but flops of a batch."""
+    """Of one encoder, whose config is `text`: as `Encoding`, but flops of a batch. wide: multiplied in float32."""
     config = strict_json.parse(text)
     language = config.get(LANGUAGE, config)  # of a model that sees, the part that reads
     key = "num_layers" if "num_layers" in language else "num_hidden_layers"
@@ -78,7 +80,9 @@ def encoder_cost(
         encoder: Any = on_shapes(kind, config | shallow, dtype)
         loaded = sum(tensor.nbytes for tensor in tensors_of([encoder]))
         if int8:
-            quantise(encoder, "int8", blocks_only=False)
+            quantise(encoder, "int8", blocks_only=False, wide=wide)
+        elif wide:
+            multiply_in_float32(encoder)
         account = Account()
         with fused_attention(), account, torch.no_grad():
             weights = account.hold(tensors_of([encoder]))

@@ -19,6 +19,7 @@ from rtdmd_cli.engine.backbones.layout import SINGLE_FILE
 from rtdmd_cli.engine.compute.device import DTYPES
 from rtdmd_cli.engine.planning.configs import find_folder, published_format
 
+ON_A_CPU = "device cpu: what the card would hold is in the host's memory, beside what stands under host"
 PROCESS = 2**30
 """The program and its libraries, bytes. An allowance; 0.6 GiB was seen with a CPU build of torch."""
 NOTE = "host: files of weights are mapped; what the system keeps of them while there is room is not counted"

@@ -14,6 +14,7 @@ from rtdmd_cli.config.schema import SHARED_BASE, Preset
 from rtdmd_cli.engine.backbones.base import Conditioning
 from rtdmd_cli.engine.backbones.two_bases import bases_of
 from rtdmd_cli.engine.compute.device import float32_matmul
+from rtdmd_cli.engine.compute.float32_products import CPU, emulates_bf16, multiply_in_float32
 from rtdmd_cli.engine.distill.run import trainer_on
 from rtdmd_cli.engine.planning.account import Account, fused_attention
 from rtdmd_cli.engine.planning.rewards import RewardsOnShapes
@@ -96,8 +97,13 @@ def counted(preset: Preset, dtype: torch.dtype, configs: Configs) -> Iterator[Ru
     bases = dict(zip(("transformer", "generator"), bases_of(made.backbone.transformer), strict=False))
     networks = {**bases, "vae": made.vae}
     loaded = {name: sum(t.nbytes for t in tensors_of([each])) for name, each in networks.items()}
+    wide = hardware.device == "cpu" and emulates_bf16(CPU, dtype)
     for base in bases.values():
-        quantise(base, hardware.base)
+        quantise(base, hardware.base, wide=wide)
+        if wide:
+            multiply_in_float32(base)
+    if hardware.device == "cpu":  # as `loading.Opener.vae`
+        made.vae.float()
     fused = nullcontext() if hardware.float32_matmul == "medium" else fused_attention()
     run = Run(Account(), made, preset, loaded)
     mixed = dtype if preset.distill.train == "full" and dtype != torch.float32 else None

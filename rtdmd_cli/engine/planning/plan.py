@@ -17,7 +17,7 @@ from rtdmd_cli.engine.planning.configs import find_configs
 from rtdmd_cli.engine.planning.depth import depths, extrapolated, with_depths
 from rtdmd_cli.engine.planning.encoding import Encoding, encoding
 from rtdmd_cli.engine.planning.gpus import UTILISATION, find_gpu, probe
-from rtdmd_cli.engine.planning.host import BASES, NOTE, PROCESS, loading
+from rtdmd_cli.engine.planning.host import BASES, NOTE, ON_A_CPU, PROCESS, loading
 from rtdmd_cli.engine.planning.phases import GENERATOR_TURN, RUNS, Phase, phases_of
 from rtdmd_cli.engine.planning.rewards import RewardCost, reward_cost
 from rtdmd_cli.engine.planning.skeleton import Configs, prompt_shape
@@ -273,6 +273,7 @@ class Plan:
     def figures(self) -> dict[str, Any]:
         """For JSON: GiB, hours, and each phase with its kinds."""
         largest = max(self.stages, key=lambda stage: stage.card)
+        on_cpu = self.preset.hardware.device == "cpu"
         shared = sum(max(stage.disk[name] for stage in self.stages) for name in ("downloads", "cache"))
         disk = shared + sum(stage.disk["checkpoints"] for stage in self.stages)
         return {
@@ -292,7 +293,7 @@ class Plan:
                 }
                 for stage in self.stages
             },
-            "assumptions": [*self.assumptions, NOTE],
+            "assumptions": [*self.assumptions, NOTE, *([ON_A_CPU] if on_cpu else [])],
         }
 
 

@@ -21,29 +21,29 @@ ADAM_BLOCK, ADAM_SMALLEST = 256, 4096
 """Elements of an 8-bit state that share a scale of 32 bits, and the size of the smallest tensor with such states."""
 
 
-def quantise(network: nn.Module, base: Base, blocks_only: bool = True) -> None:
-    """As `compute.quantise.place` and, without `blocks_only`, `shrink_encoder`, on shapes."""
+def quantise(network: nn.Module, base: Base, blocks_only: bool = True, wide: bool = False) -> None:
+    """As `compute.quantise.place` and, without `blocks_only`, `shrink_encoder`, on shapes. wide: multiplied in float32."""
     if base == "plain":
         return
     for parent in repeated_blocks(network) if blocks_only else [network]:
-        _swap(parent, base)
+        _swap(parent, base, wide)
 
 
-def _swap(parent: nn.Module, base: Base) -> None:
+def _swap(parent: nn.Module, base: Base, wide: bool) -> None:
     for name, child in parent.named_children():
         if type(child) is nn.Linear:
-            setattr(parent, name, Stored(child, base))
+            setattr(parent, name, Stored(child, base, wide))
         else:
-            _swap(child, base)
+            _swap(child, base, wide)
 
 
 class Stored(nn.Linear):
     """A frozen linear layer whose weights are kept in 8 or 4 bits and unpacked for each product."""
 
-    def __init__(self, linear: nn.Linear, base: Base) -> None:
+    def __init__(self, linear: nn.Linear, base: Base, wide: bool) -> None:
         with torch.device("meta"):
             super().__init__(linear.in_features, linear.out_features, linear.bias is not None)
-        self.unpacked = linear.weight.dtype
+        self.wide = wide
         count, scales = linear.weight.numel(), linear.out_features * 4
         if base == "nf4":
             blocks = -(-count // NF4_BLOCK)
@@ -56,25 +56,29 @@ class Stored(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         shape = (self.out_features, self.in_features)
-        y: Tensor = _Product.apply(x, self.weight, shape, self.unpacked)
+        y: Tensor = _Product.apply(x, self.weight, shape, self.wide)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 class _Product(torch.autograd.Function):
-    """x W^T and its gradient in x; W is unpacked in both and not kept in between."""
+    """x W^T and its gradient in x; W is unpacked in both and not kept in between. wide: the product is made in float32."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, packed: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    def forward(ctx: Any, x: Tensor, packed: Tensor, shape: tuple[int, int], wide: bool) -> Tensor:
         ctx.save_for_backward(packed)
-        ctx.unpacked = (shape, dtype)
-        return x @ packed.new_empty(shape, dtype=x.dtype).t()
+        ctx.stored = (shape, wide)
+        if not wide:
+            return x @ packed.new_empty(shape, dtype=x.dtype).t()
+        return (x.float() @ packed.new_empty(shape, dtype=x.dtype).float().t()).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         (packed,) = ctx.saved_tensors
-        shape, _ = ctx.unpacked
+        shape, wide = ctx.stored
         gradient = gradients[0]
-        return gradient @ packed.new_empty(shape, dtype=gradient.dtype), None, None, None
+        weight = packed.new_empty(shape, dtype=gradient.dtype)
+        product = (gradient.float() @ weight.float()).to(gradient.dtype) if wide else gradient @ weight
+        return product, None, None, None
 
 
 def optimizer_bytes(parameters: Sequence[Tensor], choice: Choice) -> int:

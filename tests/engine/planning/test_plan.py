@@ -17,9 +17,11 @@ from rtdmd_cli.engine.distill.run import build_trainer
 from rtdmd_cli.engine.planning import configs, fitting, gpus
 from rtdmd_cli.engine.planning.account import Account
 from rtdmd_cli.engine.planning.depth import extrapolated
-from rtdmd_cli.engine.planning.phases import FAKE_TURN, GENERATOR_TURN, Phase, distill_run
+from rtdmd_cli.engine.planning.host import ON_A_CPU
+from rtdmd_cli.engine.planning.phases import DECODE_GRADIENT, FAKE_TURN, GENERATOR_TURN, Phase, distill_run
 from rtdmd_cli.engine.planning.plan import ENCODE, GIB, Plan, StageName, StagePlan, plan_stage
 from rtdmd_cli.engine.planning.skeleton import tensors_of
+from rtdmd_cli.engine.tune_reward.pull import latent_gradient
 from rtdmd_cli.errors import DataError, EnvironmentFailure, UsageError
 
 CPU = torch.device("cpu")
@@ -64,6 +66,23 @@ def test_the_built_in_model_takes_what_was_planned(settings: tuple[str, ...]) ->
     planned = {phase.name: phase.peak for phase in plan_stage(preset, "distill").phases}
     for name, peak in really_held(preset).items():
         assert planned[name] == pytest.approx(peak, rel=0.1), name
+
+
+def test_a_cpu_is_planned_as_it_computes() -> None:
+    """In bf16 its VAE is in float32, and its layers multiply so where the processor has no bf16 products."""
+    preset = built_in("hardware.dtype=bf16", "hardware.device=cpu", "tune_reward.micro_batch=4")
+    planned = {phase.name: phase.kinds["activations"] for phase in plan_stage(preset, "tune-reward").phases}
+    backbone: Any = load_backbone(preset.model, CPU, torch.bfloat16, preset.hardware)
+    backbone.drop_text_encoders()
+    side, account = preset.model.resolution, Account()
+    latents, pictures = torch.zeros(4, *backbone.latent_shape(side, side)), torch.zeros(4, 3, side, side)
+    before = account.hold([*tensors_of([backbone._pipe.vae]), latents, pictures])
+    with account:
+        latent_gradient(backbone, latents, pictures)
+    assert (
+        Plan(preset, (plan_stage(preset, "tune-reward"),), rate=1e9).figures()["assumptions"][-1] == ON_A_CPU
+    )
+    assert planned[DECODE_GRADIENT] == pytest.approx(account.peak - before, rel=0.1)
 
 
 def test_a_few_blocks_tell_of_all() -> None:
