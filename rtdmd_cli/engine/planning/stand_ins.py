@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,13 +38,29 @@ def _swap(parent: nn.Module, base: Base, wide: bool) -> None:
             _swap(child, base, wide)
 
 
+@dataclass(frozen=True)
+class Unpacks:
+    """How packed weights [out, in] are made into those of a product.
+
+    rows: each row has a scale, by which results and gradients are multiplied. wide: the product is made in float32.
+    """
+
+    shape: tuple[int, int]
+    rows: bool
+    wide: bool
+
+    def product_dtype(self, x: Tensor) -> torch.dtype:
+        """Of a product with x."""
+        return torch.float32 if self.wide else x.dtype
+
+
 class Stored(nn.Linear):
     """A frozen linear layer whose weights are kept in 8 or 4 bits and unpacked for each product."""
 
     def __init__(self, linear: nn.Linear, base: Base, wide: bool) -> None:
         with torch.device("meta"):
             super().__init__(linear.in_features, linear.out_features, linear.bias is not None)
-        self.wide = wide
+        self.unpacks = Unpacks((self.out_features, self.in_features), base == "int8", wide)
         count, scales = linear.weight.numel(), linear.out_features * 4
         if base == "nf4":
             blocks = -(-count // NF4_BLOCK)
@@ -55,30 +72,27 @@ class Stored(nn.Linear):
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        shape = (self.out_features, self.in_features)
-        y: Tensor = _Product.apply(x, self.weight, shape, self.wide)
+        y: Tensor = _Product.apply(x, self.weight, self.unpacks)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 class _Product(torch.autograd.Function):
-    """x W^T and its gradient in x; W is unpacked in both and not kept in between. wide: the product is made in float32."""
+    """x W^T and its gradient in x; W is unpacked in both and not kept in between."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, packed: Tensor, shape: tuple[int, int], wide: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, packed: Tensor, unpacks: Unpacks) -> Tensor:
         ctx.save_for_backward(packed)
-        ctx.stored = (shape, wide)
-        if not wide:
-            return x @ packed.new_empty(shape, dtype=x.dtype).t()
-        return (x.float() @ packed.new_empty(shape, dtype=x.dtype).float().t()).to(x.dtype)
+        ctx.unpacks = unpacks
+        dtype = unpacks.product_dtype(x)
+        return (x.to(dtype) @ packed.new_empty(unpacks.shape, dtype=dtype).t()).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         (packed,) = ctx.saved_tensors
-        shape, wide = ctx.stored
-        gradient = gradients[0]
-        weight = packed.new_empty(shape, dtype=gradient.dtype)
-        product = (gradient.float() @ weight.float()).to(gradient.dtype) if wide else gradient @ weight
-        return product, None, None, None
+        gradient, unpacks = gradients[0], ctx.unpacks
+        dtype = unpacks.product_dtype(gradient)
+        scaled = gradient.to(dtype, copy=unpacks.rows)
+        return (scaled @ packed.new_empty(unpacks.shape, dtype=dtype)).to(gradient.dtype), None, None
 
 
 def optimizer_bytes(parameters: Sequence[Tensor], choice: Choice) -> int:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+from copy import copy
 from typing import Any
 
 import bitsandbytes
 import peft
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit
 from torch import Tensor, nn
 
 from rtdmd_cli.config.loader import load_preset
@@ -96,6 +98,15 @@ def test_a_layer_alone_has_the_gradient_of_its_own_weights(base: Base) -> None:
     assert torch.equal(zero[0], layer.bias)
 
 
+def weights(layer: Any) -> torch.Tensor:
+    """The layer's weights [out, in] as they are meant, float32."""
+    if isinstance(layer, bitsandbytes.nn.Linear4bit):
+        state = copy(layer.weight.quant_state)
+        state.dtype = torch.float32
+        return dequantize_4bit(layer.weight.data, state)
+    return layer.state.CB.float() * layer.state.SCB.unsqueeze(1) / 127
+
+
 @pytest.mark.parametrize("base", QUANTISED)
 def test_emulated_bf16_is_multiplied_in_float32(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a CPU has no products in bf16: rounded once, the same weights in both passes, nothing wide kept."""
@@ -115,11 +126,8 @@ def test_emulated_bf16_is_multiplied_in_float32(base: Base, monkeypatch: pytest.
         found[emulated] = y.detach().float(), gradient.float()
     for narrow, wide in zip(*found.values(), strict=True):
         assert relative(wide, narrow) < 0.004  # bf16's last bit
-    matrix = torch.stack(
-        [layer(row) for row in torch.eye(128).to(torch.bfloat16)], dim=1
-    ).float()  # [48, 128]
-    exact = (x.detach().float() @ matrix.t()).to(torch.bfloat16)
-    assert torch.equal(found[True][0], exact.float())
+    exact = (x.detach().float() @ weights(layer).t()).to(torch.bfloat16)
+    assert (found[True][0] != exact.float()).float().mean() < 0.01  # float32's last bit can decide a rounding
 
 
 @pytest.mark.parametrize("base", QUANTISED)
