@@ -85,6 +85,8 @@ def save_detector(folder: Path, seed: int = 0) -> Path:
         parameters["model.transformer_module.decoder.mask_predictor.mask_embedder.2.0.bias"].fill_(SPARSE)
     model.save_pretrained(folder)
     tensors = {key: value.clone() for key, value in load_file(folder / "model.safetensors").items()}
+    for key in ("weight", "bias"):  # the published file is older than this layer
+        del tensors[f"model.pixel_level_module.encoder.swin.layernorm.{key}"]
     for key in [key for key in tensors if key.endswith("relative_position_bias_table")]:
         tensors[key.replace("bias_table", "index")] = torch.zeros(16, 16, dtype=torch.long)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

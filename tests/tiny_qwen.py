@@ -89,7 +89,7 @@ def build_qwenimage_pipeline(seed: int = 0) -> Any:
         }
         vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2}
         config = Qwen2_5_VLConfig(text_config=text, vision_config=vision | {"out_hidden_size": QWEN_WIDTH})
-        return QwenImagePipeline(
+        pipe = QwenImagePipeline(
             scheduler=FlowMatchEulerDiscreteScheduler(
                 num_train_timesteps=1000,
                 shift=1.0,
@@ -121,6 +121,8 @@ def build_qwenimage_pipeline(seed: int = 0) -> Any:
                 axes_dims_rope=(4, 6, 6),
             ),
         )
+        pipe.transformer.register_to_config(pooled_projection_dim=768)  # published, and read by nothing
+        return pipe
 
 
 def qwen3_config(words: int, layers: int) -> Qwen3Config:

@@ -55,7 +55,7 @@ class PipelineBackbone:
     @property
     def text_fits(self) -> dict[str, str | int]:
         config: Any = self._pipe.transformer.config  # known before the weights are loaded
-        pooled = config.get("pooled_projection_dim")
+        pooled = self._layout.pooled_width(config)
         known: dict[str, str | int] = {"family": self._layout.pipeline.__name__}
         known["embeds"] = config[self._layout.text_width]
         return known if pooled is None else known | {"pooled": pooled}

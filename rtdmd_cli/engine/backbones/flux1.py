@@ -37,6 +37,7 @@ LAYOUT = Layout(
         "text_encoder_2": T5EncoderModel,
     },
     ("tokenizer", "tokenizer_2"),
+    pooled=True,
 )
 ENCODE_BATCH = 16  # prompts at once
 PACK = 2  # latent pixels of a token's side

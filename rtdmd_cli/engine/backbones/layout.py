@@ -15,6 +15,7 @@ from torch import nn
 
 from rtdmd_cli.engine.compute.tiling import enable_tiling
 from rtdmd_cli.engine.storage import strict_json
+from rtdmd_cli.engine.storage.components import NAMES, weight_files
 from rtdmd_cli.engine.storage.digests import file_digest
 from rtdmd_cli.errors import DataError, EnvironmentFailure, machine_fault
 
@@ -31,7 +32,8 @@ class Layout:
 
     pipeline: the class in diffusers. networks: component -> class; one is called "transformer", the text encoders
     begin with "text_encoder". tokenizers: names. optional: components that a pipeline may lack. text_width: the key of the
-    transformer's config with the width of a row of an encoded prompt. clip_first: whether CLIP's rows come before the others.
+    transformer's config with the width of a row of an encoded prompt. pooled: whether it has a part for the whole prompt too.
+    clip_first: whether CLIP's rows come before the others.
     own_lengths: whether prompts keep lengths of their own (`Conditioning.lengths`). tile: lets the VAE decode piece by piece.
     """
 
@@ -40,6 +42,7 @@ class Layout:
     tokenizers: tuple[str, ...]
     optional: tuple[str, ...] = ()
     text_width: str = "joint_attention_dim"
+    pooled: bool = False
     clip_first: bool = False
     own_lengths: bool = False
     tile: Callable[[Any], None] = enable_tiling
@@ -48,6 +51,10 @@ class Layout:
     def encoders(self) -> tuple[str, ...]:
         """Names of the text encoders."""
         return tuple(name for name in self.networks if name.startswith("text_encoder"))
+
+    def pooled_width(self, config: Mapping[str, Any]) -> int | None:
+        """By the transformer's config; None for a family without, whose published config may have the key all the same."""
+        return config["pooled_projection_dim"] if self.pooled else None
 
     @property
     def renew(self) -> str:
@@ -147,14 +154,9 @@ def weight_names(folder: Path) -> set[str]:
     OSError where there are none, or one that an index names is missing; SafetensorError for a damaged one.
     """
     found: set[str] = set()
-    indices = sorted(folder.glob(f"*{SINGLE_FILE}.index.json"))
-    if indices:
-        index = strict_json.read(indices[0])
-        paths = [folder / name for name in sorted(set(index["weight_map"].values()))]
-    else:
-        paths = sorted(folder.glob(f"*{SINGLE_FILE}"))
+    paths = weight_files(folder)
     if not paths:
-        raise FileNotFoundError(f"{folder.name} holds no {SINGLE_FILE} file")
+        raise FileNotFoundError(f"{folder.name} holds no {' and no '.join(NAMES)}")
     for path in paths:
         with safe_open(path, framework="pt") as file:
             found.update(file.keys())

@@ -35,6 +35,7 @@ LAYOUT = Layout(
     },
     ("tokenizer", "tokenizer_2", "tokenizer_3"),
     optional=("text_encoder_3", "tokenizer_3"),  # the stock pipeline runs without T5
+    pooled=True,
     clip_first=True,
 )
 ENCODE_BATCH = 64  # prompts at once

@@ -12,8 +12,9 @@ from typing import Any
 
 from safetensors import safe_open
 
-from rtdmd_cli.engine.backbones.layout import SINGLE_FILE, Layout
+from rtdmd_cli.engine.backbones.layout import Layout
 from rtdmd_cli.engine.storage import strict_json
+from rtdmd_cli.engine.storage.components import weight_files
 from rtdmd_cli.errors import DataError
 
 WIDTHS = (
@@ -48,9 +49,7 @@ def check_sizes(layout: Layout, folder: Path) -> None:
     Networks without weights in `folder` are passed over. Errors as of `strict_json.read` and `safe_open`.
     """
     for name in layout.networks:
-        shapes = [
-            shape for file in sorted((folder / name).glob(f"*{SINGLE_FILE}")) for shape in _shapes(file)
-        ]
+        shapes = [shape for file in weight_files(folder / name) if file.is_file() for shape in _shapes(file)]
         path = folder / name / "config.json"
         if not shapes or not path.is_file():
             continue

@@ -19,6 +19,7 @@ from rtdmd_cli.engine.export.fold import Folded
 from rtdmd_cli.engine.export.schedule import stock_config
 from rtdmd_cli.engine.families.facts import ExportFamily
 from rtdmd_cli.engine.storage import files, strict_json
+from rtdmd_cli.engine.storage.components import VARIANT, weight_files
 from rtdmd_cli.engine.storage.tensor_files import write_tensors
 from rtdmd_cli.errors import DataError
 
@@ -148,14 +149,6 @@ def stored_dtype(transformer: Path) -> torch.dtype:
     return next((DTYPES[name] for name in DTYPES if name in found), torch.float32)
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that diffusers loads from a transformer's folder, no variants beside them."""
-    index = folder / f"{WEIGHTS}.index.json"
-    if not index.is_file():
-        return [folder / WEIGHTS]
-    return [folder / name for name in sorted(set(strict_json.read(index)["weight_map"].values()))]
-
-
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     with safe_open(path, framework="pt") as stored:
         tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - no mapping
@@ -163,9 +156,10 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _copied(folder: Path) -> Iterator[Path]:
-    """The files of a component, less pickles and hidden ones."""
+    """The files of a component, less pickles, hidden ones, and the same weights in another format."""
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.suffix not in PICKLES and not path.name.startswith("."):
+        left_out = path.suffix in PICKLES or path.name.startswith(".") or VARIANT.search(path.name)
+        if path.is_file() and not left_out:
             yield path
 
 

@@ -11,13 +11,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from rtdmd_cli.config.places import is_single_file
 from rtdmd_cli.config.schema import SHARED_BASE, ModelConfig
-from rtdmd_cli.engine.backbones.layout import SINGLE_FILE
+from rtdmd_cli.engine.backbones.layout import DAMAGE
 from rtdmd_cli.engine.compute.device import DTYPES
 from rtdmd_cli.engine.planning.configs import find_folder, published_format
+from rtdmd_cli.engine.storage.components import weight_files
 
 ON_A_CPU = "device cpu: what the card would hold is in the host's memory, beside what stands under host"
 PROCESS = 2**30
@@ -88,12 +89,12 @@ def _formats(source: str, revision: str | None, names: list[str]) -> dict[str, t
 
 def _kinds(folder: Path) -> Iterator[str]:
     """Formats of the weights with two dimensions or more, which are the bulk of them, as safetensors names them."""
-    for file in folder.glob(f"*{SINGLE_FILE}"):
-        try:
+    try:
+        for file in weight_files(folder):
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 - no mapping
                     part = tensors.get_slice(name)
                     if len(part.get_shape()) > 1:
                         yield part.get_dtype()
-        except (OSError, SafetensorError):  # the run says so when it loads; until then nothing is known of it
-            yield ""
+    except DAMAGE:  # the run says so when it loads; until then nothing is known of it
+        yield ""

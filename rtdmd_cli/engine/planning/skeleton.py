@@ -93,4 +93,4 @@ def prompt_shape(model: ModelConfig, configs: Configs) -> tuple[int, int, int | 
     """See `Skeleton`."""
     layout, network = families.FAMILIES[model.family].module().LAYOUT, configs["transformer"]
     clip = configs["text_encoder"]["max_position_embeddings"] if layout.clip_first else 0
-    return clip + model.text_length, network[layout.text_width], network.get("pooled_projection_dim")
+    return clip + model.text_length, network[layout.text_width], layout.pooled_width(network)

@@ -22,9 +22,10 @@ from rtdmd_cli.config.places import is_single_file
 from rtdmd_cli.config.schema import SHARED_BASE, ModelConfig
 from rtdmd_cli.engine.families.table import MODELS
 from rtdmd_cli.engine.rewards.base import Need, RewardEntry
-from rtdmd_cli.engine.rewards.local import INDEX, at_hand, cached_files, missing
+from rtdmd_cli.engine.rewards.local import at_hand, cached_files, missing
 from rtdmd_cli.engine.rewards.registry import REWARDS
 from rtdmd_cli.engine.storage import strict_json
+from rtdmd_cli.engine.storage.components import weight_files
 from rtdmd_cli.engine.storage.hub import REPOSITORY, hub_failure, hub_folder
 from rtdmd_cli.errors import EnvironmentFailure, UsageError
 
@@ -160,12 +161,10 @@ def is_whole(folder: Path, part: str = "all") -> bool:
 
 def _component_is_whole(folder: Path) -> bool:
     """Tokenizers and schedulers need any file; a network, which has a config.json, its weights in safetensors."""
-    files = {path.name for path in folder.iterdir() if path.is_file()}
-    if "config.json" not in files:
-        return bool(files)
-    lists = [name for name in files if name.endswith(f".safetensors{INDEX}")]
-    parts = {part for name in lists for part in strict_json.read(folder / name)["weight_map"].values()}
-    return any(name.endswith(".safetensors") for name in files) and parts <= files
+    if not (folder / "config.json").is_file():
+        return any(path.is_file() for path in folder.iterdir())
+    weights = weight_files(folder)
+    return bool(weights) and all(path.is_file() for path in weights)
 
 
 def _download_model(wanted: Wanted) -> None:

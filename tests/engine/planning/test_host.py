@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,8 @@ def folder(tmp_path: Path) -> Path:
         for number, kind in enumerate(kinds):
             tensors = {"weight": torch.zeros(2, 2, dtype=kind), "bias": torch.zeros(2)}
             save_file(tensors, tmp_path / name / f"model-{number}.safetensors")
+        index = {"weight_map": {f"layer.{i}": f"model-{i}.safetensors" for i in range(len(kinds))}}
+        (tmp_path / name / "model.safetensors.index.json").write_text(json.dumps(index))
     return tmp_path
 
 
