@@ -73,8 +73,6 @@ def test_an_epoch_of_stage_2_stops_between_its_phases(turns: dict[str, list[dict
     assert asked.pop(UNDO) > 0
     assert asked == {
         READ: 2,
-        "late in engine/compute/device.py, to_host": 6 * PARTS,
-        "wait in engine/tune_reward/rollouts.py, rolled_out": 1,
-        "wait in engine/tune_reward/recipe.py, decoded": 1,
-        "wait in engine/tune_reward/pull.py, take_pull": 1,
+        "copy in engine/compute/device.py, add": 4 * PARTS,  # latents, log-probabilities, pictures, gradients
+        "late in engine/compute/device.py, to_host": 2 * PARTS,  # of the rewards' gradient
     }

@@ -63,6 +63,30 @@ def is_float32_on_cpu(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and tensor.dtype == torch.float32 and type(tensor) is Tensor
 
 
+class HostRows:
+    """A tensor of `count` rows in host memory that is filled part by part; each part is waited for.
+
+    A copy that is queued goes into memory of its own, of the next power of two in size, which the process never gives back:
+    for the pictures of an epoch that is more than the pictures themselves.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._count, self._filled = count, 0
+        self._rows: Tensor | None = None
+
+    def add(self, part: Tensor) -> None:
+        """The next rows [b, ...]; the first part decides on their shape and dtype."""
+        if self._rows is None:
+            self._rows = torch.empty(self._count, *part.shape[1:], dtype=part.dtype)
+        self._rows[self._filled : self._filled + len(part)].copy_(part)
+        self._filled += len(part)
+
+    def whole(self) -> Tensor:
+        """[count, ...], once all rows are there."""
+        assert self._rows is not None and self._filled == self._count
+        return self._rows
+
+
 def to_host(tensor: Tensor) -> Tensor:
     """A copy in host memory, queued behind the device's work: `wait` before it is read."""
     return tensor.to("cpu", non_blocking=True)

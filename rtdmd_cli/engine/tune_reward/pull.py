@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rtdmd_cli.engine.algo.flow import move
 from rtdmd_cli.engine.backbones.base import Backbone
-from rtdmd_cli.engine.compute.device import to_host, wait
+from rtdmd_cli.engine.compute.device import HostRows
 from rtdmd_cli.engine.tune_reward.rollouts import Pull, Rollouts, Tuner
 
 
@@ -31,15 +31,14 @@ def take_pull(tuner: Tuner, rollouts: Rollouts, images: Tensor) -> Pull:
     rows = [row for part in parts for row in part]
     prompts = rollouts.prompts_of([row + rollouts.first for row in rows])
     values, by_picture = tuner.rewards.pull(images, rows, prompts, max(len(part) for part in parts))
-    gradients, start = [], 0
+    gradients, start = HostRows(len(rows)), 0
     for part in parts:
         x0 = move(rollouts.x[part, -1], device)
         own = move(by_picture[start : start + len(part)], device)
-        gradients.append(to_host(latent_gradient(tuner.core.backbone, x0, own)))
+        gradients.add(latent_gradient(tuner.core.backbone, x0, own))
         start += len(part)
-    wait(device)
     reward = torch.zeros(len(rollouts.x)).index_copy(0, torch.tensor(rows), values)
-    gradient = torch.zeros_like(rollouts.x[:, -1]).index_copy(0, torch.tensor(rows), torch.cat(gradients))
+    gradient = torch.zeros_like(rollouts.x[:, -1]).index_copy(0, torch.tensor(rows), gradients.whole())
     return Pull(reward, gradient)
 
 

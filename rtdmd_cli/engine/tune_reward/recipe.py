@@ -34,7 +34,7 @@ from rtdmd_cli.engine.algo.gradients import bound_gradients
 from rtdmd_cli.engine.algo.losses import clipped_policy_loss, gaussian_kl, reward_hinge_loss
 from rtdmd_cli.engine.backbones.base import Conditioning
 from rtdmd_cli.engine.compute import optim
-from rtdmd_cli.engine.compute.device import to_host, wait
+from rtdmd_cli.engine.compute.device import HostRows
 from rtdmd_cli.engine.rewards.scoring import require_judged
 from rtdmd_cli.engine.rewards.sharing import gathered, require_work
 from rtdmd_cli.engine.training.matching import Boundary, add_matching_gradients, matching_loss
@@ -88,12 +88,10 @@ def tune(tuner: Tuner, epoch: int) -> None:
 def decoded(tuner: Tuner, rollouts: Rollouts) -> Tensor:
     """This process's images [n,3,H,W], on the CPU."""
     backbone = tuner.core.backbone
-    images = [
-        to_host(backbone.decode(move(rollouts.x[rollouts.rows(part), -1], backbone.device)))
-        for part in rollouts.parts
-    ]
-    wait(backbone.device)
-    return torch.cat(images)
+    images = HostRows(len(rollouts.x))
+    for part in rollouts.parts:
+        images.add(backbone.decode(move(rollouts.x[rollouts.rows(part), -1], backbone.device)))
+    return images.whole()
 
 
 def advantages_of(tuner: Tuner, rewards: dict[str, Tensor], rows: Tensor, count: int) -> Tensor:

@@ -12,7 +12,7 @@ from rtdmd_cli.config.tune_reward import TuneRewardConfig
 from rtdmd_cli.engine.algo.flow import cps_logprob, cps_mean_std, move, to_x0
 from rtdmd_cli.engine.backbones.base import Conditioning
 from rtdmd_cli.engine.compute import rng
-from rtdmd_cli.engine.compute.device import to_host, wait
+from rtdmd_cli.engine.compute.device import HostRows
 from rtdmd_cli.engine.rewards.scoring import Scores
 from rtdmd_cli.engine.training.trainer import Draws, Trainer, parts_of
 
@@ -159,15 +159,14 @@ def rolled_out(tuner: Tuner, epoch: int, steps: tuple[int, ...], prompts: Sequen
     core, indices = tuner.core, torch.tensor(prompts)
     own = core.processes.part(len(prompts))
     parts = tuple(parts_of(own, tuner.config.micro_batch))
-    latents, logps = [], []
+    latents, logps = HostRows(len(own)), HostRows(len(own))
     for part in parts:
         draws, cond = Draws(core, ROLLOUT, epoch, part), conditioning(core, [prompts[i] for i in part])
         with core.roles.role("generator"), torch.no_grad():
             x, logp = roll_out_part(tuner, draws, cond, steps)
-        latents.append(to_host(x))
-        logps.append(to_host(logp))
-    wait(core.backbone.device)
-    return Rollouts(torch.cat(latents), torch.cat(logps), indices, steps, parts, own.start, len(prompts))
+        latents.add(x)
+        logps.add(logp)
+    return Rollouts(latents.whole(), logps.whole(), indices, steps, parts, own.start, len(prompts))
 
 
 def roll_out_part(
