@@ -4,7 +4,8 @@ import errno
 import re
 
 OUT_OF_MEMORY = re.compile(
-    r"out of memory|can(no|')t allocate memory|not enough memory|failed to map segment", re.IGNORECASE
+    r"out of memory|can(no|')t allocate memory|not enough memory|failed to map segment|_ALLOC_FAILED",
+    re.IGNORECASE,
 )
 FAILING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 """errno of a disk or a system that fails, whatever the file holds."""

@@ -19,6 +19,7 @@ from rtdmd_cli.cli.quiet import quiet_libraries
 from rtdmd_cli.engine.compute.device import free_memory
 from rtdmd_cli.engine.storage.files import write_json
 from rtdmd_cli.engine.storage.run_folder import describe_environment
+from rtdmd_cli.errors import is_out_of_memory
 from scripts.gpu.report import agreement_lines, beyond, table
 
 ROOT = Path(__file__).parents[2]
@@ -102,11 +103,12 @@ def attempt(name: str, part: Callable[[], T], failed: dict[str, str], device: to
     """
     try:
         return part()
-    except torch.OutOfMemoryError:
-        failed[name] = FULL
     except Exception as error:
-        traceback.print_exc()
-        failed[name] = f"{type(error).__name__}: {error}".partition("\n")[0]
+        if is_out_of_memory(error):
+            failed[name] = FULL
+        else:
+            traceback.print_exc()
+            failed[name] = f"{type(error).__name__}: {error}".partition("\n")[0]
     finally:
         free_memory(device)
     return None

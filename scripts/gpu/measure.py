@@ -72,7 +72,8 @@ def _seconds(
     if device.type == "cuda":
         torch.cuda.synchronize()
     began = time.perf_counter()
-    update(trainer, number, [0])
+    with trainer.precision():
+        update(trainer, number, [0])
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - began

@@ -113,8 +113,9 @@ class Flux1Backbone(PipelineBackbone):
         if not self.embedded_guidance:
             require_unguided(guidance)
             return None
-        given = torch.as_tensor(guidance, dtype=torch.float32, device=sigma.device)
-        return given.expand(sigma.shape)
+        if not isinstance(guidance, Tensor):  # filled in there: a copy of a number would stop the host
+            return torch.full(sigma.shape, guidance, dtype=torch.float32, device=sigma.device)
+        return guidance.to(sigma.device, torch.float32).expand(sigma.shape)
 
     def sigmas(self, raw_steps: Sequence[float], shape: Sequence[int]) -> Tensor:
         scheduler = self._pipe.scheduler

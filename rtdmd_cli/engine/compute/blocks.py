@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import sysconfig
 from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -38,10 +41,14 @@ def compile_blocks(transformer: nn.Module, device: torch.device, backend: str = 
     """Compile each repeated block in place at its first call, after adapters have been put on.
 
     backend: of torch.compile. EnvironmentFailure where inductor lacks the C++ compiler it needs on the CPU, or the C
-    compiler with which Triton builds its launcher on CUDA.
+    compiler and Python's headers with which Triton builds its launcher on CUDA.
     """
-    if backend == "inductor":
-        _require_compiler(device)
+    lacking = lacks(device) if backend == "inductor" else None
+    if lacking is not None:
+        raise EnvironmentFailure(
+            f"hardware.compile needs {lacking.what}.",
+            f"Install it (on Debian and Ubuntu: apt install {lacking.package}), or set hardware.compile to false.",
+        )
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     for block in repeated_blocks(transformer):
         block.compile(backend=backend)
@@ -54,13 +61,23 @@ def find_compiler(device: torch.device) -> str | None:
 
 def _compilers(device: torch.device) -> list[str]:
     """Names to look for: the environment's own choice alone, where it makes one."""
-    variable, usual = ("CXX", ["g++", "clang++"]) if device.type == "cpu" else ("CC", ["gcc", "clang", "cc"])
+    variable, usual = ("CXX", ["g++", "clang++"]) if device.type == "cpu" else ("CC", ["gcc", "clang"])
     return [os.environ[variable]] if os.environ.get(variable) else usual
 
 
-def _require_compiler(device: torch.device) -> None:
+class Lacking(NamedTuple):
+    """What `compile_blocks` can't do without, and the package of Debian and Ubuntu that holds it."""
+
+    what: str
+    package: str
+
+
+def lacks(device: torch.device) -> Lacking | None:
+    """What is not there of what `compile_blocks` needs on `device`."""
     if find_compiler(device) is None:
-        raise EnvironmentFailure(
-            f"hardware.compile needs a compiler, and none of {', '.join(_compilers(device))} is on the PATH.",
-            "Install one (on Debian and Ubuntu: apt install g++), or set hardware.compile to false.",
-        )
+        names = ", ".join(_compilers(device))
+        return Lacking(f"a compiler, and none of {names} is on the PATH", "g++")
+    header = Path(sysconfig.get_paths()["include"], "Python.h")
+    if device.type == "cuda" and not header.is_file():
+        return Lacking(f"Python's headers, and there is no {header}", "python3-dev")
+    return None

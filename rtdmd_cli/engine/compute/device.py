@@ -2,16 +2,18 @@
 
 import gc
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from rtdmd_cli.errors import EnvironmentFailure, UsageError
+from rtdmd_cli.errors import EnvironmentFailure, UsageError, is_out_of_memory
 
+T = TypeVar("T")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CPUINFO = Path("/proc/cpuinfo")
@@ -105,6 +107,18 @@ def free_memory(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def within_memory(make: Callable[[int], T], size: int, device: torch.device) -> T:
+    """`make(size)`, where `size` is how many are computed at once; with half as many where the memory is full, down to 1."""
+    while True:
+        try:
+            return make(size)
+        except RuntimeError as error:
+            if size == 1 or not is_out_of_memory(error):
+                raise
+        size //= 2  # out of the handler, which holds the frames of the error, and their tensors
+        free_memory(device)
 
 
 def useful_matmul(precision: str, device: torch.device) -> str:

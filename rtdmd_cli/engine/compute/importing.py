@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,11 +17,12 @@ def quick_imports() -> Iterator[None]:
     """Import libraries within the block; what they do is the same, but for two things that take a third of the time.
 
     Python's garbage collector rests: the libraries' million objects stay, and it would go over them again and again.
-    They are left out of its later rounds too. And bitsandbytes passes four of its functions to `torch.compile` when it
-    is imported, which imports inductor; they are its substitutes for devices it has no kernels for (the CPU and CUDA
-    have theirs), and stay uncompiled. `hardware.compile` compiles later, outside such a block.
+    They are left out of its later rounds too, but not where nothing was imported: a model may be there by then. And
+    bitsandbytes passes four of its functions to `torch.compile` when it is imported, which imports inductor; they are
+    its substitutes for devices it has no kernels for (the CPU and CUDA have theirs), and stay uncompiled.
+    `hardware.compile` compiles later, outside such a block.
     """
-    collecting, before = gc.isenabled(), os.environ.get(NO_COMPILER)
+    collecting, before, known = gc.isenabled(), os.environ.get(NO_COMPILER), len(sys.modules)
     gc.disable()
     os.environ[NO_COMPILER] = "1"
     try:
@@ -30,6 +32,7 @@ def quick_imports() -> Iterator[None]:
             del os.environ[NO_COMPILER]
         else:
             os.environ[NO_COMPILER] = before
-        gc.freeze()
+        if len(sys.modules) > known:
+            gc.freeze()
         if collecting:
             gc.enable()

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from rtdmd_cli.engine.compute import rng
-from rtdmd_cli.engine.compute.blocks import find_compiler
+from rtdmd_cli.engine.compute.blocks import find_compiler, lacks
 from rtdmd_cli.engine.compute.device import device_name
 from rtdmd_cli.engine.compute.host import GIB
 from rtdmd_cli.engine.compute.mixed import multiplies_bf16
@@ -104,12 +104,12 @@ def formats() -> Check:
 
 
 def compiler() -> Check:
-    """The compiler that `hardware.compile` needs."""
-    found = find_compiler(current())
-    if found is None:
-        fix = "For hardware.compile alone; on Debian and Ubuntu: apt install g++"
-        return Check("compiler", "WARN", "none, so hardware.compile can't be used", fix, {"path": None})
-    return Check("compiler", "PASS", found, facts={"path": found})
+    """The compiler that `hardware.compile` needs, and on CUDA Python's headers."""
+    found, lacking = find_compiler(current()), lacks(current())
+    if lacking is not None:
+        fix = f"For hardware.compile alone; on Debian and Ubuntu: apt install {lacking.package}"
+        return Check("compiler", "WARN", f"hardware.compile needs {lacking.what}", fix, {"path": found})
+    return Check("compiler", "PASS", str(found), facts={"path": found})
 
 
 def quantisation() -> Check:

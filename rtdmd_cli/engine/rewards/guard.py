@@ -24,7 +24,7 @@ from torch import Tensor
 from rtdmd_cli.engine.judges.requirements import Metadata
 from rtdmd_cli.engine.rewards.base import Reward, RewardEntry
 from rtdmd_cli.engine.rewards.printing import prints_on_stderr
-from rtdmd_cli.errors import DataError, RtdmdError
+from rtdmd_cli.errors import DataError, RtdmdError, is_out_of_memory
 
 T = TypeVar("T")
 OWN_SECONDS, LISTED_SECONDS, LOAD_SECONDS = 60.0, 600.0, 600.0
@@ -32,13 +32,23 @@ OWN_SECONDS, LISTED_SECONDS, LOAD_SECONDS = 60.0, 600.0, 600.0
 and for building one of the user's own."""
 AGAIN = 1.0
 """Seconds between reminders to a call that takes too long and goes on, as code does that catches everything."""
+
+
+def _matmul_precision() -> str | None:
+    """None after a change by torch's newer settings of the same, which this one does not read."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return None
+
+
 _SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
     (torch.is_grad_enabled, torch.set_grad_enabled),
     (torch.get_default_dtype, torch.set_default_dtype),
     (torch.get_default_device, torch.set_default_device),
     (torch.get_num_threads, torch.set_num_threads),
     (torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms),
-    (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    (_matmul_precision, torch.set_float32_matmul_precision),
 )
 """How what is global in torch is read, and set."""
 
@@ -72,11 +82,13 @@ def guarded(call: Callable[[], T], seconds: float | None) -> T:
     try:
         with _settings_kept(), prints_on_stderr(), time_limit(seconds):
             return call()
-    except (RtdmdError, MemoryError, torch.OutOfMemoryError, KeyboardInterrupt):
+    except (RtdmdError, KeyboardInterrupt):
         raise
     except TooSlow as error:
         raise Failed(f"took more than {seconds:g} s") from error
     except BaseException as error:  # a user's own code may raise anything
+        if is_out_of_memory(error):
+            raise
         text = " ".join(str(error).split())
         raise Failed(f"raised {type(error).__name__}{f': {text}' if text else ''}") from error
 
@@ -191,7 +203,7 @@ def _settings_kept() -> Iterator[None]:
         yield
     finally:
         for (read, write), value in zip(_SETTINGS, before, strict=True):
-            if read() != value:
+            if value is not None and read() != value:
                 write(value)
         random.setstate(python)
         np.random.set_state(arrays)

@@ -25,6 +25,7 @@ from rtdmd_cli.engine.algo.flow import cps_step, guidance_at, to_x0
 from rtdmd_cli.engine.backbones.base import Backbone, Conditioning, concatenate
 from rtdmd_cli.engine.backbones.common import evenly_spaced
 from rtdmd_cli.engine.compute import rng
+from rtdmd_cli.engine.compute.device import within_memory
 from rtdmd_cli.engine.roles.base import RoleSet
 from rtdmd_cli.errors import PictureFailure, UsageError
 
@@ -214,9 +215,14 @@ def generate(
 def decode_all(backbone: Backbone, latents: Tensor, batch: int, label: str = "The model") -> Tensor:
     """Pictures [N, 3, height, width], float32 in 0..1 on the CPU, of latents [N, C, H, W].
 
+    batch: decoded at once, fewer where the memory is full.
     PictureFailure, beginning with `label`, for pictures that are not finite; it says whose fault that is.
     """
-    images = torch.cat([backbone.decode(part.to(backbone.device)).cpu() for part in latents.split(batch)])
+
+    def decoded(size: int) -> Tensor:
+        return torch.cat([backbone.decode(part.to(backbone.device)).cpu() for part in latents.split(size)])
+
+    images = within_memory(decoded, batch, backbone.device)
     if not bool(images.isfinite().all()):
         whose = "the VAE's, of finite latents" if bool(latents.isfinite().all()) else "so are their latents"
         raise PictureFailure(

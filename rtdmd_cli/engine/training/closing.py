@@ -16,7 +16,7 @@ from rtdmd_cli.engine.training.session import (
     save_unsaved,
     saved_step,
 )
-from rtdmd_cli.errors import EnvironmentFailure, PictureFailure
+from rtdmd_cli.errors import EnvironmentFailure, PictureFailure, is_out_of_memory
 
 LAST_WORK = "drawing the last pictures and writing the report"
 
@@ -63,7 +63,8 @@ def failing(session: Session) -> Iterator[None]:
         yield
     except BaseException as error:
         if session.trainer.processes.main:
-            if isinstance(error, PictureFailure) and session.iteration > session.clock.first:
+            aside = isinstance(error, PictureFailure) or (is_out_of_memory(error) and not session.advancing)
+            if aside and session.iteration > session.clock.first:  # the training itself is as it should be
                 save_unsaved(session)
             done = saved_step(session) if isinstance(error, KeyboardInterrupt) else session.iteration
             state = note_end(session.run, error, done, session.stage.schedule.total)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from rtdmd_cli.engine.algo.flow import to_x0
 from rtdmd_cli.engine.algo.subinterval import renoise
 from rtdmd_cli.engine.compute import rng
+from rtdmd_cli.engine.compute.device import within_memory
 from rtdmd_cli.engine.report.grid import GridRow, picture_grid, save_png
 from rtdmd_cli.engine.sampling.sample import decode_all, guided
 from rtdmd_cli.engine.training.previews import COUNT, Previews
@@ -71,15 +73,25 @@ def points(previews: Previews) -> Points:
 
     Both predict from the same point, x0 diffused to HEALTH_LEVEL with fixed noise.
     """
-    backbone, count = previews.backbone, len(previews.shown)
     x0 = previews.latents()
-    noise = rng.normal(previews.shape, previews.seed, "health", 0, range(count))
-    x_t = renoise(x0, 0.0, HEALTH_LEVEL, noise).to(backbone.device)
-    level = x_t.new_full((count,), HEALTH_LEVEL)
-    cond, empty = (c.to(backbone.device, backbone.dtype) for c in (previews.rows, previews.empty))
-    with previews.roles.role("fake"):
-        fake = to_x0(x_t, HEALTH_LEVEL, guided(backbone, cond, None, 1.0)(x_t, level))
-    with previews.roles.role("teacher"):
-        velocity = guided(backbone, cond, empty, previews.preset.matching_guidance)
-        teacher = to_x0(x_t, HEALTH_LEVEL, velocity(x_t, level))
-    return x0, fake.cpu(), teacher.cpu()
+    noise = rng.normal(previews.shape, previews.seed, "health", 0, range(len(previews.shown)))
+    x_t = renoise(x0, 0.0, HEALTH_LEVEL, noise)
+    predicted = within_memory(partial(_predictions, previews, x_t), COUNT, previews.backbone.device)
+    return x0, *predicted
+
+
+def _predictions(previews: Previews, x_t: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Of fake score and guided teacher from x_t [n,C,H,W], `size` rows at a time; on the CPU."""
+    backbone, found = previews.backbone, list[tuple[Tensor, Tensor]]()
+    for part in torch.arange(len(x_t)).split(size):
+        x = x_t[part].to(backbone.device)
+        level = x.new_full((len(part),), HEALTH_LEVEL)
+        rows = previews.rows.select(part.tolist())
+        cond, empty = (c.to(backbone.device, backbone.dtype) for c in (rows, previews.empty))
+        with previews.roles.role("fake"):
+            fake = to_x0(x, HEALTH_LEVEL, guided(backbone, cond, None, 1.0)(x, level))
+        with previews.roles.role("teacher"):
+            velocity = guided(backbone, cond, empty, previews.preset.matching_guidance)
+            found.append((fake.cpu(), to_x0(x, HEALTH_LEVEL, velocity(x, level)).cpu()))
+    fakes, teachers = zip(*found, strict=True)
+    return torch.cat(fakes), torch.cat(teachers)

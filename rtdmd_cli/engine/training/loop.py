@@ -111,7 +111,7 @@ def in_words(seconds: float) -> str:
 
 def advance(session: Session) -> None:
     """One iteration, within the memory there is: see `memory`. A run that finds no way is saved as it was before."""
-    sizes, iteration = session.stage.sizes, session.iteration
+    sizes, iteration, session.advancing = session.stage.sizes, session.iteration, True
 
     def tell(line: str) -> None:
         session.run.log(f"iteration {iteration + 1}: {line}")
@@ -125,6 +125,7 @@ def advance(session: Session) -> None:
         if iteration:
             save_unsaved(session)
         raise
+    session.advancing = False
     if smaller:
         session.records[memory.RECORD] = sizes.micro_batch()
 

@@ -8,13 +8,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from rtdmd_cli.config.schema import Preset
 from rtdmd_cli.engine.compute.device import free_memory
 from rtdmd_cli.engine.training.trainer import Trainer
 from rtdmd_cli.engine.training.undo import Undo
-from rtdmd_cli.errors import EnvironmentFailure
+from rtdmd_cli.errors import EnvironmentFailure, is_out_of_memory
 
 RECORD = "micro_batch"
 """Of a run's records: the micro-batch that it has come down to."""
@@ -56,7 +54,11 @@ def advance_within_memory(
         try:
             advance()
             return smaller
-        except torch.OutOfMemoryError as error:
+        except (
+            RuntimeError
+        ) as error:  # kernels and libraries that load late find a full card in words of their own
+            if not is_out_of_memory(error):
+                raise
             reason = str(error).partition(". ")[0].partition("\n")[0].rstrip(".")
         # out of the handler: until here the error holds the frames in which it was raised, and their tensors
         undo.restore()

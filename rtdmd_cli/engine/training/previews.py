@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from rtdmd_cli.config.schema import Preset
 from rtdmd_cli.engine.backbones.base import Backbone, Conditioning
+from rtdmd_cli.engine.compute.device import within_memory
 from rtdmd_cli.engine.report.grid import GridRow, picture_grid, save_picture, save_png
 from rtdmd_cli.engine.roles.base import RoleSet
 from rtdmd_cli.engine.sampling.sample import Kind, SamplingPlan, decode_all, generate, sampling_plan
@@ -75,19 +77,24 @@ class Previews:
         parts: dict[int, Tensor] = {}
         for seed in dict.fromkeys(each.seed for each in self.shown):
             places = [place for place, each in enumerate(self.shown) if each.seed == seed]
-            drawn = generate(
-                self.backbone,
-                self.roles,
-                plan or self.plan,
-                self.cond,
-                self.empty,
-                [(self.shown[place].row, 0) for place in places],
-                shape=self.shape,
-                seed=seed,
-                batch=COUNT,
-            )
+            items = [(self.shown[place].row, 0) for place in places]
+            draw = partial(self._drawn, plan or self.plan, items, seed)
+            drawn = within_memory(draw, COUNT, self.backbone.device)
             parts |= dict(zip(places, drawn, strict=True))
         return torch.stack([parts[place] for place in sorted(parts)])
+
+    def _drawn(self, plan: SamplingPlan, items: Sequence[tuple[int, int]], seed: int, batch: int) -> Tensor:
+        return generate(
+            self.backbone,
+            self.roles,
+            plan,
+            self.cond,
+            self.empty,
+            items,
+            shape=self.shape,
+            seed=seed,
+            batch=batch,
+        )
 
     def pictures(self, plan: SamplingPlan | None = None) -> Tensor:
         """As `latents`, decoded: [n,3,H,W] in 0..1."""

@@ -100,7 +100,7 @@ class Session:
     meaning here: with `stopped` (true) the run ends before its time; `best` is the step of a checkpoint that is
     made out of turn and never removed; `rewards_after`, mean rewards measured at the end, go into the status. `micro_batch`
     is what a full memory has brought it down to. say: prints a line for people. folder: by which the run's folder is known
-    again when it is renamed.
+    again when it is renamed. advancing: an iteration is being made; what fails then may have moved a part of it.
     """
 
     run: RunFolder
@@ -118,6 +118,7 @@ class Session:
     newest: dict[str, float] = field(default_factory=dict)
     say: Callable[[str], None] = lambda line: None
     folder: os.stat_result | None = None
+    advancing: bool = False
 
     @property
     def stopped(self) -> bool:

@@ -53,6 +53,10 @@ class Undo:
         average = trainer.ema if role == GENERATOR else {}
         states = [optimizer.state[parameter] for parameter in parameters]
         values = [*parameters, *average.values(), *(value for state in states for value in state.values())]
+        device = trainer.backbone.device
+        on_cpu = [value.device.type == "cpu" for value in values if isinstance(value, Tensor)]
+        if device.type != "cpu" and any(on_cpu):  # paged states: the host's to read when no kernel uses them
+            wait(device)
         keep = partial(_on_host, queued=_bytes(values) <= QUEUED)
         self._kept[role] = Kept(
             [keep(parameter) for parameter in parameters],

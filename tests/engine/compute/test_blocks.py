@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import shutil
+import sysconfig
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from rtdmd_cli.config.section import LoraConfig
-from rtdmd_cli.engine.compute.blocks import compile_blocks, repeated_blocks
+from rtdmd_cli.engine.compute.blocks import compile_blocks, lacks, repeated_blocks
 from rtdmd_cli.engine.roles.adapters import Roles
 from rtdmd_cli.engine.roles.full import FullRoles
 from rtdmd_cli.errors import EnvironmentFailure
@@ -105,3 +107,16 @@ def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(EnvironmentFailure, match="none of"):
         compile_blocks(build_transformer(), CPU)
+
+
+def test_no_headers_for_triton(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As on Ubuntu without python3-dev; on a CPU they are not needed."""
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    cuda = torch.device("cuda")
+    assert lacks(CPU) is None
+    with pytest.raises(EnvironmentFailure, match=r"no .*Python\.h") as caught:
+        compile_blocks(build_transformer(), cuda)
+    assert "python3-dev" in caught.value.hint
+    (tmp_path / "Python.h").touch()
+    assert lacks(cuda) is None

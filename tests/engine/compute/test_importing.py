@@ -1,5 +1,7 @@
 import gc
 import os
+import sys
+from types import ModuleType
 
 import pytest
 import torch
@@ -17,6 +19,18 @@ def test_inside_nothing_is_compiled_and_nothing_collected() -> None:
         assert not gc.isenabled()
     assert torch.compile(double) is not double
     assert gc.isenabled()
+
+
+def test_what_is_there_already_is_left_to_the_collector(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model may be: without an import nothing is frozen."""
+    frozen: list[int] = []
+    monkeypatch.setattr(gc, "freeze", lambda: frozen.append(1))
+    with quick_imports():
+        pass
+    assert not frozen
+    with monkeypatch.context() as patch, quick_imports():
+        patch.setitem(sys.modules, "a module that is new", ModuleType("new"))
+    assert frozen
 
 
 @pytest.mark.parametrize("before", [None, "0"])

@@ -10,8 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from rtdmd_cli.config.loader import Resolved, preset_sha256
@@ -55,9 +57,11 @@ def run(
     start: Start,
     hardware: HardwareConfig | None = None,
     say: Callable[[str], None] = lambda text: None,
+    previews: PreviewsConfig | None = None,
     **values: Any,
 ) -> Outcome:
-    chosen = preset(**values).model_copy(update={"hardware": hardware or HardwareConfig()})
+    own = {"hardware": hardware or HardwareConfig(), "previews": previews or PreviewsConfig()}
+    chosen = preset(**values).model_copy(update=own)
     resolved = Resolved(chosen, {}, preset_sha256(chosen))
     return run_distill(
         resolved,
@@ -290,6 +294,43 @@ def test_pictures_that_are_not_finite_cost_no_training(
     assert (folder.status()["state"], folder.status()["iteration"]) == ("finished", 2)
     run(tmp_path, "last", again)  # in float32, say
     assert folder.report.is_file() and "reason" not in folder.status()
+
+
+def test_full_memory_in_a_grid_draws_it_in_smaller_parts_or_costs_no_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only one picture at a time fits: the same grid. Not even one: a checkpoint of the last iteration."""
+    monkeypatch.setenv("RTDMD_CACHE", str(tmp_path / "cache"))
+    own = PreviewsConfig(seeds=(1, 2, 3))
+    whole = run(tmp_path, "whole", Start(None, None), previews=own).run
+    real, most = PipelineBackbone.pictures, [1]
+
+    def pictures(self: PipelineBackbone, vae_latents: Tensor) -> Tensor:
+        if len(vae_latents) > most[0]:
+            raise RuntimeError("CUDA error: out of memory")
+        return real(self, vae_latents)
+
+    monkeypatch.setattr(PipelineBackbone, "pictures", pictures)
+    parts = run(tmp_path, "parts", Start(None, None), previews=own).run
+    grids = [
+        [np.array(Image.open(path)) for path in sorted(each.glob("samples/*.png"))] for each in (whole, parts)
+    ]
+    assert len(grids[0]) == len(grids[1]) > 0
+    for one, other in zip(*grids, strict=True):
+        assert np.abs(one.astype(int) - other).max() <= 1
+    begin = loop.begin
+
+    def full_from_now_on(session: Session) -> None:
+        begin(session)
+        most[0] = 0
+
+    monkeypatch.setattr(loop, "begin", full_from_now_on)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run(tmp_path, "full", Start(None, None), sample_every=1)
+    full = RunFolder(tmp_path / "full")
+    newest, _ = newest_valid(full.checkpoints)
+    assert newest is not None and newest.name == "step-000001"
+    assert (full.status()["state"], full.status()["iteration"]) == ("failed", 1)
 
 
 def test_what_a_signal_would_say_while_a_run_trains(

@@ -226,3 +226,25 @@ def test_a_constructor_that_fails() -> None:
 
     with pytest.raises(UsageError, match="no"):
         load_reward(RewardEntry("my:Own", "Mine.", 0, 1, True, (), wrong), CPU, None)
+
+
+def test_the_precision_of_products_comes_back_whichever_setting_was_used() -> None:
+    """torch's newer setting makes its older one unreadable, which the training reads."""
+    before = torch.get_float32_matmul_precision()
+
+    def own() -> float:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        return 1.0
+
+    seed = torch.initial_seed()
+    assert guarded(own, 5.0) == guarded(own, 5.0) == 1.0
+    assert torch.get_float32_matmul_precision() == before and torch.initial_seed() == seed
+
+
+@pytest.mark.parametrize("words", ["CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"])
+def test_full_memory_in_other_words_is_no_fault_of_the_reward(words: str) -> None:
+    def full() -> None:
+        raise RuntimeError(words)
+
+    with pytest.raises(RuntimeError, match=words):
+        guarded(full, 5.0)

@@ -76,6 +76,34 @@ def full_at(function: Callable[..., Any], number: int, done: bool = False) -> Ca
     return call
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "CUDA error: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "Triton Error [CUDA]: out of memory",
+    ],
+)
+def test_full_memory_that_is_told_by_other_parts_of_torch(words: str) -> None:
+    trainer, sizes, advance, _ = stage_1(micro_batch=2)
+    calls = iter(range(2))
+
+    def full() -> None:
+        if next(calls) == 0:
+            raise RuntimeError(words)
+        advance(0)
+
+    said: list[str] = []
+    assert advance_within_memory(trainer, sizes, full, PRESETS["distill"], said.append)
+    assert sizes.micro_batch() == 1 and len(said) == 1
+
+    def wrong() -> None:
+        raise RuntimeError("shapes don't fit")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        advance_within_memory(trainer, sizes, wrong, PRESETS["distill"], said.append)
+
+
 def place(name: str, stage: Stage) -> tuple[Any, str, int, bool]:
     """Where the memory is to be full: an object, its function, the call, and whether it has done its work by then."""
     trainer, _, _, rewards = stage
