@@ -24,6 +24,7 @@ DEAR = (
     "tests/cli/test_tune_reward.py",
     "tests/cli/test_distill.py",
     "tests/faults/test_calls.py",
+    "tests/engine/tune_reward/test_recipe.py",
     "tests/engine/distill/test_recipe.py",
     "tests/engine/tune_reward/test_overoptimised.py",
     "tests/engine/training/test_hardware_runs.py",
