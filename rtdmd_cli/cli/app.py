@@ -17,6 +17,7 @@ from rtdmd_cli.cli import failures
 from rtdmd_cli.cli.helping import first_sentence, polished
 from rtdmd_cli.cli.quiet import no_telemetry, own_warnings, quiet_libraries
 from rtdmd_cli.cli.streams import open_streams
+from rtdmd_cli.engine.compute.allocator import let_segments_grow
 from rtdmd_cli.engine.compute.signals import Stopped, StopRequest, stop_on_signals
 
 PROGRAM = "rtdmd"
@@ -201,6 +202,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     open_streams()
     _escape_what_has_no_code()
     no_telemetry()
+    let_segments_grow()
     quiet_libraries()
     stop = StopRequest()
     try:

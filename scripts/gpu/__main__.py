@@ -16,6 +16,7 @@ import torch
 import typer
 
 from rtdmd_cli.cli.quiet import quiet_libraries
+from rtdmd_cli.engine.compute.allocator import let_segments_grow
 from rtdmd_cli.engine.compute.device import free_memory
 from rtdmd_cli.engine.storage.files import write_json
 from rtdmd_cli.engine.storage.run_folder import describe_environment
@@ -45,6 +46,7 @@ def main(
     in bf16, quantised and compiled bases against the plain one, and seconds and peak memory of an update at the
     published models' sizes, with random weights. Without such a device it says so and ends well.
     """
+    let_segments_grow()
     if not torch.cuda.is_available():
         print("No CUDA device: nothing was measured.")
         return
