@@ -111,6 +111,7 @@ def test_what_goes_on_is_said_before_it_begins(world: World) -> None:
 def test_fewer_pictures(world: World) -> None:
     result = world.run("export", "tuned", "--out", "exports/fewer", "--pictures", "1", "--json")
     assert result.code == 0 and "drawing 1 picture with" in result.err, result.err
+    assert "over 1 picture\n" in result.err
     assert [trip["pictures"] for trip in result.json["round_trip"].values()] == [1]
     folder = world.folder / "exports"
     with Image.open(folder / "fewer/samples.png") as one, Image.open(folder / "tuned/samples.png") as four:

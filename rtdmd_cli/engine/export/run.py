@@ -208,13 +208,17 @@ def picture_prompts(source: Source) -> list[str]:
     return [captions[(2 * i + 1) * len(captions) // (2 * PICTURES)].text for i in range(PICTURES)]
 
 
+def counted(pictures: int) -> str:
+    """As in "4 pictures"."""
+    return "1 picture" if pictures == 1 else f"{pictures} pictures"
+
+
 def draw_own(request: Request, prompts: Sequence[str], say: Callable[[str], None]) -> Own:
     """Open the run's generator, draw, and let it go again."""
     say(f"loading the model {request.source.preset.model.path}")
     model = open_model(request.source, request.device, request.dtype, encoding_ahead(prompts))
     plan = model.plan()
-    drawn = "1 picture" if len(prompts) == 1 else f"{len(prompts)} pictures"
-    say(f"drawing {drawn} with the run, with eta {plan.eta:g} and with eta 0")
+    say(f"drawing {counted(len(prompts))} with the run, with eta {plan.eta:g} and with eta 0")
     pictures, euler = own_pictures(model, plan, prompts, (plan.eta, 0.0))
     side = request.source.preset.model.resolution
     backbone = model.backbone
@@ -329,7 +333,7 @@ def prove(
         trips[name] = compare(own.euler, pictures, dtype, facts.fold_error == 0, name)
         say(
             f"round trip {name}: mean difference {trips[name].mean:.2g}, largest {trips[name].largest:.2g} "
-            f"over {trips[name].pictures} pictures"
+            f"over {counted(trips[name].pictures)}"
         )
     return pictures, trips
 

@@ -123,7 +123,8 @@ def drawing_line(preset: Preset, prompts: int) -> str:
     count = prompts * max(len(preset.previews.seeds), 1)
     steps = preset.model.teacher_steps
     each = "1 step" if steps == 1 else f"{steps} steps"
-    return f"drawing {count} pictures of the teacher for the sample grids, {each} each"
+    drawn = "1 picture of the teacher" if count == 1 else f"{count} pictures of the teacher"
+    return f"drawing {drawn} for the sample grids, {each}{'' if count == 1 else ' each'}"
 
 
 def make_previews(
