@@ -18,7 +18,7 @@ COMMANDS = (
     f"{DISTILL}2 --resume runs/one",
     "tune-reward --from runs/one --name two --quiet",
     "sample 'a photo of a ring' --from runs/two --quiet",
-    "eval tiny.txt --rewards shapes-clip,shapes-geneval --from runs/two --compare runs/one --out evals/two --quiet",
+    "eval tiny.txt --rewards shapes-clip,shapes-geneval --from runs/two --out evals/two --quiet",
     "export runs/two --format diffusers --quiet",
 )
 READ, UNDO = "copy in engine/training/trainer.py, on_host", "late in engine/training/undo.py, _on_host"

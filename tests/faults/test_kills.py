@@ -9,7 +9,7 @@ from tests.commands import LIMIT, Done, fork, wait
 from tests.faults import planted
 from tests.faults.cases import EVERY
 
-KILLS, WRITES = (200, 50) if EVERY else (15, 5)
+KILLS, WRITES = (200, 50) if EVERY else (9, 3)
 
 
 def torture(folder: Path, program: str, kills: int, writes: int, seed: str) -> Done:

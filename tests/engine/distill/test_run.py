@@ -301,8 +301,8 @@ def test_full_memory_in_a_grid_draws_it_in_smaller_parts_or_costs_no_training(
 ) -> None:
     """Only one picture at a time fits: the same grid. Not even one: a checkpoint of the last iteration."""
     monkeypatch.setenv("RTDMD_CACHE", str(tmp_path / "cache"))
-    own = PreviewsConfig(seeds=(1, 2, 3))
-    whole = run(tmp_path, "whole", Start(None, None), previews=own).run
+    own = PreviewsConfig(prompts=("a ring",), seeds=(1, 2))
+    whole = run(tmp_path, "whole", Start(None, None), previews=own, iterations=1).run
     real, most = PipelineBackbone.pictures, [1]
 
     def pictures(self: PipelineBackbone, vae_latents: Tensor) -> Tensor:
@@ -311,7 +311,7 @@ def test_full_memory_in_a_grid_draws_it_in_smaller_parts_or_costs_no_training(
         return real(self, vae_latents)
 
     monkeypatch.setattr(PipelineBackbone, "pictures", pictures)
-    parts = run(tmp_path, "parts", Start(None, None), previews=own).run
+    parts = run(tmp_path, "parts", Start(None, None), previews=own, iterations=1).run
     grids = [
         [np.array(Image.open(path)) for path in sorted(each.glob("samples/*.png"))] for each in (whole, parts)
     ]
@@ -326,7 +326,7 @@ def test_full_memory_in_a_grid_draws_it_in_smaller_parts_or_costs_no_training(
 
     monkeypatch.setattr(loop, "begin", full_from_now_on)
     with pytest.raises(RuntimeError, match="out of memory"):
-        run(tmp_path, "full", Start(None, None), sample_every=1)
+        run(tmp_path, "full", Start(None, None), previews=own, sample_every=1)
     full = RunFolder(tmp_path / "full")
     newest, _ = newest_valid(full.checkpoints)
     assert newest is not None and newest.name == "step-000001"
