@@ -18,7 +18,7 @@ COMMANDS = (
     f"{DISTILL}2 --resume runs/one",
     "tune-reward --from runs/one --name two --quiet",
     "sample 'a photo of a ring' --from runs/two --quiet",
-    "eval tiny.txt --rewards shapes-clip,shapes-geneval --from runs/two --out evals/two --quiet",
+    "eval tiny.txt --rewards shapes-clip,shapes-geneval --from runs/two --compare runs/one --out evals/two --quiet",
     "export runs/two --format diffusers --quiet",
 )
 READ, UNDO = "copy in engine/training/trainer.py, on_host", "late in engine/training/undo.py, _on_host"
@@ -68,11 +68,10 @@ def test_a_turn_of_stage_1_stops_once_however_many_parts_it_has(
 def test_an_epoch_of_stage_2_stops_between_its_phases(turns: dict[str, list[dict[str, Any]]]) -> None:
     (asked,) = turns["tune"]
     rewards = {key: asked.pop(key) for key in list(asked) if "judges/" in key or "engine/rewards/" in key}
-    assert rewards.pop("wait in engine/rewards/mixture.py, pull") == PARTS
+    assert rewards.pop("copy in engine/rewards/mixture.py, pull") == 2 * PARTS  # values and gradient
     assert not any("mixture" in key for key in rewards)
     assert asked.pop(UNDO) > 0
     assert asked == {
         READ: 2,
         "copy in engine/compute/device.py, add": 4 * PARTS,  # latents, log-probabilities, pictures, gradients
-        "late in engine/compute/device.py, to_host": 2 * PARTS,  # of the rewards' gradient
     }

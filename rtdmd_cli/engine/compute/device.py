@@ -1,9 +1,11 @@
 """Which device and which number format a run computes with."""
 
 import gc
+import logging
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -13,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rtdmd_cli.errors import EnvironmentFailure, UsageError, is_out_of_memory
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -89,11 +92,6 @@ class HostRows:
         return self._rows
 
 
-def to_host(tensor: Tensor) -> Tensor:
-    """A copy in host memory, queued behind the device's work: `wait` before it is read."""
-    return tensor.to("cpu", non_blocking=True)
-
-
 def wait(device: torch.device) -> None:
     """Return when all work queued on the device is done."""
     if device.type == "cuda":
@@ -118,7 +116,14 @@ def within_memory(make: Callable[[int], T], size: int, device: torch.device) -> 
             if size == 1 or not is_out_of_memory(error):
                 raise
         size //= 2  # out of the handler, which holds the frames of the error, and their tensors
+        _tell(size)
         free_memory(device)
+
+
+@cache
+def _tell(size: int) -> None:
+    """Once a process for each size."""
+    log.warning("the memory is full: pictures are made %d at a time, which takes longer", size)
 
 
 def useful_matmul(precision: str, device: torch.device) -> str:

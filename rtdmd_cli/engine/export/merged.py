@@ -19,7 +19,7 @@ from rtdmd_cli.engine.export.fold import Folded
 from rtdmd_cli.engine.export.schedule import stock_config
 from rtdmd_cli.engine.families.facts import ExportFamily
 from rtdmd_cli.engine.storage import files, strict_json
-from rtdmd_cli.engine.storage.components import VARIANT, weight_files
+from rtdmd_cli.engine.storage.components import NAMES, VARIANT, weight_files
 from rtdmd_cli.engine.storage.tensor_files import write_tensors
 from rtdmd_cli.errors import DataError
 
@@ -30,7 +30,7 @@ INDEX = "model_index.json"
 SCHEDULER = "scheduler/scheduler_config.json"
 TRANSFORMER = "transformer"
 CONFIG = "config.json"
-WEIGHTS = "diffusion_pytorch_model.safetensors"
+WEIGHTS = NAMES[0]
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}  # by falling rounding error
 PICKLES = (".bin", ".ckpt", ".msgpack", ".pt", ".pth")  # neither written nor passed on
 

@@ -12,11 +12,11 @@ import torch
 
 from rtdmd_cli.config.schema import HardwareConfig, ModelConfig
 from rtdmd_cli.engine.backbones import families
-from rtdmd_cli.engine.compute.float32_products import CPU, emulates_bf16, multiply_in_float32
+from rtdmd_cli.engine.compute.float32_products import multiply_in_float32
 from rtdmd_cli.engine.planning.account import Account, fused_attention
 from rtdmd_cli.engine.planning.depth import extrapolated
 from rtdmd_cli.engine.planning.skeleton import META, Configs, on_shapes, tensors_of
-from rtdmd_cli.engine.planning.stand_ins import quantise
+from rtdmd_cli.engine.planning.stand_ins import multiplies_wide, quantise
 from rtdmd_cli.engine.storage import strict_json
 
 LANGUAGE = "text_config"  # of a config of transformers
@@ -45,7 +45,7 @@ def encoding(model: ModelConfig, hardware: HardwareConfig, dtype: torch.dtype, c
     """All text encoders of a model, one after another on the prompts that they get at once."""
     module = families.FAMILIES[model.family].module()
     batch, int8 = module.ENCODE_BATCH, hardware.text_encoder == "int8"
-    wide = hardware.device == "cpu" and emulates_bf16(CPU, dtype)
+    wide = multiplies_wide(hardware, dtype)
     length = model.text_length + module.BACKBONE.unread
     found = {
         name: encoder_cost(

@@ -14,12 +14,12 @@ from rtdmd_cli.config.schema import SHARED_BASE, Preset
 from rtdmd_cli.engine.backbones.base import Conditioning
 from rtdmd_cli.engine.backbones.two_bases import bases_of
 from rtdmd_cli.engine.compute.device import float32_matmul
-from rtdmd_cli.engine.compute.float32_products import CPU, emulates_bf16, multiply_in_float32
+from rtdmd_cli.engine.compute.float32_products import multiply_in_float32
 from rtdmd_cli.engine.distill.run import trainer_on
 from rtdmd_cli.engine.planning.account import Account, fused_attention
 from rtdmd_cli.engine.planning.rewards import RewardsOnShapes
 from rtdmd_cli.engine.planning.skeleton import META, Configs, Skeleton, skeleton, tensors_of
-from rtdmd_cli.engine.planning.stand_ins import autocast_on_shapes, optimizer_bytes, quantise
+from rtdmd_cli.engine.planning.stand_ins import autocast_on_shapes, multiplies_wide, optimizer_bytes, quantise
 from rtdmd_cli.engine.roles.base import FAKE, GENERATOR
 from rtdmd_cli.engine.sampling.sample import guided
 from rtdmd_cli.engine.training.assembly import training_sigmas
@@ -97,7 +97,7 @@ def counted(preset: Preset, dtype: torch.dtype, configs: Configs) -> Iterator[Ru
     bases = dict(zip(("transformer", "generator"), bases_of(made.backbone.transformer), strict=False))
     networks = {**bases, "vae": made.vae}
     loaded = {name: sum(t.nbytes for t in tensors_of([each])) for name, each in networks.items()}
-    wide = hardware.device == "cpu" and emulates_bf16(CPU, dtype)
+    wide = multiplies_wide(hardware, dtype)
     for base in bases.values():
         quantise(base, hardware.base, wide=wide)
         if wide:

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rtdmd_cli.config.schema import HardwareConfig
 from rtdmd_cli.engine.compute.blocks import repeated_blocks
+from rtdmd_cli.engine.compute.float32_products import CPU, emulates_bf16
 from rtdmd_cli.engine.compute.optim import Choice
 from rtdmd_cli.engine.compute.quantise import Base
 
@@ -36,6 +38,14 @@ def _swap(parent: nn.Module, base: Base, wide: bool) -> None:
             setattr(parent, name, Stored(child, base, wide))
         else:
             _swap(child, base, wide)
+
+
+def multiplies_wide(hardware: HardwareConfig, dtype: torch.dtype) -> bool:
+    """Whether layers in `dtype` multiply in float32, as `backbones.loading` has it: on a CPU that emulates bf16 products.
+
+    Only where a preset says `device: cpu`; `auto` is planned as a card on every machine.
+    """
+    return hardware.device == "cpu" and emulates_bf16(CPU, dtype)
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from huggingface_hub import constants
 
 from rtdmd_cli.engine.rewards.base import Need, RewardEntry
 from rtdmd_cli.engine.storage import strict_json
+from rtdmd_cli.engine.storage.components import INDEX
 
 EXTRAS = {"ocr": ("rapidocr", "onnxruntime")}
 """Optional dependency -> the modules it brings."""
 WEIGHTS = (".bin", ".onnx", ".pt", ".pth", ".safetensors")
-INDEX = ".index.json"  # ends the name of a list of weight files
 
 
 @dataclass(frozen=True)

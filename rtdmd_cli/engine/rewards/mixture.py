@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rtdmd_cli.engine.algo.flow import move
-from rtdmd_cli.engine.compute.device import free_memory, to_host, wait
+from rtdmd_cli.engine.compute.device import free_memory
 from rtdmd_cli.engine.prompts.reading import PromptSet
 from rtdmd_cli.engine.rewards.base import Reward, RewardEntry, require_metadata
 from rtdmd_cli.engine.rewards.guard import Failed, load_reward, picture_gradient, scores_and_gradient
@@ -121,8 +121,7 @@ class RewardMixture:
                     part = slice(start, start + size)
                     given = move(images[list(rows[part])], self._device)
                     found = self._scores_and_gradient(name, given, prompts[part])
-                    values, by_picture = (to_host(each.float()) for each in found)
-                    wait(self._device)
+                    values, by_picture = found[0].float().cpu(), found[1].float().cpu()
                     self._require_finite(name, "", values, prompts[part])
                     self._require_finite(name, "'s gradient", by_picture.flatten(1).sum(dim=1), prompts[part])
                     total[part].add_(values, alpha=self._scale(name))

@@ -18,14 +18,16 @@ VARIANT = re.compile(
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that are loaded from a component's folder; an index's may be missing. Empty where there are none.
+    """The safetensors files that are loaded from a component's folder; those of an index may be missing on the disk.
+
+    Empty where there are none.
 
     Errors as `strict_json.read`; KeyError, AttributeError or TypeError for an index of another form.
     """
     for name in NAMES:
-        if (folder / f"{name}{INDEX}").is_file():
-            return [
-                folder / part
-                for part in sorted(set(strict_json.read(folder / f"{name}{INDEX}")["weight_map"].values()))
-            ]
-    return [folder / name for name in NAMES if (folder / name).is_file()]
+        index = folder / f"{name}{INDEX}"
+        if index.is_file():
+            return [folder / part for part in sorted(set(strict_json.read(index)["weight_map"].values()))]
+        if (folder / name).is_file():
+            return [folder / name]
+    return []

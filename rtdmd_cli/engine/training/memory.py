@@ -54,9 +54,8 @@ def advance_within_memory(
         try:
             advance()
             return smaller
-        except (
-            RuntimeError
-        ) as error:  # kernels and libraries that load late find a full card in words of their own
+        except RuntimeError as error:
+            # not torch's OutOfMemoryError alone: what loads late finds a full card in words of its own
             if not is_out_of_memory(error):
                 raise
             reason = str(error).partition(". ")[0].partition("\n")[0].rstrip(".")

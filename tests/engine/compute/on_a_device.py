@@ -11,7 +11,6 @@ from rtdmd_cli.config.schema import DistillConfig, Preset
 from rtdmd_cli.config.section import LoraConfig
 from rtdmd_cli.engine.backbones.families import load_backbone
 from rtdmd_cli.engine.compute import optim
-from rtdmd_cli.engine.compute.device import to_host
 from rtdmd_cli.engine.compute.quantise import swap_linears
 from rtdmd_cli.engine.distill.recipe import iterate
 from rtdmd_cli.engine.distill.run import build_trainer
@@ -42,7 +41,7 @@ def tensors_of_two_devices_dont_mix(device: torch.device) -> None:
 
 
 def a_late_copy_has_no_numbers_yet(device: torch.device) -> None:
-    copy = to_host(torch.ones(3, device=device))
+    copy = torch.ones(3, device=device).to("cpu", non_blocking=True)
     assert copy.isnan().all()
     pretend_device.wait()
     assert torch.equal(copy, torch.ones(3))

@@ -21,7 +21,7 @@ from rtdmd_cli.config.previews import PreviewsConfig
 from rtdmd_cli.config.schema import DistillConfig, HardwareConfig, Preset
 from rtdmd_cli.config.section import LoraConfig
 from rtdmd_cli.engine.backbones.common import PipelineBackbone
-from rtdmd_cli.engine.compute import signals
+from rtdmd_cli.engine.compute import device, signals
 from rtdmd_cli.engine.distill import run as distill_run
 from rtdmd_cli.engine.distill.run import STAGE, build_trainer, run_distill
 from rtdmd_cli.engine.prompts.reading import PromptSet, known_by
@@ -297,7 +297,7 @@ def test_pictures_that_are_not_finite_cost_no_training(
 
 
 def test_full_memory_in_a_grid_draws_it_in_smaller_parts_or_costs_no_training(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Only one picture at a time fits: the same grid. Not even one: a checkpoint of the last iteration."""
     monkeypatch.setenv("RTDMD_CACHE", str(tmp_path / "cache"))
@@ -311,11 +311,13 @@ def test_full_memory_in_a_grid_draws_it_in_smaller_parts_or_costs_no_training(
         return real(self, vae_latents)
 
     monkeypatch.setattr(PipelineBackbone, "pictures", pictures)
+    device._tell.cache_clear()
     parts = run(tmp_path, "parts", Start(None, None), previews=own, iterations=1).run
     grids = [
         [np.array(Image.open(path)) for path in sorted(each.glob("samples/*.png"))] for each in (whole, parts)
     ]
     assert len(grids[0]) == len(grids[1]) > 0
+    assert caplog.text.count("pictures are made 1 at a time") == 1  # of several grids
     for one, other in zip(*grids, strict=True):
         assert np.abs(one.astype(int) - other).max() <= 1
     begin = loop.begin
