@@ -29,6 +29,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, Qwen3ForCausalLM
 from rtdmd_cli.config.schema import ModelConfig
 from rtdmd_cli.engine.backbones.base import Backbone
 from rtdmd_cli.engine.backbones.families import load_backbone
+from tests.published import cut_scheduler
 from tests.tiny_models import (
     CLIP_LENGTH,
     CLIP_WIDTH,
@@ -287,6 +288,7 @@ def save(pipe: Any, folder: Path) -> Path:
         if isinstance(component, torch.nn.Module):
             component.eval()
     pipe.save_pretrained(folder, safe_serialization=True)
+    cut_scheduler(folder)
     return folder
 
 

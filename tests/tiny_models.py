@@ -1,7 +1,8 @@
 """A tiny random Stable Diffusion 3 pipeline in the exact layout of diffusers, for tests.
 
 Pictures are 32 x 32 px, latents [4, 8, 8] (4x compression), 16 image tokens, 12 CLIP + 8 T5 text tokens.
-The weights are random; every component is the real class, saved with the pipeline's `save_pretrained`.
+The weights are random; every component is the real class, saved with the pipeline's `save_pretrained`;
+the scheduler's file has the published keys alone.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from transformers import (
 
 from rtdmd_cli.config.schema import ModelConfig
 from rtdmd_cli.engine.backbones.sd3 import SD3Backbone, load
+from tests.published import cut_scheduler
 
 RESOLUTION = 32  # px
 CLIP_LENGTH = 12  # tokens
@@ -164,6 +166,7 @@ def save_sd3(folder: Path, seed: int = 0, shift: float = 3.0, layers: int = 3) -
     """Build and save a tiny pipeline into `folder` (safetensors); returns `folder`. layers: of the transformer."""
     pipe: Any = build_sd3_pipeline(seed, shift, layers=layers)
     pipe.save_pretrained(folder, safe_serialization=True)
+    cut_scheduler(folder)
     return folder
 
 

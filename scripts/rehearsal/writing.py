@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from rtdmd_cli.engine.backbones.families import FAMILIES
 from scripts.rehearsal.models import Network, Rehearsal
 from tests import tiny_clip
+from tests.published import cut_scheduler
 
 SHARD = 2**30
 """Bytes of a file of weights."""
@@ -45,6 +46,7 @@ def write_model(made: Rehearsal, folder: Path) -> None:
     scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=made.family != "sd3")
     scheduler.save_config(folder / "scheduler")
     (folder / "model_index.json").write_text(json.dumps(index, indent=2))
+    cut_scheduler(folder)
 
 
 def write_second_base(made: Rehearsal, folder: Path) -> None:

@@ -23,26 +23,35 @@ ROUNDS = 50
 def stock_config(config: Mapping[str, Any], sigmas: Sequence[float]) -> dict[str, Any] | None:
     """`config` of a FlowMatchEulerDiscreteScheduler, changed so that T = len(sigmas) - 1 steps take `sigmas`.
 
+    config: as a scheduler_config.json holds it; for keys that it lacks the scheduler's defaults hold, and are added.
     sigmas: falling from 1, with the 0 at the end. None where no shift and shift_terminal give them, or where the
     scheduler shifts by resolution. What is returned has been tried on the scheduler itself.
     """
-    steps = len(sigmas) - 1
-    if config["use_dynamic_shifting"]:
+    steps, whole = len(sigmas) - 1, _with_defaults(config)
+    if whole["use_dynamic_shifting"]:
         return None
-    candidates = [dict(config)]
+    candidates = [whole]
     if steps >= 2:
-        shift = _shift(sigmas, int(config["num_train_timesteps"]))
-        candidates.append(dict(config) | {"shift": shift, "shift_terminal": float(sigmas[-2])})
+        shift = _shift(sigmas, int(whole["num_train_timesteps"]))
+        candidates.append(whole | {"shift": shift, "shift_terminal": float(sigmas[-2])})
     return next((found for found in candidates if agrees(found, sigmas)), None)
 
 
 def agrees(config: Mapping[str, Any], sigmas: Sequence[float]) -> bool:
     """Whether the scheduler of that configuration, asked for as many steps, takes exactly these sigmas."""
-    if config["shift"] <= 0 or config["shift_terminal"] == 1:
+    whole = _with_defaults(config)
+    if whole["shift"] <= 0 or whole["shift_terminal"] == 1:
         return False
-    scheduler = FlowMatchEulerDiscreteScheduler.from_config(dict(config))
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(whole)
     scheduler.set_timesteps(len(sigmas) - 1, device="cpu")
     return all(abs(a - b) < TOLERANCE for a, b in zip(scheduler.sigmas.tolist(), sigmas, strict=True))
+
+
+def _with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
+    """All of a scheduler's configuration: a published file holds the keys of the diffusers that wrote it."""
+    whole = dict(FlowMatchEulerDiscreteScheduler.from_config(dict(config)).config)
+    whole.pop("_use_default_values", None)  # of the keys named there, `from_config` drops what is changed
+    return whole
 
 
 def _shift(sigmas: Sequence[float], train_steps: int) -> float:

@@ -27,8 +27,8 @@ def drawn(count: int, shape: tuple[int, ...]) -> list[Tensor]:
 @torch.no_grad()
 def test_the_stock_pipeline_is_our_sampler(eta: float) -> None:
     pipe = open_stock(Stock("StableDiffusion3Pipeline", Place(str(sd3_folder()))), CPU, torch.float32)
-    config = dict(pipe.scheduler.config) | {"stochastic_sampling": eta == 1}
-    pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
+    config = pipe.scheduler.config
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(config, stochastic_sampling=eta == 1)
     side = str(RESOLUTION)
     call = {"guidance_scale": "1.0", "max_sequence_length": str(TEXT_LENGTH), "sigmas": str(RAW)}
     with torch.random.fork_rng(devices=[]):
