@@ -8,6 +8,7 @@ diffusers knows no such factors and passes over what it doesn't know; here every
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,14 @@ LORA_MARKS = (
 SCALES = (".scale_weight", ".weight_scale")  # of a layer's 8-bit weight
 OF_ACTIVATIONS = (".scale_input", ".input_scale")  # for products in fp8, which are not used here
 DESCRIBED = "comfy_quant"  # how a layer is stored
+DESCRIPTIONS = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fn_rowwise")  # those that are read
+NEWER_NORMS = (".query_norm.weight", ".key_norm.weight")
+"""FLUX's norms of queries and keys as newer tools name them; the original release has `scale`."""
 EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)
-TAKE = "The file must be a fine-tune of the model in model.components, in fp32, fp16, bf16, or fp8 with plain scales."
+TAKE = (
+    "The file must be a fine-tune of the model in model.components, in fp32, fp16, bf16, "
+    "or fp8 with scales of layers or rows."
+)
 
 
 def refuse_other_kinds(path: str, key: str) -> None:
@@ -66,10 +73,28 @@ def refuse_other_kinds(path: str, key: str) -> None:
         )
 
 
-def has_scales(file: Path) -> bool:
-    """Whether 8-bit weights of the file are to be multiplied by scales; reads the header alone. Errors as `safe_open`."""
+@dataclass(frozen=True)
+class Stored:
+    """How a file holds its transformer, by the keys.
+
+    prefix: of the transformer's keys, "" where there is none. scaled: whether scales lie beside its 8-bit weights.
+    newer_norms: whether it has keys of `NEWER_NORMS`.
+    """
+
+    prefix: str = ""
+    scaled: bool = False
+    newer_norms: bool = False
+
+
+def stored_as(file: Path) -> Stored:
+    """Of a single file; reads the header alone. Errors as `safe_open`."""
     with safe_open(file, framework="pt") as stored:
-        return any(key.endswith(SCALES) for key in stored.keys())  # noqa: SIM118 - no mapping
+        keys = list(stored.keys())
+    prefix = prefix_of(keys)
+    own = [key for key in keys if key.startswith(prefix)]
+    return Stored(
+        prefix, any(key.endswith(SCALES) for key in own), any(key.endswith(NEWER_NORMS) for key in own)
+    )
 
 
 def refuse_lora(file: Path) -> None:
@@ -103,6 +128,7 @@ def read_transformer(
     converted = tensors
     # Other names than diffusers' own; a part of them may be alike, as Z-Image's are.
     if tensors.keys() - expected.keys() and expected.keys() - tensors.keys():
+        tensors = with_older_norms(tensors)
         convert = SINGLE_FILE_LOADABLE_CLASSES[network.__name__]["checkpoint_mapping_fn"]
         converted = convert(checkpoint=tensors, config=config)  # takes what it knows out of `tensors`
     require_all(file, "is not used", {*converted, *tensors} - expected.keys())
@@ -120,19 +146,30 @@ def require_all(file: Path, what: str, names: Iterable[str]) -> None:
         raise DataError(f"{file} doesn't fit the model: its tensor {found[0]} {what}{more}.", TAKE)
 
 
+def prefix_of(keys: Iterable[str]) -> str:
+    """The prefix of the transformer's keys; "" where there is none."""
+    known = list(keys)
+    return next((prefix for prefix in PREFIXES if any(key.startswith(prefix) for key in known)), "")
+
+
 def without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The transformer's own tensors: those under its prefix, without it, or all where there is none."""
-    for prefix in PREFIXES:
-        own = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-        if own:
-            return own
-    return dict(tensors)
+    prefix = prefix_of(tensors)
+    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+
+
+def with_older_norms(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same with `scale` as the name of FLUX's norms, the only one that diffusers' converter of FLUX.1 knows."""
+    return {
+        f"{key.removesuffix('weight')}scale" if key.endswith(NEWER_NORMS) else key: tensor
+        for key, tensor in tensors.items()
+    }
 
 
 def scaled(tensors: Mapping[str, Tensor], file: Path, dtype: torch.dtype) -> dict[str, Tensor]:
     """The tensors with 8-bit weights in `dtype`, multiplied by their scales; DataError for scales of another kind.
 
-    A scale is one number, or one for each row of the weight.
+    A scale is one number, or one for each row of the weight, by its shape: blocks may be as many as rows.
     """
     found = dict(tensors)
     found.pop("scaled_fp8", None)  # says that there are scales
@@ -147,11 +184,16 @@ def scaled(tensors: Mapping[str, Tensor], file: Path, dtype: torch.dtype) -> dic
             _require_fp8(found.pop(key), key, file)
     for name, factor in factors.items():
         weight = found.get(name)
-        if weight is None or weight.dtype not in EIGHT_BITS or factor.numel() not in (1, weight.shape[0]):
+        if weight is None or weight.dtype not in EIGHT_BITS or not _of_layer_or_rows(factor, weight):
             raise DataError(f"{file} stores {name} in a format that is not read here.", TAKE)
         column = factor.float().reshape(-1, *[1] * (weight.ndim - 1))
         found[name] = (weight.float() * column).to(dtype)
     return {key: t.to(dtype) if t.dtype in EIGHT_BITS else t for key, t in found.items()}
+
+
+def _of_layer_or_rows(factor: Tensor, weight: Tensor) -> bool:
+    rows = weight.shape[:1]
+    return factor.shape in ((), (1,), rows, (*rows, 1))
 
 
 def _require_fp8(described: Tensor, key: str, file: Path) -> None:
@@ -161,7 +203,7 @@ def _require_fp8(described: Tensor, key: str, file: Path) -> None:
         kind = str(known["format"])
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{file} describes {key} in a way that is not read here.", TAKE) from error
-    if not kind.startswith("float8_"):
+    if kind not in DESCRIPTIONS:
         raise DataError(
             f"{file} stores {key.removesuffix('.comfy_quant')} as {kind}, which is not read here.", TAKE
         )

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
+from rtdmd_cli.engine.backbones.single_file import Stored
 from rtdmd_cli.engine.export.families import BUILTIN
 from rtdmd_cli.engine.storage.lora_files import DIFFUSERS_NAME
 
@@ -33,15 +34,15 @@ class Stock:
     """A stock pipeline: its class and its folder or repository.
 
     transformer: of another place than the pipeline's, a folder whose `transformer/` it is, or a single file; network: its
-    class. kind: "scaled" is a file whose 8-bit weights have scales beside them, which diffusers would drop. lora: where the
-    LoRA lies, and the file's name. scheduler: changes of its scheduler's configuration.
+    class. file: how the single file holds it. lora: where the LoRA lies, and the file's name. scheduler: changes of its
+    scheduler's configuration.
     """
 
     pipeline: str
     base: Place
     network: str = ""
     transformer: Place | None = None
-    kind: Literal["folder", "file", "scaled"] = "folder"
+    file: Stored | None = None
     lora: tuple[Place, str] | None = None
     scheduler: Mapping[str, Any] = field(default_factory=dict)
 
@@ -61,7 +62,7 @@ def load_lines(stock: Stock, dtype: str = "torch.bfloat16") -> list[str]:
     )
     classes = [stock.pipeline, *([stock.network] if stock.transformer else [])]
     lines += [*([""] if lines else []), "import torch", f"from diffusers import {', '.join(classes)}"]
-    lines += [*(["from safetensors.torch import load_file"] if stock.kind == "scaled" else []), ""]
+    lines += [*(["from safetensors.torch import load_file"] if stock.file is not None else []), ""]
     lines.append(f"base = {stock.base.expression}{_beside(stock.base)}")
     given = ""
     if stock.transformer is not None:
@@ -82,17 +83,34 @@ def load_lines(stock: Stock, dtype: str = "torch.bfloat16") -> list[str]:
 
 def _transformer(stock: Stock, dtype: str) -> list[str]:
     rest = f'subfolder="transformer", dtype={dtype}'
-    if stock.kind != "folder":
-        start, rest = f"{stock.network}.from_single_file(", f"config=base, {rest}"
-    else:
-        start, rest = f"{stock.network}.from_pretrained(", f"{rest}, use_safetensors=True"
-    if stock.kind == "scaled":
-        return [*SCALED, f"transformer = {start}", f"    tensors, {rest}", ")"]
-    return [f"transformer = {start}", f"    path, {rest}", ")"]
+    if stock.file is None:
+        return [
+            f"transformer = {stock.network}.from_pretrained(",
+            f"    path, {rest}, use_safetensors=True",
+            ")",
+        ]
+    return [
+        *tensor_lines(stock.file),
+        f"transformer = {stock.network}.from_single_file(",
+        f"    tensors, config=base, {rest}",
+        ")",
+        "del tensors",
+    ]
+
+
+def tensor_lines(stored: Stored) -> list[str]:
+    """The lines that make `tensors`, as diffusers' converters take them, of the single file `path`.
+
+    The converters don't strip every prefix, drop scales, and FLUX.1's knows the norms by their older names alone.
+    """
+    lines = ["tensors = load_file(path)"]
+    if stored.prefix:
+        own = "key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)"
+        lines += [f"prefix = {_text(stored.prefix)}", f"tensors = {{{own}}}"]
+    return [*lines, *(SCALED if stored.scaled else ()), *(NEWER_NORMS if stored.newer_norms else ())]
 
 
 SCALED = (
-    "tensors = load_file(path)",
     'for key in [key for key in tensors if key.endswith((".scale_weight", ".weight_scale"))]:',
     '    weight, scale = key.rpartition(".")[0] + ".weight", tensors.pop(key).float()',
     "    tensors[weight] = tensors[weight].float() * (scale if scale.numel() == 1 else scale.reshape(-1, 1))",
@@ -100,6 +118,11 @@ SCALED = (
     "tensors = {key: tensor for key, tensor in tensors.items() if not key.endswith(unused)}",
 )
 """Lines of Python that multiply 8-bit weights by their scales: one number, or one a row."""
+NEWER_NORMS = (
+    'for key in [key for key in tensors if key.endswith((".query_norm.weight", ".key_norm.weight"))]:',
+    '    tensors[key.removesuffix("weight") + "scale"] = tensors.pop(key)',
+)
+"""Lines of Python that give FLUX's norms the name that diffusers converts."""
 
 
 def call_lines(call: Mapping[str, str], prompt: str = PROMPT, seed: int = 0) -> list[str]:

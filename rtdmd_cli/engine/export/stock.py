@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rtdmd_cli.config.schema import Preset
 from rtdmd_cli.engine.backbones.families import FAMILIES
-from rtdmd_cli.engine.backbones.single_file import has_scales
+from rtdmd_cli.engine.backbones.single_file import stored_as
 from rtdmd_cli.engine.export.code import Place, Stock
 from rtdmd_cli.engine.export.families import FAMILIES as EXPORTS
 from rtdmd_cli.engine.export.families import Bases, generator_base
@@ -19,10 +18,10 @@ def stock_here(preset: Preset, stock: Stock, bases: Bases) -> Stock:
     """The base model in the stock pipeline, from where it lies on this machine."""
     own: dict[str, Any] = {"network": _network(preset), "transformer": None}
     if bases.file is not None:
-        own |= {"transformer": Place(str(bases.file)), "kind": _kind(bases.file)}
+        own |= {"transformer": Place(str(bases.file)), "file": stored_as(bases.file)}
     elif bases.own:
         assert bases.transformer is not None
-        own |= {"transformer": Place(str(bases.transformer.parent)), "kind": "folder"}
+        own |= {"transformer": Place(str(bases.transformer.parent)), "file": None}
     return replace(stock, base=Place(str(bases.pipeline)), **own)
 
 
@@ -40,15 +39,11 @@ def _named(preset: Preset, bases: Bases, pipeline: str) -> Stock:
             place_of(model.components or ""),
             _network(preset),
             place_of(model.path),
-            _kind(bases.file),
+            stored_as(bases.file),
         )
     if bases.own and not is_hub_id(model.generator_init):
         return Stock(pipeline, place_of(model.path), _network(preset), place_of(model.generator_init))
     return Stock(pipeline, place_of(generator_base(preset)))
-
-
-def _kind(file: Path) -> Literal["file", "scaled"]:
-    return "scaled" if has_scales(file) else "file"
 
 
 def _network(preset: Preset) -> str:

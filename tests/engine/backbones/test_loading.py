@@ -28,6 +28,7 @@ from rtdmd_cli.engine.roles.base import FAKE, GENERATOR, START, TEACHER
 from rtdmd_cli.engine.sampling.model import open_model
 from rtdmd_cli.engine.sampling.source import Source
 from rtdmd_cli.errors import DataError, EnvironmentFailure, UsageError
+from tests.other_names import flux2_as_released, zimage_in_comfyui
 from tests.tiny_flux import FAMILIES as SMALL
 from tests.tiny_flux import TINY, build_flux2_pipeline, load_tiny, save, tiny_config, tiny_folder
 from tests.tiny_hub import offline_hub, publish
@@ -84,73 +85,18 @@ def test_a_single_file_takes_the_transformers_place(tmp_path: Path, name: str) -
 
 
 def test_a_single_file_with_the_original_release_s_keys(tmp_path: Path) -> None:
-    """FLUX.2's blocks keep query, key and value in one matrix there."""
-    ours = load_file(tiny_folder("flux2") / WEIGHTS)
-    theirs = {}
-    for key in list(ours):
-        if key.startswith("single_transformer_blocks."):
-            number, _, rest = key.removeprefix("single_transformer_blocks.").partition(".attn.")
-            new = {"to_qkv_mlp_proj.weight": "linear1.weight", "to_out.weight": "linear2.weight"}
-            new |= {f"norm_{q}.weight": f"norm.{w}_norm.scale" for q, w in (("q", "query"), ("k", "key"))}
-            theirs[f"single_blocks.{number}.{new[rest]}"] = ours.pop(key)
-    block = "transformer_blocks.0"
-    for kind, letters in (("img_attn", ("to_q", "to_k", "to_v")), ("txt_attn", ADDED)):
-        parts = [ours.pop(f"{block}.attn.{each}.weight") for each in letters]
-        theirs[f"double_blocks.0.{kind}.qkv.weight"] = torch.cat(parts)
-    for new_key, old in DOUBLE.items():
-        theirs[f"double_blocks.0.{new_key}"] = ours.pop(f"{block}.{old}")
-    scale, shift = ours.pop("norm_out.linear.weight").chunk(2)
-    theirs["final_layer.adaLN_modulation.1.weight"] = torch.cat([shift, scale])
-    for new_key, old in OUTSIDE.items():
-        theirs[new_key] = ours.pop(old)
-    assert not ours, ours.keys()
     file = tmp_path / "original.safetensors"
-    save_file(theirs, file)
+    save_file(flux2_as_released(load_file(tiny_folder("flux2") / WEIGHTS)), file)
     found = velocity("flux2", path=file, components=str(tiny_folder("flux2")))
     torch.testing.assert_close(found, velocity("flux2"), atol=1e-6, rtol=0)
 
 
 def test_a_single_file_whose_names_are_alike_in_part(tmp_path: Path) -> None:
-    """ComfyUI's files of Z-Image: query, key and value in one matrix, other names of a few layers, the rest as here."""
-    ours = load_file(tiny_folder("zimage") / WEIGHTS)
-    theirs = {}
-    for key in [key for key in ours if key.endswith("attention.to_q.weight")]:
-        start = key.removesuffix("to_q.weight")
-        theirs[f"{start}qkv.weight"] = torch.cat([ours.pop(f"{start}to_{each}.weight") for each in "qkv"])
-        theirs[f"{start}out.weight"] = ours.pop(f"{start}to_out.0.weight")
-        for each in "qk":
-            theirs[f"{start}{each}_norm.weight"] = ours.pop(f"{start}norm_{each}.weight")
-    for key in [key for key in ours if ".2-1." in key]:
-        theirs[key.removeprefix("all_").replace(".2-1", "")] = ours.pop(key)
+    theirs = zimage_in_comfyui(load_file(tiny_folder("zimage") / WEIGHTS))
     file = tmp_path / "comfyui.safetensors"
-    save_file({f"model.diffusion_model.{key}": tensor for key, tensor in (theirs | ours).items()}, file)
+    save_file({f"model.diffusion_model.{key}": tensor for key, tensor in theirs.items()}, file)
     found = velocity("zimage", path=file, components=str(tiny_folder("zimage")))
-    assert len(theirs) > 10 and torch.equal(found, velocity("zimage"))
-
-
-ADDED = ("add_q_proj", "add_k_proj", "add_v_proj")
-DOUBLE = {
-    "img_attn.norm.query_norm.scale": "attn.norm_q.weight",
-    "img_attn.norm.key_norm.scale": "attn.norm_k.weight",
-    "img_attn.proj.weight": "attn.to_out.0.weight",
-    "img_mlp.0.weight": "ff.linear_in.weight",
-    "img_mlp.2.weight": "ff.linear_out.weight",
-    "txt_attn.norm.query_norm.scale": "attn.norm_added_q.weight",
-    "txt_attn.norm.key_norm.scale": "attn.norm_added_k.weight",
-    "txt_attn.proj.weight": "attn.to_add_out.weight",
-    "txt_mlp.0.weight": "ff_context.linear_in.weight",
-    "txt_mlp.2.weight": "ff_context.linear_out.weight",
-}
-OUTSIDE = {
-    "img_in.weight": "x_embedder.weight",
-    "txt_in.weight": "context_embedder.weight",
-    "time_in.in_layer.weight": "time_guidance_embed.timestep_embedder.linear_1.weight",
-    "time_in.out_layer.weight": "time_guidance_embed.timestep_embedder.linear_2.weight",
-    "double_stream_modulation_img.lin.weight": "double_stream_modulation_img.linear.weight",
-    "double_stream_modulation_txt.lin.weight": "double_stream_modulation_txt.linear.weight",
-    "single_stream_modulation.lin.weight": "single_stream_modulation.linear.weight",
-    "final_layer.linear.weight": "proj_out.weight",
-}
+    assert torch.equal(found, velocity("zimage"))
 
 
 def test_a_single_file_that_does_not_fit(tmp_path: Path) -> None:

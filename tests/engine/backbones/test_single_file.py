@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rtdmd_cli.engine.backbones.layout import hub_commit
+from rtdmd_cli.engine.backbones.single_file import read_transformer, scaled
 from rtdmd_cli.errors import DataError
-from tests.tiny_flux import FAMILIES, in_fp8, load_tiny, tiny_folder
+from tests.other_names import FLUX1_CONFIG, write_flux1_as_released
+from tests.tiny_flux import FAMILIES, FP8, in_fp8, load_tiny, tiny_folder
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
@@ -81,18 +85,44 @@ def test_a_file_is_checked_at_once_and_read_when_the_encoders_have_left(tmp_path
         load_tiny(family, **parts | {"path": cut})
 
 
+def described(kind: str) -> Tensor:
+    """A layer's description in a file of ComfyUI."""
+    return torch.tensor(list(json.dumps({"format": kind}).encode()), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("kind", ["float8_e4m3fn", "float8_e5m2", "float8_e4m3fn_rowwise"])
+@pytest.mark.parametrize("shape", [(), (1,), (4,), (4, 1)])
+def test_a_scale_for_a_layer_or_for_each_row(kind: str, shape: tuple[int, ...]) -> None:
+    weight = torch.arange(8.0).reshape(4, 2).to(FP8)
+    scale = torch.arange(1.0, 1 + math.prod(shape)).reshape(shape)
+    stored = {"a.weight": weight, "a.weight_scale": scale, "a.comfy_quant": described(kind)}
+    found = scaled(stored, Path("mine"), torch.float32)
+    rows = scale.reshape(-1, 1)
+    assert found.keys() == {"a.weight"} and torch.equal(found["a.weight"], weight.float() * rows)
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (1, 4), (4, 1, 1), (1, 1), (2,)])
+def test_scales_of_blocks_are_no_rows_scales(shape: tuple[int, ...]) -> None:
+    """A weight [M, N] in blocks of n has M/n x N/n of them: as many as rows where N is n squared."""
+    stored = {"a.weight": torch.ones(4, 4).to(FP8), "a.weight_scale": torch.ones(shape)}
+    with pytest.raises(DataError, match=r"stores a\.weight in a format") as caught:
+        scaled(stored, Path("mine"), torch.float32)
+    assert "scales of layers or rows" in caught.value.hint
+
+
+def test_newer_names_of_flux1s_norms(tmp_path: Path) -> None:
+    file = write_flux1_as_released(tmp_path / "mine.safetensors", norms="weight")
+    shapes = read_transformer(file, FluxTransformer2DModel, FLUX1_CONFIG, torch.bfloat16, shapes_only=True)
+    older = write_flux1_as_released(tmp_path / "older.safetensors", norms="scale")
+    expected = read_transformer(older, FluxTransformer2DModel, FLUX1_CONFIG, torch.bfloat16, shapes_only=True)
+    assert shapes.keys() == expected.keys() and "single_transformer_blocks.0.attn.norm_k.weight" in shapes
+
+
 @pytest.mark.parametrize(
     ("name", "tensors", "message"),
     [
-        (
-            "blocks",
-            {
-                "a.comfy_quant": torch.tensor(
-                    list(json.dumps({"format": "nvfp4"}).encode()), dtype=torch.uint8
-                )
-            },
-            "nvfp4",
-        ),
+        ("blocks", {"a.comfy_quant": described("nvfp4")}, "nvfp4"),
+        ("blockwise", {"a.comfy_quant": described("float8_e4m3fn_blockwise")}, "float8_e4m3fn_blockwise"),
         ("alone", {"a.scale_weight": torch.ones(1)}, "stores a.weight in a format"),
         (
             "whole",
