@@ -191,8 +191,10 @@ def blocks(folder: Path) -> dict[str, str]:
 
 
 def run_blocks(world: World, export: str) -> list[str]:
-    """Run every block of a card in the world's folder, each of which makes a picture; their headings."""
-    found = blocks(world.folder / export)
+    """Run every block for diffusers of a card in the world's folder, each of which makes a picture; their headings."""
+    found = {
+        name: code for name, code in blocks(world.folder / export).items() if name.startswith("diffusers")
+    }
     for heading, code in found.items():
         with contextlib.chdir(world.folder):
             Path("picture.png").unlink(missing_ok=True)
@@ -402,6 +404,8 @@ def test_other_families(world: World, family: str) -> None:
     index = json.loads((world.folder / "exports" / family / "model_index.json").read_text())
     assert index.get("is_distilled", False) is (name == "flux2")
     assert run_blocks(world, f"exports/{family}") == ["diffusers, LoRA", "diffusers, whole pipeline"]
+    renamed = blocks(world.folder / f"exports/{family}").get("ComfyUI, whole transformer", "")
+    assert ("attention.qkv" in renamed) is (family == "zimage")
     shutil.rmtree(world.folder / "cache", ignore_errors=True)
     first = "0000-0000-seed0.png"
     for source, out in ((family, "own"), (f"exports/{family}", "merged")):

@@ -36,10 +36,16 @@ def merged_section(facts: Facts) -> str:
         return "ComfyUI can't load this transformer in the layout of diffusers today; it takes the LoRA of `--format comfyui`."
     target, shards = f"{facts.name}.safetensors", merged_files(facts)
     copied = f"Copy `{shards[0]}` into `ComfyUI/models/diffusion_models` as `{target}`."
-    if len(shards) > 1:
+    names = facts.loader.names
+    if names is not None or len(shards) > 1:
+        wanted = (
+            "one file"
+            if names is None
+            else "one file with names of its own (older versions draw black from others)"
+        )
         copied = (
-            f"ComfyUI wants one file. Run this in the folder of the export, then move `{target}` into "
-            f"`ComfyUI/models/diffusion_models`:\n\n{code.join_code(target)}"
+            f"ComfyUI wants {wanted}. Run this in the folder of the export, then move `{target}` into "
+            f"`ComfyUI/models/diffusion_models`:\n\n{code.join_code(target, names)}"
         )
     return "\n\n".join(
         [

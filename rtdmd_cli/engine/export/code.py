@@ -9,6 +9,7 @@ from typing import Any
 
 from rtdmd_cli.engine.backbones.single_file import Stored
 from rtdmd_cli.engine.export.families import BUILTIN
+from rtdmd_cli.engine.families.facts import Names
 from rtdmd_cli.engine.storage.lora_files import DIFFUSERS_NAME
 
 PROMPT = "a photo of a red ring and a blue cross"
@@ -142,18 +143,35 @@ def block(stock: Stock, call: Mapping[str, str]) -> str:
     return fenced([*load_lines(stock), device, *call_lines(call), 'image.save("picture.png")'])
 
 
-def join_code(target: str) -> str:
-    """The shards of a merged transformer as one file, which ComfyUI wants; run in the folder of the export."""
+def join_code(target: str, names: Names | None = None) -> str:
+    """A merged transformer's files as the one file that ComfyUI wants; run in the folder of the export.
+
+    names: of the tensors there, where it wants others.
+    """
     return fenced(
         [
             "from pathlib import Path",
+            *(["import torch"] if names else []),
             "from safetensors.torch import load_file, save_file",
             "",
             'shards = Path("transformer").glob("*.safetensors")',
             "tensors = {name: tensor for shard in shards for name, tensor in load_file(shard).items()}",
+            *(_renamed(names) if names else []),
             f"save_file(tensors, {_text(target)})",
         ]
     )
+
+
+def _renamed(names: Names) -> list[str]:
+    return [
+        f"joined = {json.dumps(names.joined)}",
+        "for name in [name for name in tensors if joined[0] in name]:",
+        "    parts = [tensors.pop(name.replace(joined[0], part)) for part in joined]",
+        f"    tensors[name.replace(joined[0], {_text(names.under)})] = torch.cat(parts)",
+        *f"changed = {json.dumps(dict(names.changed), indent=4)}".splitlines(),
+        "for old, new in changed.items():",
+        "    tensors = {name.replace(old, new): tensor for name, tensor in tensors.items()}",
+    ]
 
 
 def fenced(lines: list[str]) -> str:

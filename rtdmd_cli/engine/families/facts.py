@@ -28,13 +28,26 @@ class ComfyFile:
 
 
 @dataclass(frozen=True)
+class Names:
+    """What ComfyUI calls a transformer's tensors. changed: part of diffusers' name -> its own.
+
+    joined: parts of names whose tensors it keeps as one matrix, their rows in this order; under: the part in its name.
+    """
+
+    changed: Mapping[str, str]
+    joined: tuple[str, ...]
+    under: str
+
+
+@dataclass(frozen=True)
 class Loader:
     """Nodes of ComfyUI that load a family's parts. model, clip: (class, inputs); vae: None where the model has it.
 
     files: what these nodes load. needs: the oldest ComfyUI that draws the workflows. tokens: length to which ComfyUI by itself
     pads the prompt of T5 or Qwen3, None where it doesn't; t5: whether the node T5TokenizerOptions changes it. guidance: of a
     FluxGuidance node.
-    takes_merged: whether ComfyUI reads the transformer of a merged export. text: a sentence for the card.
+    takes_merged: whether ComfyUI reads the transformer of a merged export. names: of its tensors, where not all versions
+    since `needs` read diffusers'. text: sentences for the card.
     """
 
     model: tuple[str, Mapping[str, str]]
@@ -47,6 +60,7 @@ class Loader:
     t5: bool = True
     guidance: float | None = None
     takes_merged: bool = True
+    names: Names | None = None
     text: str = ""
 
 

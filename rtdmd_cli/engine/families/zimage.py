@@ -9,8 +9,22 @@ from rtdmd_cli.engine.families.facts import (
     ExportFamily,
     FamilyFacts,
     Loader,
+    Names,
     Published,
 )
+
+COMFYUI = Names(
+    changed={
+        "all_x_embedder.2-1.": "x_embedder.",
+        "all_final_layer.2-1.": "final_layer.",
+        ".attention.norm_q.": ".attention.q_norm.",
+        ".attention.norm_k.": ".attention.k_norm.",
+        ".attention.to_out.0.": ".attention.out.",
+    },
+    joined=(".attention.to_q.", ".attention.to_k.", ".attention.to_v."),
+    under=".attention.qkv.",
+)
+"""As in comfy/ldm/lumina/model.py. Up to some version after 0.10 it takes diffusers' names for Lumina 2's, and draws black."""
 
 FACTS = FamilyFacts(
     "Z-Image",
@@ -35,6 +49,7 @@ FACTS = FamilyFacts(
                 needs=SINCE_MANUAL_SIGMAS,
                 tokens=None,
                 t5=False,
+                names=COMFYUI,
             )
         },
         unguided={"guidance_scale": "0.0"},  # its scale counts from 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rtdmd_cli.engine.backbones.single_file import Stored, stored_as
-from rtdmd_cli.engine.export.code import tensor_lines
-from tests.other_names import FLUX1_CONFIG, write_flux1_as_released
-from tests.tiny_flux import FP8
+from rtdmd_cli.engine.export.code import join_code, tensor_lines
+from rtdmd_cli.engine.export.families import FAMILIES
+from tests.other_names import FLUX1_CONFIG, write_flux1_as_released, zimage_in_comfyui
+from tests.tiny_flux import FP8, tiny_folder
 
 
 def made(path: Path) -> dict[str, Tensor]:
@@ -54,3 +56,18 @@ def test_flux1s_norms_have_the_name_that_diffusers_converts(tmp_path: Path, norm
         key: tensor.shape for key, tensor in expected.items()
     }
     assert not tensors
+
+
+def test_a_merged_zimage_gets_comfyuis_names(tmp_path: Path) -> None:
+    """In two shards, with a query's weight in another than its key's. The names are those of Comfy-Org's own files."""
+    ours = load_file(tiny_folder("zimage") / "transformer/diffusion_pytorch_model.safetensors")
+    (tmp_path / "transformer").mkdir()
+    for number in range(2):
+        part = {key: ours[key] for key in sorted(ours)[number::2]}
+        save_file(part, tmp_path / f"transformer/{number}.safetensors")
+    code = join_code("mine.safetensors", FAMILIES["zimage"].comfy[""].names)
+    with contextlib.chdir(tmp_path):
+        exec(code.removeprefix("```python\n").removesuffix("```"), {})
+    found, expected = load_file(tmp_path / "mine.safetensors"), zimage_in_comfyui(ours)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
