@@ -162,6 +162,7 @@ def test_the_card(world: World) -> None:
     assert card.data.license == "other" and "lora" in card.data.tags
     for words in (
         "small",
+        "needs diffusers 0.42 or newer (`dtype=`)",
         "guidance_scale=1.0",
         "max_sequence_length=8",
         "sigmas=[1.0, 0.75, 0.5, 0.25]",

@@ -19,6 +19,8 @@ from rtdmd_cli.engine.export.names import public_name
 from rtdmd_cli.engine.tune_reward.report import held_out_first, terms
 
 PAPER = "https://arxiv.org/abs/2605.26108"
+DIFFUSERS = "0.42"
+"""The oldest diffusers that runs a card's code: older ones know `torch_dtype=` alone."""
 ETA_NOTE = (
     "The stock scheduler knows two samplers of these: Euler, which is eta 0, and `stochastic_sampling=True`, which is "
     "eta 1 and draws from torch's global seed. Training used eta {eta:g}, which lies between."
@@ -89,7 +91,8 @@ def _use(facts: Facts) -> list[str]:
     )
     parts.append(
         f"Guidance must be off ({off}) and the text length {length} tokens (`max_sequence_length`): the defaults of the stock "
-        f"pipeline are others. Pictures are {size} x {size} px. The code ran with diffusers {diffusers.__version__}."
+        f"pipeline are others. Pictures are {size} x {size} px. The code needs diffusers {DIFFUSERS} or newer "
+        f"(`dtype=`), and ran with {diffusers.__version__}."
     )
     if "diffusers" in facts.formats:
         lora = code.stock_lora(facts.stock, facts.where)

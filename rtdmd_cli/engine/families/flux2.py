@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rtdmd_cli.engine.families.facts import (
     APACHE,
+    FULL_ENCODER,
     SHIFTED_LEVELS,
     ComfyFile,
     ExportFamily,
@@ -22,7 +23,7 @@ def _licence(repository: str) -> Licence:
     return other_licence(repository, "FLUX Non-Commercial License", "flux-non-commercial-license")
 
 
-def _klein(unet: str, repo: str, encoder: str, parts: str) -> Loader:
+def _klein(unet: str, repo: str, encoder: str, parts: str, text: str = "") -> Loader:
     model, clip, vae = f"{unet}.safetensors", f"{encoder}.safetensors", "flux2-vae.safetensors"
     return Loader(
         ("UNETLoader", {"unet_name": model, "weight_dtype": "default"}),
@@ -38,7 +39,7 @@ def _klein(unet: str, repo: str, encoder: str, parts: str) -> Loader:
         tokens=512,
         t5=False,
         takes_merged=False,
-        text=SHIFTED_LEVELS.format("FLUX"),
+        text=f"{SHIFTED_LEVELS.format('FLUX')} {text}".strip(),
     )
 
 
@@ -47,7 +48,8 @@ def _klein_4b(unet: str, repo: str) -> Loader:
 
 
 def _klein_9b(unet: str, repo: str) -> Loader:
-    return _klein(unet, repo, "qwen_3_8b_fp8mixed", "vae-text-encorder-for-flux-klein-9b")
+    full = FULL_ENCODER.format("qwen_3_8b.safetensors")
+    return _klein(unet, repo, "qwen_3_8b_fp8mixed", "vae-text-encorder-for-flux-klein-9b", full)
 
 
 FACTS = FamilyFacts(

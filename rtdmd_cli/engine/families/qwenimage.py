@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rtdmd_cli.engine.families.facts import (
     APACHE,
+    FULL_ENCODER,
     SHIFTED_LEVELS,
     SINCE_MANUAL_SIGMAS,
     ComfyFile,
@@ -39,7 +40,7 @@ FACTS = FamilyFacts(
                 needs=SINCE_MANUAL_SIGMAS,
                 tokens=None,
                 t5=False,
-                text=SHIFTED_LEVELS.format("Qwen-Image"),
+                text=f"{SHIFTED_LEVELS.format('Qwen-Image')} {FULL_ENCODER.format('qwen_2.5_vl_7b.safetensors')}",
             )
         },
         unguided={"true_cfg_scale": "1.0"},

@@ -68,3 +68,12 @@ def test_a_loader_lists_every_file_that_its_nodes_name(family: str) -> None:
         }
         assert all(file.source.count("/") == 1 and file.what for file in loader.files)
         assert loader.needs == ("0.10.0" if family == "flux2" else "0.7.0")
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_a_text_encoder_in_8_bits_has_its_full_one_named(family: str) -> None:
+    """Of the same model: the name without what says how it is stored."""
+    for loader in FAMILIES[family].comfy.values():
+        names = [file.name for file in loader.files if file.what == "text encoder" and "_fp8" in file.name]
+        full = [f"`{name.partition('_fp8')[0]}.safetensors`" for name in names]
+        assert all(name in loader.text for name in full) and ("8 bits" in loader.text) is bool(full)
