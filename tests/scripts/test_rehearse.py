@@ -49,6 +49,8 @@ def test_weights_are_written_in_parts_and_kept(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(writing, "SHARD", 20_000)
     made = REHEARSALS["small"]
     writing.write_model(made, tmp_path)
+    scheduler = json.loads((tmp_path / "scheduler/scheduler_config.json").read_text())
+    assert {key for key in scheduler if key[0] != "_"} == {"num_train_timesteps", "shift"}  # as published
     folder = tmp_path / "transformer"
     shards = sorted(folder.glob("*.safetensors"))
     where = json.loads((folder / "diffusion_pytorch_model.safetensors.index.json").read_text())["weight_map"]

@@ -109,7 +109,6 @@ UNKNOWN = Licence("other", "look it up where that model came from")
 SINCE_MANUAL_SIGMAS = "0.7.0"
 """The oldest ComfyUI with the node ManualSigmas, which every workflow needs."""
 SHIFTED_LEVELS = "The levels in the workflows are those of this size: {} shifts them by the number of pixels."
-
 FULL_ENCODER = (
     "The text encoder in these workflows is in 8 bits, as in ComfyUI's own; the full one, `{}` of the same repository, is "
     "nearer to training."
