@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,6 +21,7 @@ from rtdmd_cli.config.loader import load_preset
 from rtdmd_cli.engine.planning.plan import GIB, STAGES, StageName, plan_stage
 from rtdmd_cli.engine.storage.files import write_json
 from rtdmd_cli.engine.storage.run_folder import describe_environment
+from rtdmd_cli.errors import RtdmdError
 from scripts.rehearsal.models import REHEARSALS, Rehearsal
 from scripts.rehearsal.report import table
 from scripts.rehearsal.writing import write_model, write_pickscore, write_second_base
@@ -49,6 +51,10 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder of the JSON record.")] = OUT,
     keep: Annotated[bool, typer.Option("--keep", help="Keep the folder for another rehearsal.")] = False,
     limit: Annotated[int, typer.Option(help="Seconds after which a command is ended.")] = 7200,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A setting, KEY=VALUE, over those of the rehearsal. Repeatable."),
+    ] = None,
 ) -> None:
     """Write a pipeline of published shapes with random bf16 weights, and run the user's own commands on it:
     distill (one generator update), tune-reward (one epoch of 4 pictures, PickScore at its real size), sample, export.
@@ -59,7 +65,7 @@ def main(
     quiet_libraries()
     if name not in REHEARSALS:
         raise typer.BadParameter(f"choose one of {', '.join(REHEARSALS)}")
-    made = REHEARSALS[name]
+    made = changed(REHEARSALS[name], overrides or [])
     began = time.monotonic()
     write(made, folder)
     written = time.monotonic() - began
@@ -91,6 +97,16 @@ def main(
         shutil.rmtree(folder)
     if any(each["exit_code"] for each in done):
         raise typer.Exit(1)
+
+
+def changed(made: Rehearsal, values: list[str]) -> Rehearsal:
+    """The rehearsal with further settings, checked before anything is written."""
+    wanted = replace(made, changes=(*made.changes, *values))
+    try:
+        load_preset(made.preset, settings(wanted, Path(), made.sizes[0])[1::2], {})
+    except RtdmdError as error:
+        raise typer.BadParameter(f"{error.message} {error.hint}", param_hint="--set") from error
+    return wanted
 
 
 def planned(made: Rehearsal, values: list[str], stage: StageName) -> dict[str, float]:

@@ -116,3 +116,10 @@ def test_a_phase_inside_itself_counts_once() -> None:
 def test_an_unknown_model_is_refused() -> None:
     done = CliRunner().invoke(rehearse.app, ["sd4"])
     assert done.exit_code == 2 and "small, sd3, sd35" in done.output
+
+
+def test_settings_of_ones_own() -> None:
+    made = rehearse.changed(REHEARSALS["small"], ["tune_reward.images_per_epoch=2"])
+    assert "tune_reward.images_per_epoch=2" in rehearse.settings(made, Path("here"), 32)
+    wrong = CliRunner().invoke(rehearse.app, ["small", "--set", "tune_reward.images_an_epoch=2"])
+    assert wrong.exit_code == 2 and "images_per_epoch" in wrong.output
