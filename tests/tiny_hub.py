@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import constants, hf_api
 
 
 def offline_hub(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -26,3 +26,14 @@ def publish(root: Path, repository: str, *files: Path) -> None:
         blob, link = folder / "blobs" / f"{number:064x}", folder / "snapshots" / commit / file.name
         shutil.copy(file, blob)
         link.symlink_to(os.path.relpath(blob, link.parent))
+
+
+def online_hub(address: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Let the hub's client of this process ask `address`, see `tests.tiny_hub_server`, with `root` as its cache."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(root))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    files = f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
+    monkeypatch.setattr(hf_api.api, "endpoint", address)
+    return root

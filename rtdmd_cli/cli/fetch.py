@@ -27,19 +27,24 @@ def fetch(
 
     Example: rtdmd fetch sd3-4step
     """
-    from rtdmd_cli.engine.rewards import fetch as weights
+    from rtdmd_cli.engine.rewards.fetch import find_wanted
     from rtdmd_cli.engine.rewards.local import readable
+    from rtdmd_cli.engine.rewards.needed import size_of
+    from rtdmd_cli.engine.training.downloading import download
 
+    console.quiet_libraries(quiet)
     results = []
-    for wanted in weights.find_wanted(name):
-        size = f", {readable(wanted.need.size)}" if wanted.need else ""
-        console.say(f"{wanted.source or name}{size}; licence: {wanted.licence}", quiet)
-        found = weights.fetch(wanted)
-        if found.fresh:
-            console.say(f"downloaded {readable(found.size)} to {found.path}", quiet)
-        else:
-            console.say("built in" if found.path is None else f"already here: {found.path}", quiet)
-        results.append(row(found))
+    with console.working(quiet) as say:
+        for wanted in find_wanted(name):
+            size = size_of(wanted)
+            about = "" if size is None else f", {'' if wanted.need else 'about '}{readable(size)}"
+            say(f"{wanted.source or name}{about}; licence: {wanted.licence}")
+            found = download(wanted)
+            if found.fresh:
+                say(f"downloaded {readable(found.size)} to {found.path}")
+            else:
+                say("built in" if found.path is None else f"already here: {found.path}")
+            results.append(row(found))
     if not results:
         console.say(f"{name} is built in and needs no weights", quiet)
     if as_json:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
+    HfHubHTTPError,
     HFValidationError,
     HTTPError,
     LocalEntryNotFoundError,
@@ -21,12 +23,12 @@ from huggingface_hub.errors import (
 
 from rtdmd_cli.config.places import is_single_file, where_to_look
 from rtdmd_cli.config.schema import SHARED_BASE, ModelConfig
-from rtdmd_cli.engine.backbones.layout import SINGLE_FILE, Layout, Sources, first_line, pass_on_machine_faults
+from rtdmd_cli.engine.backbones.layout import Layout, Sources, first_line, pass_on_machine_faults
 from rtdmd_cli.engine.backbones.single_file import DAMAGED, refuse_lora, refuse_other_kinds
+from rtdmd_cli.engine.storage.hub import TRANSFORMER_FILES, told_by_hub
 from rtdmd_cli.errors import DataError, EnvironmentFailure, UsageError
 
 BUILTIN = {"builtin:shapes": "shapes/weights/sd3"}  # folder inside the package
-TRANSFORMER_FILES = ("transformer/*.json", f"transformer/*{SINGLE_FILE}")
 
 
 def locate(layout: Layout, config: ModelConfig) -> Sources:
@@ -69,11 +71,12 @@ def find_folder(
             raise UsageError(f"There is no built-in model {path}.", f"Built in: {', '.join(BUILTIN)}.")
         return Path(str(files("rtdmd_cli"))) / BUILTIN[path]
 
-    def download() -> str:
+    def download(**where: bool) -> str:
         if transformer:
-            return str(layout.pipeline.download(path, revision=revision, use_safetensors=True))
-        there = layout.pipeline.download(path, revision=revision, use_safetensors=True, transformer=None)
-        hf_hub_download(path, "transformer/config.json", revision=revision)
+            return str(layout.pipeline.download(path, revision=revision, use_safetensors=True, **where))
+        without = {"transformer": None, **where}
+        there = layout.pipeline.download(path, revision=revision, use_safetensors=True, **without)
+        hf_hub_download(path, "transformer/config.json", revision=revision, **where)
         return str(there)
 
     return _folder_or_download(path, revision, key, download)
@@ -82,8 +85,8 @@ def find_folder(
 def find_transformer(path: str, revision: str | None) -> Path:
     """The folder whose `transformer/` is the generator's own base; of a hub model only that is downloaded."""
 
-    def download() -> str:
-        return snapshot_download(path, revision=revision, allow_patterns=list(TRANSFORMER_FILES))
+    def download(**where: bool) -> str:
+        return snapshot_download(path, revision=revision, allow_patterns=list(TRANSFORMER_FILES), **where)
 
     folder = _folder_or_download(path, revision, "model.generator_init", download)
     if not (folder / "transformer/config.json").is_file():
@@ -91,7 +94,8 @@ def find_transformer(path: str, revision: str | None) -> Path:
     return folder
 
 
-def _folder_or_download(path: str, revision: str | None, key: str, download: Callable[[], str]) -> Path:
+def _folder_or_download(path: str, revision: str | None, key: str, download: Callable[..., str]) -> Path:
+    """download: of a hub model, its folder; takes local_files_only, as the hub's client does."""
     refuse_other_kinds(path, key)
     folder = Path(path).expanduser()
     if folder.is_dir():
@@ -99,14 +103,26 @@ def _folder_or_download(path: str, revision: str | None, key: str, download: Cal
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", path):
         raise DataError(f"There is no model folder {path}.", where_to_look(key, path))
     try:
-        return Path(download())
+        return _downloaded(download)
     except (OSError, HTTPError, RevisionResolutionError, HFValidationError) as error:
         raise _hub_failure(path, revision, key, error) from error
 
 
+def _downloaded(download: Callable[..., str]) -> Path:
+    """As it says; where the hub gives no answer, from the cache: diffusers looks there where it can't connect, but not
+    where a connection takes too long."""
+    try:
+        return Path(download())
+    except HTTPError as error:
+        if not isinstance(error, HfHubHTTPError):
+            with suppress(OSError):
+                return Path(download(local_files_only=True))
+        raise
+
+
 def _hub_failure(path: str, revision: str | None, key: str, error: Exception) -> EnvironmentFailure:
     """What went wrong with the hub and what to do about it."""
-    cause = error.__cause__ or error  # diffusers wraps the hub's own error
+    cause = told_by_hub(error)
     if isinstance(cause, GatedRepoError):
         return EnvironmentFailure(
             f"The model {path} is gated: its licence has to be accepted first.",

@@ -32,6 +32,7 @@ from rtdmd_cli.engine.training.assembly import (
     training_sigmas,
 )
 from rtdmd_cli.engine.training.closing import failing, finish
+from rtdmd_cli.engine.training.downloading import bring
 from rtdmd_cli.engine.training.health import Health
 from rtdmd_cli.engine.training.held_out import HeldOut, open_held_out, scored_prompts
 from rtdmd_cli.engine.training.loop import train
@@ -88,7 +89,7 @@ def _load_model(preset: Preset, say: Callable[[str], None]) -> tuple[Processes, 
     require_tracker(hardware.tracker)
     require_parts(processes, "distill.batch", preset.distill.batch, equal=False)
     dtype = resolve_dtype(hardware.dtype, device)
-    needed.require(needed.models(preset.model))
+    bring(needed.models(preset.model), say)
     say(f"loading the model {preset.model.path}")
     backbone = load_backbone(preset.model, device, dtype, hardware)
     say(model_line(preset, backbone))

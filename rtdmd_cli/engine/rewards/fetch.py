@@ -13,6 +13,7 @@ from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     HFValidationError,
     HTTPError,
+    IncompleteSnapshotError,
     LocalEntryNotFoundError,
     RevisionResolutionError,
 )
@@ -26,7 +27,7 @@ from rtdmd_cli.engine.rewards.local import at_hand, cached_files, missing
 from rtdmd_cli.engine.rewards.registry import REWARDS
 from rtdmd_cli.engine.storage import strict_json
 from rtdmd_cli.engine.storage.components import weight_files
-from rtdmd_cli.engine.storage.hub import REPOSITORY, hub_failure, hub_folder
+from rtdmd_cli.engine.storage.hub import REPOSITORY, hub_failure, hub_folder, told_by_hub
 from rtdmd_cli.errors import EnvironmentFailure, UsageError
 
 MODEL_INDEX = "model_index.json"
@@ -132,9 +133,14 @@ def fetch(wanted: Wanted) -> Fetched:
 
 
 def cached_model(wanted: Wanted) -> Path | None:
-    """The folder of a hub model in the local cache, if it is whole; no network."""
+    """The folder of a hub model in the local cache, if it is whole; no network.
+
+    A repository holds more than its pipeline: the hub's client calls its copy incomplete where a README is missing.
+    """
     try:
         folder = Path(snapshot_download(wanted.source, revision=wanted.revision, local_files_only=True))
+    except IncompleteSnapshotError as error:
+        folder = Path(error.snapshot_path)
     except (LocalEntryNotFoundError, HFValidationError):
         return None
     return folder if is_whole(folder, wanted.part) else None
@@ -181,9 +187,7 @@ def _download_model(wanted: Wanted) -> None:
         if without:
             hf_hub_download(wanted.source, "transformer/config.json", revision=wanted.revision)
     except (OSError, HTTPError, HFValidationError, RevisionResolutionError, ValueError) as error:
-        cause = error.__cause__ or error  # diffusers wraps the hub's own error
-        reason = cause if isinstance(cause, Exception) else error
-        raise hub_failure(wanted.source, MODEL_INDEX, reason) from error
+        raise hub_failure(wanted.source, MODEL_INDEX, told_by_hub(error)) from error
 
 
 def _fetch_need(wanted: Wanted, need: Need) -> Fetched:

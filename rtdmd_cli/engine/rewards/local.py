@@ -72,12 +72,17 @@ def cached_files(repository: str) -> dict[str, Path]:
     Found by the cache's layout, models--OWNER--NAME/refs/main and snapshots/COMMIT, as `snapshot_download` does; but
     importing that takes longer than all else that lists the rewards.
     """
-    place = Path(constants.HF_HUB_CACHE) / "--".join(["models", *repository.split("/")])
+    place = cache_folder(repository)
     try:
         folder = place / "snapshots" / (place / "refs" / "main").read_text("utf-8").strip()
     except OSError:
         return {}
     return {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+
+
+def cache_folder(repository: str) -> Path:
+    """Where the hub's client keeps a repository, "owner/name"."""
+    return Path(constants.HF_HUB_CACHE) / "--".join(["models", *repository.split("/")])
 
 
 def readable(size: int) -> str:

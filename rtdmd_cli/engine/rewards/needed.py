@@ -9,7 +9,6 @@ import os
 import re
 import socket
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
@@ -19,9 +18,9 @@ from rtdmd_cli.config.schema import ModelConfig, Preset
 from rtdmd_cli.config.tune_reward import split_paths, split_weights
 from rtdmd_cli.engine.families.table import MODELS
 from rtdmd_cli.engine.rewards.fetch import Wanted, cached_model, wanted_of_model
-from rtdmd_cli.engine.rewards.local import at_hand, readable
+from rtdmd_cli.engine.rewards.local import at_hand, cache_folder, readable
 from rtdmd_cli.engine.rewards.registry import REWARDS
-from rtdmd_cli.engine.storage.hub import REPOSITORY
+from rtdmd_cli.engine.storage.hub import REPOSITORY, TRANSFORMER_FILES
 from rtdmd_cli.errors import EnvironmentFailure
 
 PATIENCE = 3.0  # s, for the hub's first answer
@@ -50,22 +49,35 @@ def _of_hub(source: str) -> bool:
     return re.fullmatch(REPOSITORY, source) is not None and not os.path.isdir(source)
 
 
+def described(wanted: Wanted) -> str:
+    """Its name, how large it is, and under which licence."""
+    size = size_of(wanted)
+    about = "of unknown size" if size is None else f"{'' if wanted.need else 'about '}{readable(size)}"
+    return f"{wanted.source} ({about}; licence: {wanted.licence})"
+
+
+def size_of(wanted: Wanted) -> int | None:
+    """Bytes that have to be fetched, of a model roughly; None where nobody knows."""
+    if wanted.need is not None:
+        return wanted.need.size
+    model = MODELS.get(wanted.source.lower())
+    return None if model is None or model.size is None or wanted.part != "all" else int(model.size)
+
+
 def sentence(wanted: Wanted) -> str:
     """What is missing, how large it is, and under which licence."""
-    model = MODELS.get(wanted.source.lower())
-    known = None if model is None else model.size
-    size = wanted.need.size if wanted.need is not None else known
-    about = "of unknown size" if size is None else f"{'' if wanted.need else 'about '}{readable(int(size))}"
-    return f"{wanted.source} ({about}; licence: {wanted.licence}) is not on this machine."
+    return f"{described(wanted)} is not on this machine."
 
 
 def remedy(wanted: Wanted) -> str:
     """The command that fetches it, and the folder to copy it to."""
-    place = Path(constants.HF_HUB_CACHE) / f"models--{wanted.source.replace('/', '--')}"
-    only = " ".join(f"--include '{file}'" for file in wanted.need.files) if wanted.need else ""
+    files = wanted.need.files if wanted.need else TRANSFORMER_FILES if wanted.part == "transformer" else ()
+    only = " ".join(f"--include '{file}'" for file in files)
+    # `hf download` alone would take the single files of other tools too, twice the size
+    command = f"hf download {wanted.source} {only}" if files else f"rtdmd fetch {wanted.source}"
     return (
-        f"Where there is a network: {f'hf download {wanted.source} {only}'.strip()}; then copy that repository's folder "
-        f"to {place}, or name a folder that holds it in the preset."
+        f"Where there is a network: {command}; then copy that repository's folder to {cache_folder(wanted.source)}, "
+        "or name a folder that holds it in the preset."
     )
 
 

@@ -10,6 +10,7 @@ from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
+    HfHubHTTPError,
     HFValidationError,
     HTTPError,
     LocalEntryNotFoundError,
@@ -20,6 +21,8 @@ from huggingface_hub.errors import (
 from rtdmd_cli.errors import DataError, EnvironmentFailure
 
 REPOSITORY = r"[A-Za-z0-9][\w.-]*/[\w.-]+"
+TRANSFORMER_FILES = ("transformer/*.json", "transformer/*.safetensors")
+"""Patterns of a pipeline's files that are its transformer."""
 
 
 def hub_file(repository: str, file: str) -> Path:
@@ -49,6 +52,16 @@ def hub_folder(repository: str, patterns: Sequence[str], file: str) -> Path:
 def _check_id(repository: str) -> None:
     if not re.fullmatch(REPOSITORY, repository):
         raise DataError(f"{repository} is neither a folder nor a hub id.", "Check the path of the reward.")
+
+
+def told_by_hub(error: Exception) -> Exception:
+    """The hub client's own error: `error` itself, or what diffusers wrapped in it; of any other error the cause.
+
+    The client's errors have a cause too, the bare HTTP error, which no longer says whether a licence is to be accepted.
+    """
+    cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+    own = (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled)
+    return error if isinstance(error, own) else cause
 
 
 def hub_failure(repository: str, file: str, error: Exception) -> EnvironmentFailure:

@@ -31,7 +31,7 @@ class Heartbeat:
         self._show, self._stream, self._clock = show, stream, clock
         self._terminal = stream.isatty() and os.environ.get("TERM") != "dumb"
         self._lock = threading.RLock()
-        self._text = ""
+        self._text: str | Callable[[], str] = ""
         self._since = clock()
         self._next = LOG_SECONDS
         self._drawn = False
@@ -44,8 +44,8 @@ class Heartbeat:
             self._show(text)
             self.under_way(text)
 
-    def under_way(self, text: str) -> None:
-        """What goes on from now on, without a line."""
+    def under_way(self, text: str | Callable[[], str]) -> None:
+        """What goes on from now on, without a line; a function is asked at each beat."""
         with self._lock:
             self._text, self._since, self._next = text, self._clock(), LOG_SECONDS
 
@@ -55,13 +55,16 @@ class Heartbeat:
             silent = self._clock() - self._since
             if self.resting or not self._text:
                 return
-            line = f"{duration(silent)} since: {self._text}"[:COLUMNS]
             if self._terminal and silent >= SILENT_SECONDS:
-                print(f"{CLEAR}{line}", end="", file=self._stream, flush=True)
+                print(f"{CLEAR}{self._line(silent)}", end="", file=self._stream, flush=True)
                 self._drawn = True
             elif not self._terminal and silent >= self._next:
                 self._next = 2 * silent
-                self._show(line)
+                self._show(self._line(silent))
+
+    def _line(self, silent: float) -> str:
+        text = self._text if isinstance(self._text, str) else self._text()
+        return f"{duration(silent)} since: {text}"[:COLUMNS]
 
     def clear(self) -> None:
         """Take the line of a terminal away."""
@@ -127,7 +130,7 @@ def resting() -> Iterator[None]:
         heart.resting = False
 
 
-def under_way(text: str) -> None:
+def under_way(text: str | Callable[[], str]) -> None:
     """What goes on from now on, for the heartbeat, where there is one."""
     if _beating:
         _beating[-1].under_way(text)

@@ -29,6 +29,7 @@ from rtdmd_cli.engine.training import memory
 from rtdmd_cli.engine.training import previews as pictures
 from rtdmd_cli.engine.training.assembly import assemble, encode_prompts, model_line, training_sigmas
 from rtdmd_cli.engine.training.closing import failing, finish
+from rtdmd_cli.engine.training.downloading import bring
 from rtdmd_cli.engine.training.loop import train
 from rtdmd_cli.engine.training.opening import opened
 from rtdmd_cli.engine.training.restoring import accepted, require_base, restore
@@ -159,7 +160,7 @@ def _load(
     processes, device = join(resolve_device(preset.hardware.device))
     require_tracker(preset.hardware.tracker)
     require_shares(processes, config)
-    needed.require([*needed.of_stage_2(preset), *needed.models(preset.model)])
+    bring([*needed.of_stage_2(preset), *needed.models(preset.model)], say)
     say(f"loading the rewards {', '.join([*split_weights(config.rewards), *config.held_out])}")
     mixture = open_rewards(config, prompts, eval_prompts, device, say, preset.model.resolution)
     stop.check()
