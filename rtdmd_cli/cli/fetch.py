@@ -36,8 +36,8 @@ def fetch(
     results = []
     with console.working(quiet) as say:
         for wanted in find_wanted(name):
-            size = size_of(wanted)
-            about = "" if size is None else f", {'' if wanted.need else 'about '}{readable(size)}"
+            expected = size_of(wanted)
+            about = "" if expected is None else f", {'' if wanted.need else 'about '}{readable(expected)}"
             say(f"{wanted.source or name}{about}; licence: {wanted.licence}")
             found = download(wanted)
             if found.fresh:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
@@ -71,12 +72,12 @@ def find_folder(
             raise UsageError(f"There is no built-in model {path}.", f"Built in: {', '.join(BUILTIN)}.")
         return Path(str(files("rtdmd_cli"))) / BUILTIN[path]
 
-    def download(**where: bool) -> str:
+    def download(cached: bool) -> str:
+        where: dict[str, Any] = {"revision": revision, "local_files_only": cached}
         if transformer:
-            return str(layout.pipeline.download(path, revision=revision, use_safetensors=True, **where))
-        without = {"transformer": None, **where}
-        there = layout.pipeline.download(path, revision=revision, use_safetensors=True, **without)
-        hf_hub_download(path, "transformer/config.json", revision=revision, **where)
+            return str(layout.pipeline.download(path, use_safetensors=True, **where))
+        there = layout.pipeline.download(path, use_safetensors=True, transformer=None, **where)
+        hf_hub_download(path, "transformer/config.json", **where)
         return str(there)
 
     return _folder_or_download(path, revision, key, download)
@@ -85,8 +86,9 @@ def find_folder(
 def find_transformer(path: str, revision: str | None) -> Path:
     """The folder whose `transformer/` is the generator's own base; of a hub model only that is downloaded."""
 
-    def download(**where: bool) -> str:
-        return snapshot_download(path, revision=revision, allow_patterns=list(TRANSFORMER_FILES), **where)
+    def download(cached: bool) -> str:
+        patterns = list(TRANSFORMER_FILES)
+        return snapshot_download(path, revision=revision, allow_patterns=patterns, local_files_only=cached)
 
     folder = _folder_or_download(path, revision, "model.generator_init", download)
     if not (folder / "transformer/config.json").is_file():
@@ -94,8 +96,8 @@ def find_transformer(path: str, revision: str | None) -> Path:
     return folder
 
 
-def _folder_or_download(path: str, revision: str | None, key: str, download: Callable[..., str]) -> Path:
-    """download: of a hub model, its folder; takes local_files_only, as the hub's client does."""
+def _folder_or_download(path: str, revision: str | None, key: str, download: Callable[[bool], str]) -> Path:
+    """download: of a hub model, its folder; True for what is in the cache alone."""
     refuse_other_kinds(path, key)
     folder = Path(path).expanduser()
     if folder.is_dir():
@@ -108,15 +110,15 @@ def _folder_or_download(path: str, revision: str | None, key: str, download: Cal
         raise _hub_failure(path, revision, key, error) from error
 
 
-def _downloaded(download: Callable[..., str]) -> Path:
+def _downloaded(download: Callable[[bool], str]) -> Path:
     """As it says; where the hub gives no answer, from the cache: diffusers looks there where it can't connect, but not
     where a connection takes too long."""
     try:
-        return Path(download())
+        return Path(download(False))
     except HTTPError as error:
         if not isinstance(error, HfHubHTTPError):
             with suppress(OSError):
-                return Path(download(local_files_only=True))
+                return Path(download(True))
         raise
 
 

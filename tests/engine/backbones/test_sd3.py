@@ -412,7 +412,7 @@ def test_a_hub_model_is_known_by_its_commit(monkeypatch: pytest.MonkeyPatch, tmp
     (model / "blobs").mkdir()
     asked = []
 
-    def download(path: str, revision: str | None, use_safetensors: bool) -> str:
+    def download(path: str, revision: str | None, use_safetensors: bool, local_files_only: bool) -> str:
         asked.append((path, revision, use_safetensors))
         return str(folder)
 
