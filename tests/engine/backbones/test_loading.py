@@ -359,11 +359,12 @@ def test_what_is_downloaded_with_a_single_file(monkeypatch: pytest.MonkeyPatch, 
         return str(tiny_folder("flux1"))
 
     monkeypatch.setattr(diffusers.FluxPipeline, "download", download)
-    monkeypatch.setattr(locating, "hf_hub_download", lambda path, file, revision: asked.append((file, {})))
+    monkeypatch.setattr(locating, "hf_hub_download", lambda path, file, **_: asked.append((file, {})))
     file = tmp_path / "tuned.safetensors"
     shutil.copy(tiny_folder("flux1") / WEIGHTS, file)
     load_tiny("flux1", path=file, components="someone/model", revision="v1")
+    where = {"revision": "v1", "local_files_only": False}
     assert asked == [
-        ("someone/model", {"revision": "v1", "use_safetensors": True, "transformer": None}),
+        ("someone/model", {**where, "use_safetensors": True, "transformer": None}),
         ("transformer/config.json", {}),
     ]
