@@ -66,7 +66,7 @@ class Published:
 
 
 SHAPES = "shapes"
-_PROMPTS_UNKNOWN = "Which prompts the published figures were measured on is not stated."
+_RELEASED = "The paper names no prompts; the released configuration takes the first 64 of these."
 
 BENCHMARKS = {
     row.name: row
@@ -79,7 +79,8 @@ BENCHMARKS = {
             judge="geneval",
             images=4,
             published=("geneval",),
-            note="Not comparable: the published GenEval is the partial-credit score, this one is strict.",
+            note="Not comparable: the published GenEval is the partial-credit score, and its detector was given pictures "
+            "with red and blue swapped; this one is strict.",
         ),
         Benchmark(
             name="geneval2",
@@ -94,7 +95,7 @@ BENCHMARKS = {
             protocol="200 prompts; mean reward over prompts",
             rewards=("clipscore", "aesthetic", "pickscore", "hpsv2", "imagereward"),
             published=("clipscore", "aesthetic", "pickscore", "hpsv2", "imagereward"),
-            note=_PROMPTS_UNKNOWN,
+            note=f"{_RELEASED} Its CLIPScore resizes pictures bilinearly, this one bicubically, as CLIP does.",
         ),
         Benchmark(
             name="hpsv3",
@@ -102,7 +103,7 @@ BENCHMARKS = {
             protocol="1,024 prompts; mean score over prompts",
             rewards=("hpsv3",),
             published=("hpsv3",),
-            note=_PROMPTS_UNKNOWN,
+            note=_RELEASED,
         ),
         Benchmark(
             name="ocr",
@@ -117,8 +118,7 @@ BENCHMARKS = {
             measures="PickScore, a learned human choice, on its test prompts.",
             protocol="2,048 prompts; mean score over prompts, undivided",
             rewards=("pickscore",),
-            published=("pickscore",),
-            note=_PROMPTS_UNKNOWN,
+            note="No figure is published: the released configuration measures PickScore on DrawBench's prompts.",
         ),
         Benchmark(
             name=SHAPES,
