@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -34,10 +34,11 @@ class Repository:
 
 @dataclass
 class Hub:
-    """The repositories by "owner/name"; asked: the files that were sent, in order."""
+    """The repositories by "owner/name"; asked: the files that were sent, in order; watch: is told of each beforehand."""
 
     repositories: Mapping[str, Repository]
     asked: list[str] = field(default_factory=list)
+    watch: Callable[[str], None] = lambda path: None
     address: str = ""
 
 
@@ -106,6 +107,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(404, "EntryNotFound")
         else:
             if body:
+                self.hub.watch(path)
                 self.hub.asked.append(path)
             self._send(file.read_bytes(), {"X-Repo-Commit": COMMIT, "ETag": f'"{_tag(file)}"'}, body)
 

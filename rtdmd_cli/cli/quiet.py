@@ -19,6 +19,7 @@ TELEMETRY = {
 }
 """The switches of libraries that would report to somebody, and their values that turn that off."""
 NOISE = {
+    "huggingface_hub.hf_api": "offline mode is enabled",  # by the user
     "diffusers.pipelines.pipeline_utils": "Couldn't connect to the Hub",  # what is not in the cache is our own error
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",  # an optional kernel
     "transformers.utils.import_utils": "requires torchvision (not installed)",  # it takes its own substitute

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from rtdmd_cli.cli import failures
 from rtdmd_cli.cli.app import app
 from rtdmd_cli.config.schema import ModelConfig
 from rtdmd_cli.engine.backbones import locating, sd3
+from rtdmd_cli.engine.compute.signals import Stopped, stop_on_signals
 from rtdmd_cli.engine.families.table import MODELS
 from rtdmd_cli.engine.rewards import needed
 from rtdmd_cli.engine.training.downloading import Arriving, arrived, bring
@@ -116,6 +119,24 @@ def test_a_training_says_what_it_downloads_before_it_does(hub: Hub) -> None:
     assert needed.models(model(generator_init=FEW_STEPS)) == []
     of_second = Path(constants.HF_HUB_CACHE) / "models--someone--few-step/snapshots" / COMMIT
     assert {path.name for path in of_second.iterdir()} == {"transformer"}
+
+
+def test_a_signal_ends_a_download_at_once(hub: Hub) -> None:
+    """Although it would let a model load to its end."""
+
+    def watch(path: str) -> None:
+        if path == "model_index.json":
+            os.kill(os.getpid(), signal.SIGINT)
+
+    hub.watch = watch
+    missing = needed.models(model())
+    with (
+        stop_on_signals() as stop,
+        stop.during("finishing this", "nothing"),
+        pytest.raises(Stopped, match="whole") as caught,
+    ):
+        bring(missing, lambda text: None)
+    assert caught.value.number == signal.SIGINT and "vae/config.json" not in hub.asked
 
 
 def test_what_has_come_and_the_time_that_is_left(tmp_path: Path) -> None:

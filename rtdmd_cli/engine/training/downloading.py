@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from rtdmd_cli.engine.compute.signals import stop_on_signals
 from rtdmd_cli.engine.rewards import needed
 from rtdmd_cli.engine.rewards.fetch import Fetched, Wanted, fetch
 from rtdmd_cli.engine.rewards.local import cache_folder, readable
@@ -16,14 +17,16 @@ BLOCK = 512  # bytes, the unit of st_blocks
 
 
 def bring(missing: Sequence[Wanted], say: Callable[[str], None]) -> None:
-    """Download what is missing, one after the other; the heartbeat tells how much has come.
+    """Download what is missing, one after the other; the heartbeat tells how much has come. A signal ends it at once.
 
     EnvironmentFailure, as `needed.require`, where the hub can't be reached, and as `fetch` where it does not deliver.
     """
     needed.require(missing)
-    for each in missing:
-        say(f"downloading {needed.described(each)}")
-        download(each)
+    with stop_on_signals() as stop, stop.during("", "files that have come whole are kept"):
+        stop.check()
+        for each in missing:
+            say(f"downloading {needed.described(each)}")
+            download(each)
 
 
 def download(wanted: Wanted) -> Fetched:
