@@ -10,6 +10,10 @@ from pathlib import Path
 OPTION = "--processes"
 PATIENCE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 """Seconds that the launcher gives the processes to finish an iteration and save after a signal; 30 without it."""
+HANDLED = "TORCHELASTIC_SIGNALS_TO_HANDLE"
+"""Signals that the launcher takes for itself, also where they were ignored, and that its processes then no longer ignore."""
+THREADS = "OMP_NUM_THREADS"
+"""Of each process; 1 without it, with which text encoders on the CPU take hours."""
 
 
 def launch(count: int, arguments: Sequence[str]) -> int:
@@ -19,6 +23,8 @@ def launch(count: int, arguments: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     os.environ.setdefault(PATIENCE, str(6 * 3600))
+    os.environ.setdefault(HANDLED, ",".join(not_ignored()))
+    os.environ.setdefault(THREADS, str(max(1, (os.cpu_count() or 1) // count)))
     signal.signal(signal.SIGUSR1, lambda number, frame: pass_on(number))
     settings = ["--multi_gpu", "--num_processes", str(count), "--num_machines", "1", "--gpu_ids", "all"]
     settings += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
@@ -31,6 +37,12 @@ def launch(count: int, arguments: Sequence[str]) -> int:
         pass_on(error.sigval)  # a second signal came while the launcher waited for them: it is theirs too
         return 128 + int(error.sigval)
     return 0
+
+
+def not_ignored() -> list[str]:
+    """Names of the signals that end a command, but for those that this process was started to ignore, as by nohup."""
+    ending = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+    return [each.name for each in ending if signal.getsignal(each) is not signal.SIG_IGN]
 
 
 def pass_on(number: int) -> None:

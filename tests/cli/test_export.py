@@ -22,7 +22,11 @@ from torch import Tensor
 
 from rtdmd_cli.cli.app import main
 from rtdmd_cli.config.loader import load_preset
+from rtdmd_cli.engine.export import roundtrip
+from rtdmd_cli.engine.export.code import Stock
 from rtdmd_cli.engine.export.generator import adapter_stacks
+from rtdmd_cli.engine.sampling.model import Model, open_model
+from rtdmd_cli.engine.sampling.source import Source
 from rtdmd_cli.engine.storage import files
 from rtdmd_cli.engine.storage.checkpoint import load_checkpoint
 from rtdmd_cli.engine.storage.lora_files import read_header
@@ -120,6 +124,35 @@ def test_fewer_pictures(world: World) -> None:
         assert one.width < four.width
     refused = world.run("export", "tuned", "--out", "exports/none", "--pictures", "0")
     assert refused.code == 2 and not (folder / "none").exists()
+
+
+def test_a_card_that_is_too_small_leaves_the_drawing_to_the_cpu(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training keeps the base in 8 or 4 bits; an export takes the whole one."""
+    real = roundtrip.open_stock
+
+    def full(device: torch.device) -> None:
+        if device.type == "cuda":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    def opened(source: Source, device: torch.device, *rest: Any) -> Model:
+        full(device)
+        return open_model(source, device, *rest)
+
+    def stock(wanted: Stock, device: torch.device, dtype: torch.dtype) -> Any:
+        full(device)
+        return real(wanted, device, dtype)
+
+    monkeypatch.setattr("rtdmd_cli.engine.compute.device.resolve_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr("rtdmd_cli.engine.export.run.open_model", opened)
+    monkeypatch.setattr(roundtrip, "open_stock", stock)
+    result = world.run(
+        "export", "tuned", "--out", "exports/small", "--pictures", "1", "--dtype", "fp32", "--json"
+    )
+    assert result.code == 0, result.err
+    assert result.err.count("the card's memory is full: on the CPU instead") == 2
+    assert result.json["round_trip"]["diffusers"]["mean_difference"] < ROUNDING
 
 
 def test_the_files_hold_both_stages(world: World) -> None:

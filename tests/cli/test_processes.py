@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rtdmd_cli.cli.launching import children, without_option
+from rtdmd_cli.cli.launching import children, not_ignored, without_option
 from rtdmd_cli.engine.storage.checkpoint import checkpoint_steps, load_checkpoint
 from rtdmd_cli.engine.storage.run_folder import RunFolder
 from tests.cli.test_distill import write_preset
@@ -158,6 +158,15 @@ def test_one_signal_saves_and_the_other_stops_both_after_saving(world: World) ->
 def test_the_launcher_passes_the_command_on_without_its_own_option() -> None:
     given = ["distill", "--processes", "2", "--set", "a=b", "--processes=3", "--json"]
     assert without_option(given) == ["distill", "--set", "a=b", "--json"]
+
+
+def test_the_launcher_leaves_ignored_signals_to_nohup() -> None:
+    assert {"SIGTERM", "SIGHUP"} <= set(not_ignored())
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert "SIGHUP" not in not_ignored() and "SIGTERM" in not_ignored()
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_the_launcher_finds_the_processes_that_a_second_signal_is_for() -> None:

@@ -120,6 +120,20 @@ def within_memory(make: Callable[[int], T], size: int, device: torch.device) -> 
         free_memory(device)
 
 
+def where_there_is_room(
+    make: Callable[[torch.device], T], device: torch.device, say: Callable[[str], None]
+) -> T:
+    """`make(device)`; `make` of the CPU where a card's memory is full, which is said first."""
+    try:
+        return make(device)
+    except RuntimeError as error:
+        if device.type == "cpu" or not is_out_of_memory(error):
+            raise
+    free_memory(device)  # out of the handler, which holds the frames of the error, and their tensors
+    say("the card's memory is full: on the CPU instead, which takes longer")
+    return make(torch.device("cpu"))
+
+
 @cache
 def _tell(size: int) -> None:
     """Once a process for each size."""

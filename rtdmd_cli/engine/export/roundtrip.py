@@ -137,6 +137,13 @@ def stock_pictures(pipe: Any, prompts: Sequence[str], call: Mapping[str, str]) -
     return torch.stack(made)
 
 
+def reloaded_pictures(
+    stock: Stock, dtype: torch.dtype, prompts: Sequence[str], call: Mapping[str, str], device: torch.device
+) -> Tensor:
+    """As `stock_pictures`, of a pipeline that is loaded for it and let go again."""
+    return stock_pictures(open_stock(stock, device, dtype), prompts, call)
+
+
 def compare(own: Tensor, stock: Tensor, dtype: torch.dtype, exact: bool, name: str) -> RoundTrip:
     """The difference of two sets of pictures; NumericalError where it is more than rounding and should not be."""
     difference = (own - stock).abs()

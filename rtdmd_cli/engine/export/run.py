@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from rtdmd_cli.config.tune_reward import split_weights
 from rtdmd_cli.engine.backbones.common import evenly_spaced
 from rtdmd_cli.engine.backbones.families import FAMILIES as BACKBONES
 from rtdmd_cli.engine.backbones.loading import file_tensors
+from rtdmd_cli.engine.compute.device import where_there_is_room
 from rtdmd_cli.engine.export import PICTURES, merged
 from rtdmd_cli.engine.export.card import card_text
 from rtdmd_cli.engine.export.code import Place, Stock
@@ -40,7 +42,7 @@ from rtdmd_cli.engine.export.names import (
     local_name,
     public_name,
 )
-from rtdmd_cli.engine.export.roundtrip import RoundTrip, compare, open_stock, own_pictures, stock_pictures
+from rtdmd_cli.engine.export.roundtrip import RoundTrip, compare, own_pictures, reloaded_pictures
 from rtdmd_cli.engine.export.stock import stock_here, stock_there
 from rtdmd_cli.engine.report.grid import GridRow, picture_grid, save_png
 from rtdmd_cli.engine.roles.adapters import DTYPES
@@ -128,7 +130,7 @@ def _built(request: Request, building: Path, say: Callable[[str], None]) -> dict
     """Fill the folder `building` and give it its name; what export.json says of it."""
     assert request.source.checkpoint is not None
     prompts = picture_prompts(request.source)[: request.pictures]
-    own = draw_own(request, prompts, say)
+    own = where_there_is_room(partial(draw_own, request, prompts, say), request.device, say)
     checkpoint = load_checkpoint(request.source.checkpoint)
     folded = NO_ADAPTER
     if not is_full(request.source.preset):
@@ -213,10 +215,12 @@ def counted(pictures: int) -> str:
     return "1 picture" if pictures == 1 else f"{pictures} pictures"
 
 
-def draw_own(request: Request, prompts: Sequence[str], say: Callable[[str], None]) -> Own:
-    """Open the run's generator, draw, and let it go again."""
+def draw_own(
+    request: Request, prompts: Sequence[str], say: Callable[[str], None], device: torch.device
+) -> Own:
+    """Open the run's generator on the device, draw, and let it go again."""
     say(f"loading the model {request.source.preset.model.path}")
-    model = open_model(request.source, request.device, request.dtype, encoding_ahead(prompts))
+    model = open_model(request.source, device, request.dtype, encoding_ahead(prompts))
     plan = model.plan()
     say(f"drawing {counted(len(prompts))} with the run, with eta {plan.eta:g} and with eta 0")
     pictures, euler = own_pictures(model, plan, prompts, (plan.eta, 0.0))
@@ -328,8 +332,9 @@ def prove(
             file = folder / loras[name]
             stock = replace(base, lora=(Place(str(file.parent)), file.name))
         say(f"round trip {name}: loading it into the stock pipeline, drawing the same pictures")
-        pipe = open_stock(stock, request.device, request.dtype)
-        pictures = stock_pictures(pipe, facts.prompts, facts.call(merged=name == "merged"))
+        call = facts.call(merged=name == "merged")
+        drawn = partial(reloaded_pictures, stock, request.dtype, facts.prompts, call)
+        pictures = where_there_is_room(drawn, request.device, say)
         trips[name] = compare(own.euler, pictures, dtype, facts.fold_error == 0, name)
         say(
             f"round trip {name}: mean difference {trips[name].mean:.2g}, largest {trips[name].largest:.2g} "
