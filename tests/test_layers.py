@@ -188,7 +188,7 @@ def test_the_converter_names_the_restricted_loader() -> None:
 def test_third_party_imports_are_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     extras = project["optional-dependencies"]
-    entries = [*project["dependencies"], *extras["ocr"], *extras["trackio"]]
+    entries = [*project["dependencies"], *extras["ocr"], *extras["trackio"], *extras["wandb"]]
     declared = {re.split(r"[^\w-]", entry)[0].replace("-", "_") for entry in entries}
     imported = {
         name.partition(".")[0] for path in FILES for name in imports(ast.parse(path.read_text("utf-8")))

@@ -5,9 +5,12 @@ They get every metric line, learning rates, speed and memory among it, the sampl
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
+
+from packaging.version import Version
 
 from rtdmd_cli.engine.rewards.printing import prints_nowhere, prints_on_stderr
 from rtdmd_cli.errors import EnvironmentFailure
@@ -16,6 +19,11 @@ TRACKERS = ("tensorboard", "wandb", "trackio")
 """Names, each also of the package and of the extra."""
 GRID = "samples"
 """Under which name a tracker shows the sample grids."""
+OLDEST_WANDB = "0.31"
+"""The first one that can be asked for its login without a question to the person."""
+OFFLINE = ("offline", "dryrun", "disabled")
+"""wandb's modes without a server."""
+WITHOUT = "do without: --set hardware.tracker=none"
 
 
 class Tracker(Protocol):
@@ -65,12 +73,41 @@ class _Accelerate:
 
 
 def require_tracker(name: str) -> None:
-    """EnvironmentFailure where the package of a tracker is not installed; nothing for "none"."""
-    if name in TRACKERS and find_spec(name) is None:
+    """EnvironmentFailure where a tracker's package is not installed, or wandb has no login; nothing for "none".
+
+    With a key, wandb's server is asked whether it takes it: without network, a run would fail after the model is loaded.
+    """
+    if name not in TRACKERS:
+        return
+    if find_spec(name) is None:
         raise EnvironmentFailure(
-            f"The tracker {name} is not installed.",
-            f"Run: pip install 'rtdmd[{name}]', or do without: --set hardware.tracker=none",
+            f"The tracker {name} is not installed.", f"Run: pip install 'rtdmd[{name}]', or {WITHOUT}"
         )
+    if name == "wandb":
+        with prints_on_stderr():
+            _require_login()
+
+
+def _require_login() -> None:
+    """As `require_tracker`, of wandb; `wandb.init` would wait for a key on a terminal, and fail without one."""
+    if Version(version("wandb")) < Version(OLDEST_WANDB):
+        raise EnvironmentFailure(
+            f"wandb {version('wandb')} is older than {OLDEST_WANDB}.",
+            f"Run: pip install --upgrade 'rtdmd[wandb]', or {WITHOUT}",
+        )
+    import wandb
+
+    hint = "Run `wandb login`, or set WANDB_MODE=offline."
+    try:
+        there = wandb.setup().settings.mode in OFFLINE or wandb.login(prompt=False)
+    except Exception as error:  # its own of many kinds, and those of what it calls
+        raise EnvironmentFailure(f"The tracker wandb can't log in: {_words(error)}.", hint) from error
+    if not there:
+        raise EnvironmentFailure("The tracker wandb has no login on this machine.", hint)
+
+
+def _words(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300].rstrip(".")
 
 
 @contextmanager
@@ -78,7 +115,8 @@ def open_tracker(name: str, run: Path, settings: Mapping[str, Any], quiet: bool 
     """The tracker "none", or one of TRACKERS, closed at the end.
 
     settings: the preset's values by their keys. tensorboard writes event files into the run folder, wandb and trackio
-    keep their own. quiet: what their packages print is dropped. Raises as `require_tracker`.
+    keep their own. quiet: what their packages print is dropped. Raises as `require_tracker`, and EnvironmentFailure
+    where the tracker fails to begin.
     """
     if name == "none":
         yield _Silent()
@@ -94,12 +132,16 @@ def open_tracker(name: str, run: Path, settings: Mapping[str, Any], quiet: bool 
         for key, value in settings.items()
     }
     printing = prints_nowhere if quiet else prints_on_stderr
-    with printing():
-        accelerator.init_trackers(
-            project_name="rtdmd",
-            config=plain,
-            init_kwargs={"wandb": {"name": run.name}, "trackio": {"name": run.name}},
-        )
+    try:
+        with printing():
+            accelerator.init_trackers(
+                project_name="rtdmd",
+                config=plain,
+                init_kwargs={"wandb": {"name": run.name}, "trackio": {"name": run.name}},
+            )
+    except Exception as error:  # whatever a tracker's package or its server may say
+        reason = f"The tracker {name} could not begin: {_words(error)}."
+        raise EnvironmentFailure(reason, f"Mend it, or {WITHOUT}") from error
     try:
         yield _Accelerate(accelerator, name)
     finally:
