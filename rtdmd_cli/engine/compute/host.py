@@ -17,6 +17,28 @@ class HostMemory:
     limited: bool = False
 
 
+@dataclass(frozen=True)
+class _Files:
+    """Of a container's memory, below the folder of cgroups. reclaimable: the key in `statistics`."""
+
+    bound: str
+    used: str
+    statistics: str
+    reclaimable: str
+
+
+_VERSIONS = (
+    _Files("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    _Files(
+        "memory/memory.limit_in_bytes",
+        "memory/memory.usage_in_bytes",
+        "memory/memory.stat",
+        "total_inactive_file",
+    ),
+)
+"""Version 2 of cgroups, and version 1."""
+
+
 def host_memory(meminfo: Path = MEMINFO, cgroup: Path = CGROUP) -> HostMemory | None:
     """Linux's figures, bounded by the container's if there is one; None on other systems."""
     try:
@@ -25,10 +47,22 @@ def host_memory(meminfo: Path = MEMINFO, cgroup: Path = CGROUP) -> HostMemory | 
         return None
     kib = {key: int(rest.split()[0]) for key, _, rest in (line.partition(":") for line in lines)}
     total, available = kib["MemTotal"] * 1024, kib["MemAvailable"] * 1024
-    bound, used = (_number(cgroup / name) for name in ("memory.max", "memory.current"))
-    if bound is None or bound >= total:
-        return HostMemory(total, available)
-    return HostMemory(bound, min(available, max(0, bound - (used or 0))), limited=True)
+    for version in _VERSIONS:
+        bound = _number(cgroup / version.bound)
+        if bound is not None and bound < total:
+            return HostMemory(bound, min(available, max(0, bound - _used(cgroup, version))), limited=True)
+    return HostMemory(total, available)
+
+
+def _used(cgroup: Path, version: _Files) -> int:
+    """Bytes that a container holds; not the files read that the system drops where memory is wanted, as Docker counts."""
+    used = _number(cgroup / version.used) or 0
+    try:
+        lines = (cgroup / version.statistics).read_text(encoding="ascii").splitlines()
+    except OSError:
+        return used
+    counts = dict(line.split(maxsplit=1) for line in lines)
+    return max(0, used - int(counts.get(version.reclaimable, 0)))
 
 
 def _number(path: Path) -> int | None:

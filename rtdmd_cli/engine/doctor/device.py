@@ -1,5 +1,6 @@
 """The GPU, what it computes in, the compiler, and the quantised layers."""
 
+import os
 import shutil
 import subprocess
 from functools import cache
@@ -32,7 +33,7 @@ def current() -> torch.device:
 
 @cache
 def driver() -> dict[str, str]:
-    """GPU and driver as nvidia-smi names them, of the first card; empty where it finds none."""
+    """GPU and driver as nvidia-smi names them, of the first card, and the number of cards; empty where it finds none."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return {}
@@ -41,8 +42,22 @@ def driver() -> dict[str, str]:
         done = subprocess.run(asked, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
         return {}
-    name, _, version = (done.stdout.splitlines() or [""])[0].partition(", ")
-    return {"name": name, "version": version} if version else {}
+    lines = done.stdout.splitlines() or [""]
+    name, _, version = lines[0].partition(", ")
+    return {"name": name, "version": version, "count": str(len(lines))} if version else {}
+
+
+def hiding(count: int) -> str | None:
+    """The value of CUDA_VISIBLE_DEVICES where it leaves none of `count` cards, else None.
+
+    CUDA reads the list up to the first entry that is no card.
+    """
+    value = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if value is None:
+        return None
+    first = value.partition(",")[0].strip()
+    card = first.startswith(("GPU-", "MIG-")) or (first.isdecimal() and int(first) < count)
+    return None if card else value
 
 
 def gpu() -> Check:
@@ -51,6 +66,10 @@ def gpu() -> Check:
     if device.type == "cuda":
         return _cuda(device, seen)
     facts = {"device": device.type, "cuda": torch.version.cuda, "driver": seen.get("version")}
+    hidden = hiding(int(seen["count"])) if seen and torch.version.cuda else None
+    if hidden is not None:
+        found = f"CUDA_VISIBLE_DEVICES={hidden!r} hides the {seen['name']} (driver {seen['version']})"
+        return Check("gpu", "FAIL", found, "unset CUDA_VISIBLE_DEVICES", facts)
     if seen:
         built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
         found = f"{seen['name']} (driver {seen['version']}), which torch can't use: it is {built}"

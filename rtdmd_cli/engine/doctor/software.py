@@ -11,7 +11,12 @@ from rtdmd_cli.engine.doctor.check import Check
 
 PYTHON = ((3, 11), (3, 14))
 """The versions of Python that rtdmd is for: from the first on, below the second."""
-EXTRAS = {"ocr": ("onnxruntime", "rapidocr"), "tensorboard": ("tensorboard",), "wandb": ("wandb",)}
+EXTRAS = {
+    "ocr": ("onnxruntime", "rapidocr"),
+    "tensorboard": ("tensorboard",),
+    "trackio": ("trackio",),
+    "wandb": ("wandb",),
+}
 """Extra of the package -> what it brings."""
 SHOWN = ("torch", "diffusers", "transformers", "peft", "accelerate", "bitsandbytes", "safetensors")
 

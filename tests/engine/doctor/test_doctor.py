@@ -19,7 +19,7 @@ NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has 
 def test_python_and_extras_are_those_of_the_package() -> None:
     (low, high) = ((int(a), int(b)) for a, b in (v.split(".") for v in ("3.11", "3.14")))
     assert PYPROJECT["requires-python"] == ">=3.11,<3.14" and (low, high) == software.PYTHON
-    stated = {name: PYPROJECT["optional-dependencies"][name] for name in software.EXTRAS}
+    stated = {name: lines for name, lines in PYPROJECT["optional-dependencies"].items() if name != "dev"}
     assert {name: tuple(Requirement(line).name for line in lines) for name, lines in stated.items()} == (
         software.EXTRAS
     )
@@ -52,6 +52,33 @@ def test_the_memory_of_the_host_and_of_a_container(tmp_path: Path) -> None:
     assert host_memory(tmp_path / "absent") is None
 
 
+@pytest.mark.parametrize(
+    ("bound", "used", "reclaimable"),
+    [
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+    ],
+)
+def test_files_that_were_read_are_not_memory_in_use(
+    bound: str, used: str, reclaimable: str, tmp_path: Path
+) -> None:
+    """In both versions of cgroups; after a download a container's memory is full of the file."""
+    meminfo, cgroup = write_system(tmp_path)
+    (cgroup / bound).parent.mkdir(exist_ok=True)
+    (cgroup / bound).write_text(f"{8 * GIB}\n")
+    (cgroup / used).write_text(f"{7 * GIB}\n")
+    statistics = (cgroup / bound).parent / "memory.stat"
+    statistics.write_text(f"anon {GIB}\nactive_file {GIB}\n{reclaimable} {5 * GIB}\n")
+    found = host_memory(meminfo, cgroup)
+    assert found and (found.total, found.available, found.limited) == (8 * GIB, 6 * GIB, True)
+    statistics.unlink()
+    unknown = host_memory(meminfo, cgroup)
+    assert unknown and unknown.available == GIB
+    (cgroup / bound).write_text("9223372036854771712\n")  # no bound, in version 1
+    free = host_memory(meminfo, cgroup)
+    assert free and (free.total, free.limited) == (16 * GIB, False)
+
+
 @pytest.mark.parametrize(("free", "state"), [(1, "FAIL"), (9, "WARN"), (20, "PASS")])
 def test_too_little_memory(free: int, state: str, monkeypatch: pytest.MonkeyPatch) -> None:
     memory = storage.host_memory()
@@ -72,6 +99,23 @@ def test_a_card_that_torch_cannot_use_fails(tmp_path: Path, monkeypatch: pytest.
     finally:
         device.driver.cache_clear()
     assert found.state == "FAIL" and "RTX 4090 (driver 570.86)" in found.found and "torch" in found.fix
+
+
+@NO_GPU
+@pytest.mark.parametrize("value", ["", "-1", "1"])
+def test_a_card_that_a_variable_hides_is_told(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    card = {"name": "NVIDIA GeForce RTX 4090", "version": "570.86", "count": "1"}
+    monkeypatch.setattr(device, "driver", lambda: card)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
+    found = device.gpu()
+    assert found.state == "FAIL" and found.fix == "unset CUDA_VISIBLE_DEVICES"
+    assert f"CUDA_VISIBLE_DEVICES={value!r} hides" in found.found and "RTX 4090" in found.found
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert "built for CUDA 13.0" in device.gpu().found
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
+    monkeypatch.setattr(torch.version, "cuda", None)  # then the variable is the lesser fault
+    assert "built without CUDA" in device.gpu().found
 
 
 @NO_GPU
