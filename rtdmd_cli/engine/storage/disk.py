@@ -15,6 +15,7 @@ from pathlib import Path
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
+_NO_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
 
 
 class Disk:
@@ -48,10 +49,17 @@ class Disk:
         os.fsync(descriptor)
 
     def flush_path(self, path: Path) -> None:
-        """Have a file's content, or a folder's names, on the disk."""
+        """Have a file's content, or a folder's names, on the disk.
+
+        Folders shared with another system (VirtualBox, WSL, some of SMB) have no such call for a folder: their system writes
+        names when it will, and a power cut may lose the last of them. Without this no command could write there at all.
+        """
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in _NO_FLUSH or not stat.S_ISDIR(os.fstat(descriptor).st_mode):
+                raise
         finally:
             os.close(descriptor)
 

@@ -56,6 +56,29 @@ def test_a_failing_writer_leaves_the_old_content(tmp_path: Path) -> None:
     assert names(tmp_path) == ["t"]
 
 
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EIO])
+def test_a_disk_without_a_flush_of_folders_can_be_written(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shared folders refuse fsync of a folder; that of a file, or another fault, is still an error."""
+    refused = os.path.isdir
+
+    def fsync(descriptor: int) -> None:
+        if refused(f"/dev/fd/{descriptor}"):
+            raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    if number == errno.EIO:
+        with pytest.raises(EnvironmentFailure, match="t.txt"):
+            files.write_text(tmp_path / "t.txt", "new")
+        return
+    files.write_text(tmp_path / "a" / "t.txt", "new")
+    assert (tmp_path / "a" / "t.txt").read_text() == "new"
+    refused = os.path.isfile
+    with pytest.raises(OSError, match=os.strerror(number)):
+        Disk().flush_path(tmp_path / "a" / "t.txt")
+
+
 def test_data_reach_the_disk_before_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     fsync, replace = os.fsync, os.replace
