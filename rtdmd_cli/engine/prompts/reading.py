@@ -118,8 +118,11 @@ def read_prompts(source: str, stdin: BinaryIO | None = None) -> Sequence[str]:
 
 
 def read_stored(found: Stored) -> PromptSet:
-    """The prompts of a public set that lies on this machine; each once, sorted, where its file repeats them."""
-    prompts = _read_file(found.path)
+    """The prompts of a public set that lies on this machine; each once, sorted, where its file repeats them.
+
+    Its text is read as the published programs do: what begins with # is a prompt, and a lone carriage return ends a line.
+    """
+    prompts = _read_file(found.path, published=True)
     if not found.data.distinct:
         return prompts
     first = {text: index for index, text in reversed(list(enumerate(prompts.texts)))}
@@ -156,7 +159,7 @@ def _only_file(folder: Path) -> Path:
     )
 
 
-def _read_file(path: Path) -> PromptSet:
+def _read_file(path: Path, published: bool = False) -> PromptSet:
     name, ending = str(path), path.suffix.lower()
     try:
         with strict_json.open_regular(path) as file:
@@ -169,12 +172,13 @@ def _read_file(path: Path) -> PromptSet:
                     f"{name} ends in {path.suffix}, which is not the ending of a prompt file.",
                     f"Use one of {', '.join(SUFFIXES)}: rename the file if it is text with one prompt a line.",
                 )
-            lines = _prompts(file, name, comments=ending != ".jsonl")
+            if ending == ".jsonl":
+                return _entries(_json_lines(_prompts(file, name, comments=False), name), name, _JSONL_HINT)
+            return _plain(_prompts(file, name, comments=not published, returns=published))
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise DataError(f"There is no prompt file {path}.", "Check the path.") from error
     except strict_json.BadJson as error:
         raise DataError(f"{path} can't be read: {error}.", "Write the prompts to a file first.") from error
-    return _entries(_json_lines(lines, name), name, _JSONL_HINT) if ending == ".jsonl" else _plain(lines)
 
 
 def _json_list(file: BinaryIO, name: str) -> Iterator[Any]:
@@ -277,10 +281,10 @@ def check_prompt(prompt: str) -> str:
     return prompt.strip()
 
 
-def _prompts(stream: BinaryIO, name: str, comments: bool = True) -> list[str]:
-    """comments: whether lines that begin with # are left out."""
+def _prompts(stream: BinaryIO, name: str, comments: bool = True, returns: bool = False) -> list[str]:
+    """comments: whether lines that begin with # are left out. returns: whether a lone carriage return ends a line."""
     prompts, left_out = [], 0
-    for line in _lines(stream, name):
+    for line in _lines(stream, name, returns):
         if comments and line.startswith("#"):
             left_out += 1
         elif line:
@@ -303,7 +307,7 @@ def _say_options(texts: Sequence[str], name: str) -> None:
         )
 
 
-def _lines(stream: BinaryIO, name: str) -> Iterator[str]:
+def _lines(stream: BinaryIO, name: str, returns: bool) -> Iterator[str]:
     """Every line, stripped. Reads no further than a line that is too long."""
     number, read = 0, 0
     while raw := stream.readline(_MAX_LINE):
@@ -321,12 +325,12 @@ def _lines(stream: BinaryIO, name: str) -> Iterator[str]:
             raise _too_long(where)
         if "\0" in line:
             raise DataError(f"{where}: the line holds a NUL character.", _HINT)
-        if "\r" in line:
+        if "\r" in line and not returns:
             raise DataError(
                 f"{where}: its lines end in lone carriage returns.",
                 "Convert it: tr '\\r' '\\n' < FILE > NEW_FILE",
             )
-        yield line.strip()
+        yield from (part.strip() for part in line.split("\r"))
 
 
 def _too_long(where: str) -> DataError:

@@ -30,6 +30,8 @@ from rtdmd_cli.errors import DataError, EnvironmentFailure, UsageError
 RECORD = ".source.json"
 MAX_BYTES = 100_000_000  # of a set; the largest known one has less than a tenth of it
 TIMEOUT = 30.0  # seconds without an answer
+POINTER = b"version https://git-lfs.github.com/spec/"
+"""Begins what a server sends in the place of a file that is kept in Git LFS."""
 
 
 class Prompts(Protocol):
@@ -146,12 +148,26 @@ def _install(
     with files.building(final) as temporary:
         files.write_bytes(temporary / data.file, content)
         prompts = check(Stored(data, temporary / data.file, found))
-        own = given and not data.accepted and not recognised(data, prompts.texts)
+        known = bool(data.accepted) or recognised(data, prompts.texts)
+        if not (given or known or data.ends is None):
+            raise _other(data, origin, content)
+        own = given and not known
         record = {"url": data.url, "sha256": found, "size": len(content), "pinned": bool(data.accepted)}
         record["own"] = own
         files.write_json(temporary / RECORD, record)
         files.replace_folder(temporary, final)
     return Stored(data, final / data.file, found, fresh=True, own=own)
+
+
+def _other(data: DataSet, origin: str, content: bytes) -> DataError:
+    """Of a download without a pinned sum that is not the set."""
+    reason = "its first and last prompt are others"
+    if content.startswith(POINTER):
+        reason = "it is a pointer of Git LFS, which stands for the file"
+    return DataError(
+        f"{origin} is not the prompt set {data.name}: {reason}.",
+        f"Nothing was changed. Get the file in another way, then: {command(data, file=True)}",
+    )
 
 
 def _recorded(data: DataSet) -> str:

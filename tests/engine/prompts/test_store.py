@@ -21,6 +21,13 @@ from tests.public_data import benchmark_file
 
 TEXT = b"a red ring\na blue cross\n"
 SHA = hashlib.sha256(TEXT).hexdigest()
+BODIES = {
+    "/good": TEXT,
+    "/short": TEXT,
+    "/other": b"<html>",
+    "/binary": b"\xff\xfe\x00",
+    "/pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n",
+}
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -30,7 +37,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/missing":
             self.send_error(404)
             return
-        body = {"/good": TEXT, "/short": TEXT, "/other": b"<html>", "/binary": b"\xff\xfe\x00"}[self.path]
+        body = BODIES[self.path]
         self.send_response(200)
         self.send_header("Content-Length", str(len(body) + 5 * (self.path == "/short")))
         self.end_headers()
@@ -113,6 +120,37 @@ def test_an_unpinned_file_that_holds_no_prompts_is_not_recorded(server: str, cac
     with pytest.raises(DataError, match="not UTF-8"):
         store.fetch(data(f"{server}/binary", sha256=None), read_stored)
     assert list((cache / "data").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("page", "reason"),
+    [("other", "its first and last prompt are others"), ("pointer", "a pointer of Git LFS")],
+)
+def test_an_unpinned_download_must_have_the_ends_of_the_set(
+    server: str, cache: Path, page: str, reason: str
+) -> None:
+    first, last = (
+        hashlib.sha256(line).hexdigest()[:16] for line in (TEXT.splitlines()[0], TEXT.splitlines()[-1])
+    )
+    toy = replace(data(f"{server}/{page}", sha256=None), ends=(first, last))
+    with pytest.raises(DataError, match=f"is not the prompt set toy: .*{reason}") as caught:
+        store.fetch(toy, read_stored)
+    assert "rtdmd data fetch toy --file FILE" in caught.value.hint and list((cache / "data").iterdir()) == []
+    found = store.fetch(replace(toy, url=f"{server}/good"), read_stored)
+    assert found.fresh and not found.own
+
+
+def test_public_text_is_read_as_the_published_programs_do(tmp_path: Path) -> None:
+    """Python's text mode: every kind of line end is one, and no line is a comment; a person's own file has comments."""
+    body = b"#art, a cat\na dog\ra bird \r\n\r\n# last\r"
+    toy, file = data("http://127.0.0.1:9", hashlib.sha256(body).hexdigest()), tmp_path / "mine.txt"
+    file.write_bytes(body)
+    with file.open("r", encoding="utf-8") as text:
+        expected = [line.strip() for line in text.readlines() if line.strip()]
+    assert read_stored(store.fetch(toy, read_stored, file)).texts == expected
+    assert expected == ["#art, a cat", "a dog", "a bird", "# last"]
+    with pytest.raises(DataError, match="lone carriage returns"):
+        read_prompt_set(str(file))
 
 
 def test_offline_it_says_what_to_place_where(
