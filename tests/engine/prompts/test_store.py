@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
+import ssl
+import subprocess
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -151,6 +155,37 @@ def test_public_text_is_read_as_the_published_programs_do(tmp_path: Path) -> Non
     assert expected == ["#art, a cat", "a dog", "a bird", "# last"]
     with pytest.raises(DataError, match="lone carriage returns"):
         read_prompt_set(str(file))
+
+
+@pytest.fixture
+def secure(tmp_path: Path) -> Iterator[tuple[str, Path]]:
+    """The same server by https, and its certificate, which nobody else knows."""
+    program = shutil.which("openssl")
+    if program is None:
+        pytest.skip("openssl makes the certificate")
+    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    made = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost"
+    named = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run([program, *made.split(), *named], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+        running.socket = context.wrap_socket(running.socket, server_side=True)
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"https://127.0.0.1:{running.server_address[1]}", certificate
+        running.shutdown()
+
+
+def test_a_server_is_trusted_as_the_hub_is(secure: tuple[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a Python that has no authorities of its own, as python.org's on macOS."""
+    address, certificate = secure
+    bare = partial(ssl.SSLContext, ssl.PROTOCOL_TLS_CLIENT)
+    monkeypatch.setattr(ssl, "_create_default_https_context", bare)
+    monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+    with pytest.raises(EnvironmentFailure, match="CERTIFICATE_VERIFY_FAILED"):
+        store.fetch(data(f"{address}/good"), read_stored)
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    assert store.fetch(data(f"{address}/good"), read_stored).pinned
 
 
 def test_offline_it_says_what_to_place_where(
