@@ -14,6 +14,7 @@ import math
 import os
 import platform
 import re
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -40,6 +41,8 @@ STATUS = "status.json"
 ENVIRONMENT = "environment.json"
 FROM = "from"
 """In environment.json: stage 1's checkpoint, of a run of tune-reward."""
+ID = "id"
+"""In environment.json: by which a tracker knows the run again, whatever its folder is called and wherever it lies."""
 PICTURES = "pictures"
 """Folder, in that of the grids, of the grids' pictures one by one."""
 PACKAGES = (
@@ -134,6 +137,15 @@ class RunFolder:
         except (OSError, ValueError, AttributeError):
             return None
         return Path(os.path.normpath(self.path / told)) if isinstance(told, str) else None
+
+    @property
+    def id(self) -> str | None:
+        """What tells this run from every other one; None where its record doesn't say."""
+        try:
+            told = strict_json.read(self.path / ENVIRONMENT).get(ID)
+        except (OSError, ValueError, AttributeError):
+            return None
+        return told if isinstance(told, str) else None
 
     @property
     def checkpoints(self) -> Path:
@@ -255,7 +267,12 @@ def create_run(
         files.make_folder(made.samples)
         files.write_text(made.preset, dump_resolved(resolved.preset))
         products = {"matrix_products": products_of(resolved.preset.hardware, device)}
-        environment = {"stage": stage, **describe_environment(command, device), **products}
+        environment = {
+            "stage": stage,
+            ID: secrets.token_hex(8),
+            **describe_environment(command, device),
+            **products,
+        }
         if begun_from is not None:
             environment[FROM] = scrub_text(os.path.relpath(begun_from.resolve(), run.path.resolve()))
         files.write_json(made.path / ENVIRONMENT, environment)

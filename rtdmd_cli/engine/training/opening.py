@@ -79,7 +79,9 @@ def opened(
                     done, begun = rewind(run, resolved, start.checkpoint, total, say), True
                     run.note_changes(start.changes, done)
                 settings = preset_values(resolved.preset)
-                tracker = stack.enter_context(open_tracker(name, run.path, settings, quiet))
+                first = done + 1 if start.checkpoint else 0
+                opening = open_tracker(name, run.path, settings, quiet, run.id, first)
+                tracker = stack.enter_context(opening)
                 if processes.main:
                     report(run, "running", done)
             yield run, tracker, done

@@ -111,11 +111,20 @@ def _words(error: Exception) -> str:
 
 
 @contextmanager
-def open_tracker(name: str, run: Path, settings: Mapping[str, Any], quiet: bool = False) -> Iterator[Tracker]:
+def open_tracker(
+    name: str,
+    run: Path,
+    settings: Mapping[str, Any],
+    quiet: bool = False,
+    run_id: str | None = None,
+    first: int = 0,
+) -> Iterator[Tracker]:
     """The tracker "none", or one of TRACKERS, closed at the end.
 
     settings: the preset's values by their keys. tensorboard writes event files into the run folder, wandb and trackio
-    keep their own. quiet: what their packages print is dropped. Raises as `require_tracker`, and EnvironmentFailure
+    keep their own. quiet: what their packages print is dropped. run_id: by it wandb goes on with a run that it has; it
+    keeps what it was told of an iteration, and leaves out what a resume tells again. first: iteration; tensorboard hides
+    what it was told of this and later ones. Raises as `require_tracker`, and EnvironmentFailure
     where the tracker fails to begin.
     """
     if name == "none":
@@ -134,11 +143,9 @@ def open_tracker(name: str, run: Path, settings: Mapping[str, Any], quiet: bool 
     printing = prints_nowhere if quiet else prints_on_stderr
     try:
         with printing():
-            accelerator.init_trackers(
-                project_name="rtdmd",
-                config=plain,
-                init_kwargs={"wandb": {"name": run.name}, "trackio": {"name": run.name}},
-            )
+            begin: dict[str, Any] = {"purge_step": first} if name == "tensorboard" else {"name": run.name}
+            begin |= _known_again(run_id) if name == "wandb" else {}
+            accelerator.init_trackers(project_name="rtdmd", config=plain, init_kwargs={name: begin})
     except Exception as error:  # whatever a tracker's package or its server may say
         reason = f"The tracker {name} could not begin: {_words(error)}."
         raise EnvironmentFailure(reason, f"Mend it, or {WITHOUT}") from error
@@ -147,6 +154,18 @@ def open_tracker(name: str, run: Path, settings: Mapping[str, Any], quiet: bool 
     finally:
         with printing():
             _finish(accelerator, name)
+
+
+def _known_again(run_id: str | None) -> dict[str, Any]:
+    """What has wandb go on with a run that its server has; nothing without a server, where wandb can't look for one.
+
+    Each part that is kept offline has an id of its own then: sent later, none can take the place of another.
+    """
+    import wandb
+
+    if run_id is None or wandb.setup().settings.mode in OFFLINE:
+        return {}
+    return {"id": run_id, "resume": "allow"}
 
 
 def _finish(accelerator: Any, name: str) -> None:

@@ -45,6 +45,16 @@ def test_a_new_run_holds_preset_environment_and_status(run: RunFolder, resolved:
     assert environment["matrix_products"] == products_of(resolved.preset.hardware, CPU)
 
 
+def test_every_run_has_an_id_of_its_own(run: RunFolder, tmp_path: Path, resolved: Resolved) -> None:
+    other = run_folder.create_run(tmp_path / "others", "first", resolved, ["rtdmd", "distill"], CPU)
+    assert run.id and other.id and run.id != other.id
+    known, moved = run.id, RunFolder(run.path.rename(tmp_path / "moved"))
+    moved.note_changes([("hardware.dtype", "bf16", "fp32")], 3)
+    assert moved.id == known
+    (moved.path / "environment.json").write_text("[]")
+    assert moved.id is None
+
+
 def test_an_existing_run_is_refused_with_both_choices(run: RunFolder, resolved: Resolved) -> None:
     before = (run.path / "environment.json").read_bytes()
     with pytest.raises(UsageError, match="already exists") as caught:

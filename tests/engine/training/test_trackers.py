@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
+from rtdmd_cli.config.loader import load_preset
+from rtdmd_cli.engine.compute.processes import Processes
+from rtdmd_cli.engine.storage.run_folder import RunFolder, State, create_run
+from rtdmd_cli.engine.training.opening import opened
+from rtdmd_cli.engine.training.start import Start
 from rtdmd_cli.engine.training.trackers import open_tracker, require_tracker
 from rtdmd_cli.errors import EnvironmentFailure
 
@@ -66,6 +73,48 @@ def test_tensorboard_takes_rows_and_grids(tmp_path: Path) -> None:
     events.Reload()
     assert [(each.step, each.value) for each in events.Scalars("fake_loss")] == [(3, 0.5)]
     assert [(each.step, each.width, each.height) for each in events.Images("samples")] == [(3, 40, 24)]
+
+
+def test_tensorboard_hides_what_a_resume_does_again(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for first, last in ((0, 5), (4, 4)):
+        with open_tracker("tensorboard", tmp_path, {"distill.lr": 0.1}, first=first) as tracker:
+            for iteration in range(first, last + 1):
+                tracker.log({"iteration": iteration, "fake_loss": float(first)})
+    events = EventAccumulator(str(tmp_path / "rtdmd"))
+    events.Reload()
+    assert [(each.step, each.value) for each in events.Scalars("fake_loss")] == [
+        *((step, 0.0) for step in range(4)),
+        (4, 4.0),
+    ]
+
+
+def test_wandb_goes_on_with_the_run_that_it_has(
+    tmp_path: Path, wandb: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "good")
+    resolved = load_preset("shapes-4step", ["hardware.tracker=wandb"], {})
+    place = tmp_path / "mine"
+
+    def make() -> RunFolder:
+        return create_run(tmp_path, "mine", resolved, ["rtdmd"], torch.device("cpu"))
+
+    for start in (Start(None, None), Start(RunFolder(place), None)):
+        with opened(start, place, make, resolved, 2, Processes(), lambda text: None, no_report, True):
+            pass
+    begun = {"project": "rtdmd", "name": "mine", "id": RunFolder(place).id, "resume": "allow"}
+    told = importlib.import_module("wandb").begun
+    assert begun["id"] and told == [begun, begun]
+    monkeypatch.setenv("WANDB_MODE", "offline")  # then there is no run to be found
+    with open_tracker("wandb", place, {}, run_id="7f"):
+        pass
+    assert told[2] == {"project": "rtdmd", "name": "mine"}
+
+
+def no_report(run: RunFolder, state: State, done: int) -> None:
+    """Nothing to be seen of it here."""
 
 
 def test_trackio_prints_on_stderr_and_nothing_when_quiet(
