@@ -79,7 +79,8 @@ def require_tracker(name: str) -> None:
     """
     if name not in TRACKERS:
         return
-    if find_spec(name) is None:
+    found = find_spec(name)
+    if found is None or found.origin is None:  # a mere folder of that name, as wandb makes one where it runs
         raise EnvironmentFailure(
             f"The tracker {name} is not installed.", f"Run: pip install 'rtdmd[{name}]', or {WITHOUT}"
         )

@@ -131,6 +131,15 @@ def test_trackio_prints_on_stderr_and_nothing_when_quiet(
     assert printed[True] == ("", "")
 
 
+def test_a_folder_of_a_tracker_is_not_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """wandb makes ./wandb, which `python -m rtdmd_cli` finds there."""
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    with pytest.raises(EnvironmentFailure, match="wandb is not installed"):
+        require_tracker("wandb")
+
+
 def test_wandb_without_a_login_is_said_before_anything_is_loaded(
     wandb: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
