@@ -21,10 +21,14 @@ COMMIT = "c" * 40
 
 @dataclass(frozen=True)
 class Repository:
-    """What is published under one name. gated: its licence has to be accepted first, and nobody has."""
+    """What is published under one name. gated: its licence has to be accepted first, and nobody has.
+
+    closed: what the hub answers, with 403, to a token that may not read here.
+    """
 
     folder: Path
     gated: bool = False
+    closed: str = ""
 
     def files(self) -> dict[str, Path]:
         """Every file by its path in the repository."""
@@ -46,7 +50,7 @@ class Hub:
 def serving(repositories: Mapping[str, Repository]) -> Iterator[Hub]:
     """The hub, for as long as the block lasts."""
     hub = Hub(repositories)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
+    server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
     hub.address = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -56,6 +60,11 @@ def serving(repositories: Mapping[str, Repository]) -> Iterator[Hub]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that has gone is no news."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -81,6 +90,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._tell(owner_and_name, repository, words[4:], body)
         elif repository.gated:
             self._refuse(401, "GatedRepo")
+        elif repository.closed:
+            self._send(b"", {"X-Error-Message": repository.closed}, body, 403)
         else:
             self._send_file(repository, words[3], "/".join(words[4:]), body)
 
@@ -116,6 +127,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, data: bytes, headers: Mapping[str, str], body: bool, code: int = 200) -> None:
         self.send_response(code)
+        self.send_header("X-Request-Id", "Root=1-23")
         for key, value in {**headers, "Content-Length": str(len(data))}.items():
             self.send_header(key, value)
         self.end_headers()

@@ -22,6 +22,7 @@ from rtdmd_cli.engine.backbones import locating, sd3
 from rtdmd_cli.engine.compute.signals import Stopped, stop_on_signals
 from rtdmd_cli.engine.families.table import MODELS
 from rtdmd_cli.engine.rewards import needed
+from rtdmd_cli.engine.storage.hub import hub_file
 from rtdmd_cli.engine.training.downloading import Arriving, arrived, bring
 from rtdmd_cli.errors import EnvironmentFailure
 from tests.tiny_hub import online_hub
@@ -29,7 +30,7 @@ from tests.tiny_hub_server import COMMIT, Hub, Repository, serving
 from tests.tiny_models import sd3_folder
 
 SD3 = "stabilityai/stable-diffusion-3-medium-diffusers"
-FEW_STEPS, GATED = "someone/few-step", "someone/gated"
+FEW_STEPS, GATED, CLOSED = "someone/few-step", "someone/gated", "someone/closed"
 BESIDE = ("README.md", "LICENSE", "sd3_medium.safetensors", "text_encoder/model.fp16.safetensors")
 """What a published repository holds beside its pipeline."""
 
@@ -39,7 +40,12 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     folder = Path(shutil.copytree(sd3_folder(), tmp_path / "published"))
     for name in BESIDE:
         (folder / name).write_bytes(b"beside")
-    names = {SD3: Repository(folder), FEW_STEPS: Repository(folder), GATED: Repository(folder, gated=True)}
+    names = {
+        SD3: Repository(folder),
+        FEW_STEPS: Repository(folder),
+        GATED: Repository(folder, gated=True),
+        CLOSED: Repository(folder, closed="Enable access to public gated repositories"),
+    }
     with serving(names) as hub:
         online_hub(hub.address, tmp_path / "hub", monkeypatch)
         yield hub
@@ -95,6 +101,35 @@ def test_a_licence_that_is_not_accepted(hub: Hub) -> None:
     assert f"https://huggingface.co/{GATED}" in caught.value.hint
     with pytest.raises(EnvironmentFailure, match="is gated"):
         locating.find_transformer(GATED, None)
+
+
+def test_a_token_that_may_not_read(hub: Hub) -> None:
+    for find in (
+        lambda: locating.find_transformer(CLOSED, None),
+        lambda: locating.find_folder(sd3.LAYOUT, CLOSED, None),
+        lambda: hub_file(CLOSED, "model_index.json"),
+    ):
+        with pytest.raises(
+            EnvironmentFailure, match="could not be fetched .*Enable access to public"
+        ) as caught:
+            find()
+        assert "settings/tokens" in caught.value.hint and "Request ID" not in caught.value.message
+
+
+def test_what_the_hubs_storage_raises_is_the_networks(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("Task error: File reconstruction error: CAS Client Error")
+
+    monkeypatch.setattr("huggingface_hub.file_download.http_get", broken)
+    for find in (
+        lambda: locating.find_transformer(FEW_STEPS, None),
+        lambda: locating.find_folder(sd3.LAYOUT, SD3, None),
+        lambda: hub_file(SD3, "model_index.json"),
+    ):
+        with pytest.raises(EnvironmentFailure, match="could not be fetched .* CAS Client Error") as caught:
+            find()
+        assert "HF_HUB_DISABLE_XET=1" in caught.value.hint
+    assert failures.explain(fetch(SD3).exception).exit_code == 3
 
 
 def test_names_that_the_hub_does_not_know(hub: Hub) -> None:

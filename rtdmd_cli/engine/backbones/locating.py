@@ -13,20 +13,26 @@ from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
-    HFValidationError,
     HTTPError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
-    RevisionResolutionError,
 )
 
 from rtdmd_cli.config.places import is_single_file, where_to_look
 from rtdmd_cli.config.schema import SHARED_BASE, ModelConfig
 from rtdmd_cli.engine.backbones.layout import Layout, Sources, first_line, pass_on_machine_faults
 from rtdmd_cli.engine.backbones.single_file import DAMAGED, refuse_lora, refuse_other_kinds
-from rtdmd_cli.engine.storage.hub import TRANSFORMER_FILES, told_by_hub
+from rtdmd_cli.engine.storage.hub import (
+    AGAIN,
+    FAILURES,
+    TOKEN,
+    TRANSFORMER_FILES,
+    is_refused,
+    reason,
+    told_by_hub,
+)
 from rtdmd_cli.errors import DataError, EnvironmentFailure, UsageError
 
 BUILTIN = {"builtin:shapes": "shapes/weights/sd3"}  # folder inside the package
@@ -106,7 +112,7 @@ def _folder_or_download(path: str, revision: str | None, key: str, download: Cal
         raise DataError(f"There is no model folder {path}.", where_to_look(key, path))
     try:
         return _downloaded(download)
-    except (OSError, HTTPError, RevisionResolutionError, HFValidationError) as error:
+    except FAILURES as error:
         raise _hub_failure(path, revision, key, error) from error
 
 
@@ -149,9 +155,10 @@ def _hub_failure(path: str, revision: str | None, key: str, error: Exception) ->
             f"The model {path} is not in the local cache, and the hub is switched off.",
             f"Unset HF_HUB_OFFLINE, or set {key} to a folder that holds the model.",
         )
+    hint = TOKEN if is_refused(cause) else AGAIN
     return EnvironmentFailure(
-        f"The model {path} could not be fetched from the hub: {first_line(cause)}",
-        f"Check network and disk space and try again, or set {key} to a folder that holds the model.",
+        f"The model {path} could not be fetched from the hub: {reason(cause)}",
+        f"{hint}, or set {key} to a folder that holds the model.",
     )
 
 

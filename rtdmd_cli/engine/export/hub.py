@@ -8,15 +8,19 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
+from rtdmd_cli.engine.storage.hub import reason
 from rtdmd_cli.errors import EnvironmentFailure, UsageError
 
-FAILURES = (OSError, HTTPError)
+FAILURES = (OSError, HTTPError, RuntimeError, ValueError)
+"""RuntimeError: of its storage (hf_xet); ValueError: a model card that the hub does not take."""
 
 
 def check_name(repo: str) -> None:
-    """UsageError for what can't be a repository's name."""
+    """UsageError for what can't be a repository's name, with its owner."""
     try:
         validate_repo_id(repo)
+        if "/" not in repo:  # the client would make it, and then not find it
+            raise HFValidationError("no owner")
     except HFValidationError as error:
         raise UsageError(
             f"`{repo}` can't be the name of a repository.", "Write it as in --push-to-hub USER/NAME."
@@ -45,7 +49,8 @@ def push(api: HfApi, folder: Path, repo: str, public: bool) -> str:
             )
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Export of rtdmd")
     except FAILURES as error:
-        raise _failure(f"{repo} could not be uploaded", error, f"The export is in {folder}.") from error
+        kept = f"The export is in {folder}; upload it alone: hf upload {repo} {folder}"
+        raise _failure(f"{repo} could not be uploaded", error, kept) from error
     return str(address)
 
 
@@ -54,8 +59,4 @@ def _failure(what: str, error: Exception, state: str) -> EnvironmentFailure:
         return EnvironmentFailure(f"{what}: nobody is logged in.", f"Run `hf auth login`. {state}")
     if isinstance(error, OfflineModeIsEnabled):
         return EnvironmentFailure(f"{what}: it is switched off.", f"Unset HF_HUB_OFFLINE. {state}")
-    lines = str(error).strip().splitlines()
-    return EnvironmentFailure(
-        f"{what}: {lines[0][:300] if lines else type(error).__name__}",
-        f"Check network, token and name, then export again with --force. {state}",
-    )
+    return EnvironmentFailure(f"{what}: {reason(error)}", f"Check network, token and name. {state}")

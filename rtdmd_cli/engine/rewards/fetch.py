@@ -10,13 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import (
-    HFValidationError,
-    HTTPError,
-    IncompleteSnapshotError,
-    LocalEntryNotFoundError,
-    RevisionResolutionError,
-)
+from huggingface_hub.errors import HFValidationError, IncompleteSnapshotError, LocalEntryNotFoundError
 
 from rtdmd_cli.config.loader import load_preset, preset_names
 from rtdmd_cli.config.places import is_single_file
@@ -27,7 +21,7 @@ from rtdmd_cli.engine.rewards.local import at_hand, cached_files, missing
 from rtdmd_cli.engine.rewards.registry import REWARDS
 from rtdmd_cli.engine.storage import strict_json
 from rtdmd_cli.engine.storage.components import weight_files
-from rtdmd_cli.engine.storage.hub import REPOSITORY, hub_failure, hub_folder, told_by_hub
+from rtdmd_cli.engine.storage.hub import FAILURES, REPOSITORY, hub_failure, hub_folder
 from rtdmd_cli.errors import EnvironmentFailure, UsageError
 
 MODEL_INDEX = "model_index.json"
@@ -186,8 +180,8 @@ def _download_model(wanted: Wanted) -> None:
         DiffusionPipeline.download(wanted.source, revision=wanted.revision, use_safetensors=True, **without)
         if without:
             hf_hub_download(wanted.source, "transformer/config.json", revision=wanted.revision)
-    except (OSError, HTTPError, HFValidationError, RevisionResolutionError, ValueError) as error:
-        raise hub_failure(wanted.source, MODEL_INDEX, told_by_hub(error)) from error
+    except (*FAILURES, ValueError) as error:
+        raise hub_failure(wanted.source, MODEL_INDEX, error) from error
 
 
 def _fetch_need(wanted: Wanted, need: Need) -> Fetched:

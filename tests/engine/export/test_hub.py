@@ -43,6 +43,7 @@ def hub() -> Iterator[Hub]:
             code, answer = made.answers.get(path, (404, {"error": "no such thing"}))
             data = json.dumps(answer).encode()
             self.send_response(code)
+            self.send_header("X-Request-Id", "Root=1-23")
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
@@ -101,7 +102,13 @@ def test_refusals_name_the_folder_and_no_token(hub: Hub, tmp_path: Path) -> None
     hub.answers["/api/repos/create"] = (403, {"error": "You may not"})
     with pytest.raises(EnvironmentFailure) as caught:
         push(hub.api, tmp_path, "me/mine", False)
-    assert str(tmp_path) in caught.value.hint and TOKEN not in caught.value.message + caught.value.hint
+    assert f"hf upload me/mine {tmp_path}" in caught.value.hint and "You may not" in caught.value.message
+    assert TOKEN not in caught.value.message + caught.value.hint
+    hub.answers |= repository(private=True)
+    hub.answers["/api/validate-yaml"] = (400, {"errors": [{"message": "no such licence"}], "warnings": []})
+    (tmp_path / "README.md").write_text("---\nlicense: none\n---\n# mine\n")
+    with pytest.raises(EnvironmentFailure, match="Invalid metadata"):
+        push(hub.api, tmp_path, "me/mine", False)
 
 
 def test_login_is_checked_beforehand(hub: Hub) -> None:
@@ -114,7 +121,7 @@ def test_login_is_checked_beforehand(hub: Hub) -> None:
         check_login(HfApi(endpoint="http://127.0.0.1:1", token=TOKEN))
 
 
-@pytest.mark.parametrize("name", ["a/b/c", "", "me/-mine", "me/a b"])
+@pytest.mark.parametrize("name", ["a/b/c", "mine", "", "me/-mine", "me/a b"])
 def test_bad_names(name: str) -> None:
     with pytest.raises(UsageError, match="can't be the name"):
         check_name(name)

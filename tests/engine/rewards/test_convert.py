@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 import torch
 from huggingface_hub.errors import (
@@ -311,6 +312,9 @@ def test_what_the_hub_cannot_deliver(file: Path, hub: Path) -> None:
             converted_from(wrong, "x.pt", NAME, Doubled())
 
 
+ANSWER = httpx2.Response(503, request=httpx2.Request("GET", "https://huggingface.co"))
+
+
 def hub_error(kind: type[Exception]) -> Exception:
     error = kind.__new__(kind)
     error.args = ("the hub says no",)
@@ -324,7 +328,11 @@ def hub_error(kind: type[Exception]) -> Exception:
         (hub_error(RepositoryNotFoundError), r"no public x\.pt of owner/name", "hf auth login"),
         (hub_error(RemoteEntryNotFoundError), r"no public x\.pt of owner/name", "Check the name"),
         (hub_error(OfflineModeIsEnabled), "hub can't be reached", "HF_HUB_OFFLINE"),
-        (hub_error(HfHubHTTPError), r"x\.pt of owner/name .*: the hub says no", "disk space"),
+        (
+            HfHubHTTPError("503 Server Error.\n\nthe hub says no", response=ANSWER),
+            r"x\.pt of owner/name .*: the hub says no",
+            "disk space",
+        ),
         (OSError(28, "No space left on device"), "No space left", "disk space"),
     ],
 )
