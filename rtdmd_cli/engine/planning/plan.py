@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -42,13 +43,15 @@ CACHE = 20_000_000_000
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage. host: bytes by phase; disk: bytes by what; flops: of the whole stage."""
+    """One stage. host: bytes by phase; disk: bytes by what; flops: of the whole stage; again: a sentence on prompts that are
+    encoded more than once, "" where none is."""
 
     stage: StageName
     phases: tuple[Phase, ...]
     host: Mapping[str, int]
     disk: Mapping[str, int]
     flops: float
+    again: str = ""
 
     @property
     def deciding(self) -> Phase:
@@ -85,14 +88,32 @@ class Facts:
         return CACHE if bound is None else int(bound * 1e9)
 
     @property
-    def needed(self) -> int:
-        """Prompts that the run trains on, expected: stage 1 draws each sample's, stage 2 draws each epoch's."""
+    def drawn(self) -> int:
+        """How often the run takes a prompt: stage 1 for each sample, stage 2 for each group of an epoch."""
         if self.stage == "distill":
-            config = self.preset.distill
-            drawn = config.iterations * config.batch
-            return round(self.prompts * (1 - (1 - 1 / self.prompts) ** drawn))
+            return self.preset.distill.iterations * self.preset.distill.batch
         tuned = self.preset.tune_reward
-        return min(self.prompts, tuned.epochs * tuned.images_per_epoch // tuned.images_per_prompt)
+        return tuned.epochs * tuned.images_per_epoch // tuned.images_per_prompt
+
+    @property
+    def needed(self) -> int:
+        """Prompts that the run trains on, expected."""
+        if self.stage == "distill":
+            return round(self.prompts * (1 - (1 - 1 / self.prompts) ** self.drawn))
+        return min(self.prompts, self.drawn)
+
+    @property
+    def again(self) -> str:
+        """What it costs that the cache can't take all prompts: by the time a prompt comes again, it has left the cache."""
+        if not self.stay:
+            return ""
+        where = "card" if self.encode_on_card else "CPU"
+        return (
+            f"{self.stage}: the cache takes {self.cache // self.row:,} of {self.prompts:,} prompts, so that one is encoded "
+            f"nearly each time it is drawn, {self.drawn:,} times in all: {self.drawn * self.encoding.flops / 1e15:,.0f} "
+            f"PFLOP on the {where}, of which the hours count {self.needed:,} prompts. All are encoded once with "
+            f"hardware.cache_gb={math.ceil(self.prompts * self.row / 1e9)} and hardware.text_encoder=auto"
+        )
 
     @property
     def ahead(self) -> bool:
@@ -150,6 +171,7 @@ def plan_stage(preset: Preset, stage: StageName, prompts: int | None = None) -> 
         stage_flops(
             preset, stage, flops, (facts.needed if facts.ahead else facts.prompts) * facts.encoding.flops
         ),
+        facts.again,
     )
 
 
@@ -293,7 +315,12 @@ class Plan:
                 }
                 for stage in self.stages
             },
-            "assumptions": [*self.assumptions, NOTE, *([ON_A_CPU] if on_cpu else [])],
+            "assumptions": [
+                *self.assumptions,
+                *(stage.again for stage in self.stages if stage.again),
+                NOTE,
+                *([ON_A_CPU] if on_cpu else []),
+            ],
         }
 
 

@@ -111,6 +111,20 @@ def test_the_transformer_lies_beside_the_encoders_only_where_prompts_are_encoded
     assert vae == pytest.approx(sum(tensor.nbytes for tensor in tensors_of([backbone._pipe.vae])), rel=0.01)
 
 
+def test_a_cache_that_is_too_small_is_told_with_what_it_costs() -> None:
+    settings = "distill.iterations=1000", "distill.batch=10", "hardware.text_encoder=auto"
+    small, large = (
+        plan_stage(built_in(*settings, f"hardware.cache_gb={size}"), "distill", 500) for size in (1e-3, 20)
+    )
+    assert (
+        "of 500 prompts" in small.again
+        and "10,000 times in all" in small.again
+        and "on the CPU" in small.again
+    )
+    assert Plan(built_in(), (small,), rate=1e9).figures()["assumptions"].count(small.again) == 1
+    assert large.again == ""
+
+
 def test_figures() -> None:
     plan = Plan(built_in(), (plan_stage(built_in(), "distill"),), rate=1e9)
     found = plan.figures()
