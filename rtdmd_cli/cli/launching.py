@@ -10,8 +10,6 @@ from pathlib import Path
 OPTION = "--processes"
 PATIENCE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 """Seconds that the launcher gives the processes to finish an iteration and save after a signal; 30 without it."""
-HANDLED = "TORCHELASTIC_SIGNALS_TO_HANDLE"
-"""Signals that the launcher takes for itself, also where they were ignored, and that its processes then no longer ignore."""
 THREADS = "OMP_NUM_THREADS"
 """Of each process; 1 without it, with which text encoders on the CPU take hours."""
 
@@ -23,14 +21,16 @@ def launch(count: int, arguments: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     os.environ.setdefault(PATIENCE, str(6 * 3600))
-    os.environ.setdefault(HANDLED, ",".join(not_ignored()))
     os.environ.setdefault(THREADS, str(max(1, (os.cpu_count() or 1) // count)))
     signal.signal(signal.SIGUSR1, lambda number, frame: pass_on(number))
     settings = ["--multi_gpu", "--num_processes", str(count), "--num_machines", "1", "--gpu_ids", "all"]
     settings += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     command = ["-m", "rtdmd_cli", *without_option(arguments)]
+    parsed = launch_command_parser().parse_args([*settings, *command])
+    # torchrun's option, which accelerate passes on but does not parse; a signal that is handled is not ignored below any more
+    parsed.signals_to_handle = ",".join(not_ignored())
     try:
-        launch_command(launch_command_parser().parse_args([*settings, *command]))
+        launch_command(parsed)
     except ChildFailedError as error:
         return max(1, error.get_first_failure()[1].exitcode)
     except SignalException as error:
