@@ -163,9 +163,11 @@ def stage(trainer: Trainer, previews: pictures.Previews, judge: HeldOut) -> Stag
     """Stage 1 as a training run knows it."""
     settings, health = previews.preset.previews, Health(previews)
 
-    def advance(iteration: int) -> None:
+    def prepare(iteration: int, stopping: Callable[[], bool]) -> bool:
         total = trainer.config.iterations
-        prepare_prompts(trainer, iteration, total, lambda i: chosen_prompts(trainer, i))
+        return prepare_prompts(trainer, iteration, total, lambda i: chosen_prompts(trainer, i), stopping)
+
+    def advance(iteration: int) -> None:
         with trainer.precision():
             iterate(trainer, iteration)
 
@@ -195,6 +197,7 @@ def stage(trainer: Trainer, previews: pictures.Previews, judge: HeldOut) -> Stag
         baseline=baseline if settings.baseline and trainer.config.sample_every else None,
         report=report,
         finish=end,
+        prepare=prepare,
     )
 
 

@@ -15,7 +15,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -131,13 +131,15 @@ class EmbeddingCache:
         self._say_excess([prompt for _, prompt in missing])
         return len(missing)
 
-    def renew(self, prompts: Sequence[str], encode: Callable[[Sequence[str]], Conditioning]) -> int:
-        """As `ensure`, and gives up all that was ensured before: for prompts that are needed in turns.
+    def renew(
+        self, prompts: Sequence[str], encode: Callable[[Sequence[str]], Conditioning]
+    ) -> Iterator[tuple[Sequence[str], int]]:
+        """As `ensure`, block by block, and gives up all that was ensured before: for prompts that are needed in turns.
 
-        Rows that are on disk already are copied into new blocks, so that what is held are these prompts alone, and
-        the bound counts nothing else.
+        Each block is there once it comes out: its prompts, and how many of them were encoded. Rows that are on disk
+        already are copied into new blocks, so that what is held are these prompts alone, and the bound counts nothing else.
         """
-        wanted, fresh = {self._key(prompt): prompt for prompt in prompts}, 0
+        wanted = {self._key(prompt): prompt for prompt in prompts}
         self._find({key for key in wanted if key not in self._rows})
         known, self._rows = self._rows, {}
         for path in {block.path for block, _ in known.values()}:
@@ -145,21 +147,32 @@ class EmbeddingCache:
         everything = list(wanted)
         for start in range(0, len(everything), BLOCK):
             keys = tuple(everything[start : start + BLOCK])
-            if keys[0] in known and known[keys[0]][0].keys == keys:
-                self._note(known[keys[0]][0])
-                continue
-            missing = [key for key in keys if key not in known]
-            rows: dict[str, Conditioning] = {}
-            if missing:
-                texts = [wanted[key] for key in missing]
-                with quiet_loading():
-                    encoded = encode(texts).to("cpu")
-                self._say_excess(texts)
-                rows = {key: encoded.select([row]) for row, key in enumerate(missing)}
-            copied = {key: self.fetch([wanted[key]], known) for key in keys if key in known}
-            self._write(keys, concatenate([(rows | copied)[key] for key in keys]))
-            fresh += len(missing)
-        return fresh
+            texts = [wanted[key] for key in keys]
+            yield texts, self._renewed(keys, texts, known, encode)
+
+    def _renewed(
+        self,
+        keys: tuple[str, ...],
+        texts: Sequence[str],
+        known: Mapping[str, tuple[_Block, int]],
+        encode: Callable[[Sequence[str]], Conditioning],
+    ) -> int:
+        """Have one block of `renew`; how many of its prompts were encoded."""
+        if keys[0] in known and known[keys[0]][0].keys == keys:
+            self._note(known[keys[0]][0])
+            return 0
+        missing = [text for key, text in zip(keys, texts, strict=True) if key not in known]
+        if missing and self._find_block(keys):  # another process has made it meanwhile
+            return 0
+        rows: dict[str, Conditioning] = {}
+        if missing:
+            with quiet_loading():
+                encoded = encode(missing).to("cpu")
+            self._say_excess(missing)
+            rows = {text: encoded.select([row]) for row, text in enumerate(missing)}
+        copied = {text: self.fetch([text], known) for text in texts if text not in rows}
+        self._write(keys, concatenate([(rows | copied)[text] for text in texts]))
+        return len(missing)
 
     def capacity(self, row_bytes: int) -> int:
         """How many prompts of `row_bytes` each fit the bound, with what a block holds beside them."""
@@ -195,12 +208,23 @@ class EmbeddingCache:
             if wanted <= self._rows.keys():
                 return
             block = _open(path)
-            if block is None or wanted.isdisjoint(block.keys) or not self._fitting(block):
-                continue
-            if _intact(block):
-                with contextlib.suppress(OSError):  # a cache that can only be read is of use too
-                    os.utime(path)
-                self._note(block)
+            if block is not None and not wanted.isdisjoint(block.keys):
+                self._take(block)
+
+    def _find_block(self, keys: tuple[str, ...]) -> bool:
+        """Note the block of exactly these keys, if it is on disk."""
+        path = self._path(keys)
+        block = _open(path) if path.exists() else None
+        return block is not None and block.keys == keys and self._take(block)
+
+    def _take(self, block: _Block) -> bool:
+        """Note a block on disk if it is of this family, and intact."""
+        if not self._fitting(block) or not _intact(block):
+            return False
+        with contextlib.suppress(OSError):  # a cache that can only be read is of use too
+            os.utime(block.path)
+        self._note(block)
+        return True
 
     def _fitting(self, block: _Block) -> bool:
         """Whether a block is of this family and of its widths; one that isn't is removed."""
@@ -214,14 +238,17 @@ class EmbeddingCache:
     def _note(self, block: _Block) -> None:
         self._rows.update({key: (block, row) for row, key in enumerate(block.keys)})
 
+    def _path(self, keys: tuple[str, ...]) -> Path:
+        name = hashlib.sha256("".join(keys).encode()).hexdigest()[:24]
+        return self._folder / f"{name}.safetensors"
+
     def _write(self, keys: tuple[str, ...], cond: Conditioning) -> None:
         tensors = {name: tensor.cpu().contiguous() for name, tensor in cond.tensors.items()}
         metadata = {"keys": json.dumps(keys), "sha256": _digest(tensors)}
         metadata["family"] = str(self._fits.get("family", ""))
         data = save(tensors, metadata)
         self._make_room(len(data))
-        name = hashlib.sha256("".join(keys).encode()).hexdigest()[:24]
-        path = self._folder / f"{name}.safetensors"
+        path = self._path(keys)
         try:
             write_bytes(path, data)
         except EnvironmentFailure as error:

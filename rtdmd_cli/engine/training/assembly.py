@@ -1,6 +1,5 @@
 """How a training is put together, for both stages: encoded prompts, the schedule, optimisers, the trainer."""
 
-import time
 from collections.abc import Callable, Sequence
 
 import torch
@@ -11,7 +10,7 @@ from rtdmd_cli.engine.compute import optim
 from rtdmd_cli.engine.compute.blocks import compile_blocks
 from rtdmd_cli.engine.compute.device import useful_matmul
 from rtdmd_cli.engine.compute.mixed import MixedPrecision, resolve_mixed_precision
-from rtdmd_cli.engine.prompts.ahead import AheadEncoder
+from rtdmd_cli.engine.prompts.ahead import AheadEncoder, told
 from rtdmd_cli.engine.prompts.embeddings import open_cache
 from rtdmd_cli.engine.roles.base import FAKE, GENERATOR, RoleSet
 from rtdmd_cli.engine.sampling.sample import few_step_levels
@@ -19,7 +18,6 @@ from rtdmd_cli.engine.training.trainer import Trainer
 from rtdmd_cli.errors import UsageError
 
 HARDWARE = HardwareConfig()
-TOLD_SECONDS = 10.0
 """Between two lines on the encoding of prompts."""
 PRELOAD_BYTES = 2_000_000_000
 """Encoded prompts up to this size are held in memory; more are read from the cache batch by batch."""
@@ -80,33 +78,21 @@ def encode_prompts(
     return everything.select, empty
 
 
-def told(
-    encode: Callable[[Sequence[str]], Conditioning],
-    say: Callable[[str], None],
-    clock: Callable[[], float] = time.monotonic,
-) -> Callable[[Sequence[str]], Conditioning]:
-    """`encode`, which says before each block of prompts how far it is, at most every TOLD_SECONDS."""
-    done, last = 0, clock() - TOLD_SECONDS
-
-    def encoding(prompts: Sequence[str]) -> Conditioning:
-        nonlocal done, last
-        if clock() - last >= TOLD_SECONDS:
-            last = clock()
-            say(f"encoding prompts: {done} done, {len(prompts)} under way")
-        encoded = encode(prompts)
-        done += len(prompts)
-        return encoded
-
-    return encoding
-
-
 def prepare_prompts(
-    trainer: Trainer, iteration: int, total: int, order: Callable[[int], Sequence[int]]
-) -> None:
-    """Encode ahead for an iteration, where that is needed. order: prompt indices of an iteration."""
-    if isinstance(trainer.conditioning, AheadEncoder):
-        with trainer.processes.first_here():
-            trainer.conditioning.prepare(iteration, total, order)
+    trainer: Trainer,
+    iteration: int,
+    total: int,
+    order: Callable[[int], Sequence[int]],
+    stopping: Callable[[], bool],
+) -> bool:
+    """Encode ahead for an iteration, where that is needed; whether its prompts are there.
+
+    order: prompt indices of an iteration. stopping: asked before every few prompts; whether to leave it there.
+    """
+    if not isinstance(trainer.conditioning, AheadEncoder):
+        return True
+    with trainer.processes.first_here():
+        return trainer.conditioning.prepare(iteration, total, order, stopping)
 
 
 def training_sigmas(backbone: Backbone, preset: Preset) -> tuple[float, ...]:

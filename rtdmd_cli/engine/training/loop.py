@@ -52,6 +52,8 @@ def train(session: Session, quiet: bool) -> StopRequest:
                 if ended(session, stop):
                     break
                 began = time.monotonic()
+                if not stage.prepare(session.iteration, lambda: stop.received is not None):
+                    continue  # a signal, which `ended` tells to all processes
                 advance(session)
                 session.iteration += 1
                 took = time.monotonic() - began

@@ -75,7 +75,8 @@ class Stage:
     after(session): measured by the stage after an iteration; a metric line is written where there is any. It may set
     the records `stopped` and `best`, see `Session`.
     frozen: adapters that belong into every checkpoint although they don't change. unit: what `advance` does one of.
-    sizes: its micro-batch.
+    sizes: its micro-batch. prepare(i, stopping): before `advance`, what takes long and changes nothing that is trained;
+    whether it is done. It asks now and then whether to leave it there.
     """
 
     name: str
@@ -89,6 +90,7 @@ class Stage:
     after: Callable[["Session"], Mapping[str, float]] = lambda session: {}
     frozen: tuple[str, ...] = ()
     unit: str = "iteration"
+    prepare: Callable[[int, Callable[[], bool]], bool] = lambda iteration, stopping: True
 
 
 @dataclass

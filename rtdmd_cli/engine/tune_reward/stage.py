@@ -35,8 +35,10 @@ def tune_stage(
     health = Health(previews)
     watcher = _Watcher(tuner, health, measurement, mixture, warn)
 
+    def prepare(epoch: int, stopping: Callable[[], bool]) -> bool:
+        return prepare_prompts(core, epoch, config.epochs, lambda i: chosen_prompts(tuner, i), stopping)
+
     def advance(epoch: int) -> None:
-        prepare_prompts(core, epoch, config.epochs, lambda i: chosen_prompts(tuner, i))
         with core.precision():
             tune(tuner, epoch)
 
@@ -68,6 +70,7 @@ def tune_stage(
         after=watcher.after,
         frozen=core.roles.frozen,
         unit="epoch",
+        prepare=prepare,
     )
 
 

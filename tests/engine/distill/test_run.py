@@ -24,6 +24,8 @@ from rtdmd_cli.engine.backbones.common import PipelineBackbone
 from rtdmd_cli.engine.compute import device, signals
 from rtdmd_cli.engine.distill import run as distill_run
 from rtdmd_cli.engine.distill.run import STAGE, build_trainer, run_distill
+from rtdmd_cli.engine.prompts import embeddings
+from rtdmd_cli.engine.prompts.ahead import AheadEncoder
 from rtdmd_cli.engine.prompts.reading import PromptSet, known_by
 from rtdmd_cli.engine.report import viewer_data
 from rtdmd_cli.engine.report.metrics import explained
@@ -249,6 +251,42 @@ def test_a_cache_too_small_for_the_prompts_changes_nothing(
     for group, tensors in plenty.tensors.items():
         for name, tensor in tensors.items():
             torch.testing.assert_close(few.tensors[group][name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_a_signal_while_prompts_are_encoded_ahead_saves_what_was_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU a window of prompts can take hours: no further block is encoded, and the run can be taken up."""
+    monkeypatch.setenv("RTDMD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(embeddings, "BLOCK", 1)
+    small = HardwareConfig(cache_gb=(1024 + 2.5 * (4 * ((12 + TEXT_LENGTH) * 40 + 20) + 128)) / 1e9)
+    prepare, encode, encoded, trained = AheadEncoder.prepare, PipelineBackbone.encode_in_parts, [0], [0]
+
+    def watched(self: AheadEncoder, *given: Any) -> bool:
+        encoded[0] = 0
+        return prepare(self, *given)
+
+    def signalling(self: PipelineBackbone, *given: Any) -> Any:
+        encoded[0] += 1
+        if trained[0] and not encoded[1:]:
+            encoded.append(0)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return encode(self, *given)
+
+    def advance(session: Session) -> None:
+        real(session)
+        trained[0] += 1
+
+    real = loop.advance
+    monkeypatch.setattr(loop, "advance", advance)
+    with monkeypatch.context() as patch:
+        patch.setattr(AheadEncoder, "prepare", watched)
+        patch.setattr(PipelineBackbone, "encode_in_parts", signalling)
+        outcome = run(tmp_path, "first", Start(None, None), small, iterations=8, batch=2, sample_every=0)
+    assert encoded == [1, 0] and 0 < outcome.iterations == trained[0] < 8
+    assert outcome.checkpoint.name == f"step-{outcome.iterations:06d}"
+    again = Start(RunFolder(outcome.run), load_checkpoint(outcome.checkpoint))
+    assert run(tmp_path, "first", again, small, iterations=8, batch=2, sample_every=0).iterations == 8
 
 
 def break_pictures(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
