@@ -75,8 +75,7 @@ def build_qwenimage_pipeline(seed: int = 0) -> Any:
     """Qwen-Image with random weights drawn from `seed`, and its hub's scheduler at smaller sizes."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        tokenizer = qwen_tokenizer(1200)
-        tokenizer.add_tokens([AddedToken(word, normalized=False) for word in TEMPLATE_WORDS])
+        tokenizer = template_tokenizer(1200)
         text = {
             "vocab_size": len(tokenizer),
             "hidden_size": QWEN_WIDTH,
@@ -137,6 +136,13 @@ def qwen3_config(words: int, layers: int) -> Qwen3Config:
         head_dim=8,
         max_position_embeddings=64,
     )
+
+
+def template_tokenizer(length: int) -> Any:
+    """`qwen_tokenizer` with the words of Qwen-Image's template."""
+    made = qwen_tokenizer(length)
+    made.add_tokens([AddedToken(word, normalized=False) for word in TEMPLATE_WORDS])
+    return made
 
 
 def qwen_tokenizer(length: int = 64) -> Any:

@@ -60,6 +60,8 @@ PHASES = {
     ),
 }
 """Phase -> module, class ("" for none) and name of the functions that are it."""
+PART_OF = {"decode": "gradient of decode"}
+"""Phase -> another within which it is no phase of its own: there it also holds what its backward pass needs."""
 
 
 @dataclass
@@ -102,7 +104,7 @@ class Meter:
     def phase(self, name: str) -> Iterator[None]:
         """Everything within the block belongs to a phase, and counts once where the phase is entered again inside."""
         record = self.phases.setdefault(name, Phase(name))
-        if record in self._open:
+        if record in self._open or any(each.phase == PART_OF.get(name) for each in self._open):
             yield
             return
         self._open.append(record)

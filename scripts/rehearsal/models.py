@@ -14,9 +14,12 @@ from typing import Any
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
+    ZImageTransformer2DModel,
 )
 from transformers import (
     CLIPConfig,
@@ -24,8 +27,11 @@ from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
 )
@@ -34,6 +40,7 @@ from scripts.gpu.models import FLUX1_DEV, KLEIN_4B, SD3_M, SD35_M
 from tests import tiny_clip
 from tests.tiny_flux import qwen_tokenizer
 from tests.tiny_models import clip_tokenizer, t5_tokenizer
+from tests.tiny_qwen import template_tokenizer
 
 CLIP_TOKENS = 77
 CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
@@ -47,6 +54,49 @@ QWEN3_4B = {
     "num_key_value_heads": 8,
     "head_dim": 128,
     "vocab_size": 151936,
+}
+QWEN25_VL_7B = {
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "vocab_size": 152064,
+    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+}
+QWEN25_VISION = {
+    "depth": 32,
+    "hidden_size": 1280,
+    "intermediate_size": 3420,
+    "num_heads": 16,
+    "out_hidden_size": 3584,
+}
+ZIMAGE: dict[str, Any] = {
+    "in_channels": 16,
+    "dim": 3840,
+    "n_layers": 30,
+    "n_refiner_layers": 2,
+    "n_heads": 30,
+    "n_kv_heads": 30,
+    "cap_feat_dim": 2560,
+    "axes_dims": [32, 48, 48],
+    "axes_lens": [1536, 512, 512],
+}
+QWEN_IMAGE: dict[str, Any] = {
+    "in_channels": 64,
+    "out_channels": 16,
+    "num_layers": 60,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 3584,
+    "axes_dims_rope": (16, 56, 56),
+}
+QWEN_IMAGE_TIMES = {
+    "shift": 1.0,
+    "use_dynamic_shifting": True,
+    "max_shift": 0.9,
+    "max_image_seq_len": 8192,
+    "shift_terminal": 0.02,
 }
 VAE: dict[str, Any] = {
     "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -75,7 +125,7 @@ class Rehearsal:
     """A model, the preset it is rehearsed with, and what of the preset is changed.
 
     networks: of the pipeline; tokenizers; second_base: a folder with another transformer, the generator's own.
-    index: further entries of model_index.json. sizes: sides of the training pictures, pixels.
+    index: further entries of model_index.json. scheduler: its settings. sizes: sides of the training pictures, pixels.
     """
 
     preset: str
@@ -86,6 +136,9 @@ class Rehearsal:
     sizes: tuple[int, ...] = (256,)
     second_base: bool = False
     index: Mapping[str, Any] = field(default_factory=dict)
+    scheduler: Mapping[str, Any] = field(
+        default_factory=lambda: {"shift": 3.0, "use_dynamic_shifting": True}, repr=False
+    )
     changes: tuple[str, ...] = ()
 
 
@@ -119,9 +172,16 @@ def t5(**shape: Any) -> Any:
     return T5EncoderModel(T5Config(**shape, feed_forward_proj="gated-gelu", is_encoder_decoder=False))
 
 
-def qwen(**shape: Any) -> Any:
-    """Qwen3, whose output layer is its embedding."""
-    return Qwen3ForCausalLM(Qwen3Config(**shape, tie_word_embeddings=True, max_position_embeddings=40960))
+def qwen(kind: type[Any], **shape: Any) -> Any:
+    """Qwen3, whose output layer, where it has one, is its embedding."""
+    return kind(Qwen3Config(**shape, tie_word_embeddings=True, max_position_embeddings=40960))
+
+
+def qwen_vl(text: Mapping[str, Any], vision: Mapping[str, Any]) -> Any:
+    """Qwen2.5-VL."""
+    words = {**text, "max_position_embeddings": 128000}
+    config = Qwen2_5_VLConfig(text_config=words, vision_config=dict(vision), tie_word_embeddings=False)
+    return Qwen2_5_VLForConditionalGeneration(config)
 
 
 def pickscore(text: Mapping[str, int], vision: Mapping[str, int], projection: int, vocabulary: int) -> Any:
@@ -170,13 +230,16 @@ SD3_TOKENIZERS: dict[str, Callable[[], Any]] = {
 }
 
 
+SD3_TIMES = {"shift": 3.0, "use_dynamic_shifting": False}
+
+
 def _sd3(preset: str, shape: Mapping[str, Any], sizes: tuple[int, ...]) -> Rehearsal:
     networks = {
         "transformer": Network(partial(SD3Transformer2DModel, **shape)),
         "vae": Network(partial(AutoencoderKL, **SD3_VAE)),
         **SD3_ENCODERS,
     }
-    return Rehearsal(preset, "sd3", networks, SD3_TOKENIZERS, CLIP_H, sizes)
+    return Rehearsal(preset, "sd3", networks, SD3_TOKENIZERS, CLIP_H, sizes, scheduler=SD3_TIMES)
 
 
 SMALL_VAE = VAE | {
@@ -230,6 +293,7 @@ SMALL = Rehearsal(
         )
     ),
     sizes=(32,),
+    scheduler=SD3_TIMES,
 )
 SHORT_PROMPTS = ("model.text_length=128",)
 """Of 512: half the tokens, and so half the hours on a CPU."""
@@ -243,7 +307,7 @@ REHEARSALS = {
         {
             "transformer": Network(partial(Flux2Transformer2DModel, **KLEIN_4B)),
             "vae": Network(AutoencoderKLFlux2),
-            "text_encoder": Network(partial(qwen, **QWEN3_4B), tied=("lm_head.weight",)),
+            "text_encoder": Network(partial(qwen, Qwen3ForCausalLM, **QWEN3_4B), tied=("lm_head.weight",)),
         },
         {"tokenizer": partial(qwen_tokenizer, 512)},
         CLIP_H,
@@ -262,6 +326,32 @@ REHEARSALS = {
         },
         {"tokenizer": partial(clip_tokenizer, CLIP_TOKENS), "tokenizer_2": t5_tokenizer},
         CLIP_H,
+        changes=SHORT_PROMPTS,
+    ),
+    "zimage": Rehearsal(
+        "zimage-4step-24gb",
+        "zimage",
+        {
+            "transformer": Network(partial(ZImageTransformer2DModel, **ZIMAGE)),
+            "vae": Network(partial(AutoencoderKL, **FLUX1_VAE)),
+            "text_encoder": Network(partial(qwen, Qwen3Model, **QWEN3_4B)),
+        },
+        {"tokenizer": partial(qwen_tokenizer, 512)},
+        CLIP_H,
+        scheduler={"shift": 6.0, "use_dynamic_shifting": False},
+        changes=SHORT_PROMPTS,
+    ),
+    "qwenimage": Rehearsal(
+        "qwenimage-4step-24gb",
+        "qwenimage",
+        {
+            "transformer": Network(partial(QwenImageTransformer2DModel, **QWEN_IMAGE)),
+            "vae": Network(partial(AutoencoderKLQwenImage)),
+            "text_encoder": Network(partial(qwen_vl, QWEN25_VL_7B, QWEN25_VISION)),
+        },
+        {"tokenizer": partial(template_tokenizer, 1024)},
+        CLIP_H,
+        scheduler=QWEN_IMAGE_TIMES,
         changes=SHORT_PROMPTS,
     ),
 }

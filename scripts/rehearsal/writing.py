@@ -43,7 +43,7 @@ def write_model(made: Rehearsal, folder: Path) -> None:
         tokenizer = make()
         tokenizer.save_pretrained(folder / name)
         index[name] = ["transformers", type(tokenizer).__name__]
-    scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=made.family != "sd3")
+    scheduler: Any = FlowMatchEulerDiscreteScheduler(**made.scheduler)
     scheduler.save_config(folder / "scheduler")
     (folder / "model_index.json").write_text(json.dumps(index, indent=2))
     cut_scheduler(folder)

@@ -24,6 +24,8 @@ BILLIONS = {
     "sd35": {"transformer": 2.24},
     "flux2-klein-4b": {"transformer": 3.88, "text_encoder": 4.02},
     "flux1": {"transformer": 11.9, "text_encoder": 0.123, "text_encoder_2": 4.76, "vae": 0.084},
+    "zimage": {"transformer": 6.15, "text_encoder": 4.02},
+    "qwenimage": {"transformer": 20.4, "text_encoder": 8.29, "vae": 0.127},
 }
 PICKSCORE = 0.986
 

@@ -26,6 +26,9 @@ FUSED, FUSED_BACKWARD = (
     ATEN._scaled_dot_product_flash_attention_for_cpu_backward,
 )
 
+PACKED_PRODUCT = "bitsandbytes::gemm_4bit"
+"""Of a layer in 4 bits, without gradient."""
+
 
 class Account(TorchDispatchMode):
     """Within it, every tensor that is made is counted, on any device, until its memory is given back.
@@ -168,6 +171,8 @@ def are_new(results: Sequence[Any], inputs: Sequence[Any]) -> bool:
 
 def flops_of(packet: Any, args: Sequence[Any], kwargs: Mapping[str, Any], made: Any) -> int:
     """Operations of a call, by torch's formulas; 0 where it has none."""
+    if packet._qualified_op_name == PACKED_PRODUCT:  # x [..., in], the packed weight, its shape [out, in]
+        return 2 * int(args[0].numel()) * int(args[2][0])
     if packet is FUSED:
         return int(sdpa_flop_count(*(each.shape for each in args[:3])))
     if packet is FUSED_BACKWARD:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from rtdmd_cli.engine.compute.quantise import swap_linears
 from rtdmd_cli.engine.planning import account
 from rtdmd_cli.engine.planning.account import Account, call_on_shapes, form_of
 
@@ -63,3 +64,13 @@ def test_numbers_and_writes_are_always_computed() -> None:
         assert (torch.ones(2) + 2).tolist() == [3.0, 3.0]
     assert call_on_shapes(torch.ops.aten.add_.Tensor, (torch.empty(2, device=META), 1), {}) is None
     assert form_of([1, 2.0]) != form_of([1, 2]) != form_of([True, 2])
+
+
+def test_a_layer_in_4_bits_counts_like_a_plain_one_with_and_without_gradient() -> None:
+    """Without gradient bitsandbytes multiplies by the packed weight in one call, which torch has no formula for."""
+    packed = nn.Sequential(nn.Linear(64, 128, bias=False, dtype=torch.float32))
+    swap_linears(packed, "nf4", torch.device("cpu"))
+    for needs in (False, True):
+        with Account() as found:
+            packed(torch.ones(2, 3, 64, requires_grad=needs))
+        assert found.flops == 2 * 6 * 64 * 128
