@@ -201,7 +201,8 @@ def load_model(
     _limit_threads(source.preset)
     where = resolve_device(device or hardware.device)
     side = source.preset.model.resolution
-    ahead = [encoding_ahead(texts, (size[0] or side, size[1] or side))] if texts else []
+    sides = (size[0] or side, size[1] or side)
+    ahead = [encoding_ahead(texts, hardware.cache_gb, sides)] if texts else []
     with console.working(quiet) as say:
         say(f"loading the model {source.preset.model.path}")
         return source, open_model(source, where, resolve_dtype(dtype or hardware.dtype, where), *ahead)

@@ -76,7 +76,7 @@ class Stage:
     free_sections: tuple[str, ...]
 
 
-_SCHEDULE = ("save_every", "keep", "log_every", "sample_every")
+_SCHEDULE = ("save_every", "save_minutes", "keep", "log_every", "sample_every")
 _FREE_DISTILL = (
     "name",
     "description",

@@ -220,6 +220,7 @@ def schedule(config: DistillConfig, previews: PreviewsConfig) -> Schedule:
         config.sample_every,
         config.keep,
         previews.minutes,
+        config.save_minutes,
     )
 
 

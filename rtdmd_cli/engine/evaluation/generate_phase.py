@@ -122,7 +122,7 @@ def generate_phase(
     on_pictures(sum(len(part) for part in parts) - sum(len(part) for part in missing))
     if not missing:
         return True
-    cache, uncond = encode_to_cache(job.model.backbone, list(job.prompts.texts.values()), job.plan)
+    cache, uncond = encode_to_cache(job.model, list(job.prompts.texts.values()), job.plan)
     shape = job.model.backbone.latent_shape(job.height, job.width)
     conditions = job.conditions()
     for part in missing:

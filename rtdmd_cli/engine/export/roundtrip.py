@@ -79,7 +79,7 @@ def own_pictures(
     """Our sampler's pictures [n, 3, H, W] in 0..1 on the CPU for each eta, one picture a prompt, the same noise."""
     backbone, side = model.backbone, model.source.preset.model.resolution
     shape = backbone.latent_shape(side, side)
-    cond, _ = encode(backbone, prompts, plan)
+    cond, _ = encode(model, prompts, plan)
     family = FAMILIES[model.source.preset.model.family]
     drawn = torch.float32 if family.float32_noise else backbone.dtype
     noise, sets = initial_noise(shape, len(prompts), drawn), []

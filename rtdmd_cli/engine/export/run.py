@@ -220,7 +220,8 @@ def draw_own(
 ) -> Own:
     """Open the run's generator on the device, draw, and let it go again."""
     say(f"loading the model {request.source.preset.model.path}")
-    model = open_model(request.source, device, request.dtype, encoding_ahead(prompts))
+    ahead = encoding_ahead(prompts, request.source.preset.hardware.cache_gb)
+    model = open_model(request.source, device, request.dtype, ahead)
     plan = model.plan()
     say(f"drawing {counted(len(prompts))} with the run, with eta {plan.eta:g} and with eta 0")
     pictures, euler = own_pictures(model, plan, prompts, (plan.eta, 0.0))

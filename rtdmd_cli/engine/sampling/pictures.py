@@ -190,7 +190,7 @@ def _write_missing(folder: Path, job: Job, on_pictures: Callable[[int], None], s
     on_pictures(len(there))
     todo = [name for name in planned if name not in there]
     if todo:
-        cond, uncond = encode(job.model.backbone, job.prompts, job.plan)
+        cond, uncond = encode(job.model, job.prompts, job.plan)
         shape = job.model.backbone.latent_shape(job.height, job.width)
         for part in batched(todo, job.batch):
             stop.check()
@@ -212,38 +212,42 @@ def _write_picture(folder: Path, name: str, image: Tensor, record: Record) -> No
 
 
 def encode(
-    backbone: Backbone, prompts: Sequence[str], plan: SamplingPlan
+    model: Model, prompts: Sequence[str], plan: SamplingPlan
 ) -> tuple[Conditioning, Conditioning | None]:
     """The prompts' conditioning on the CPU, one row a prompt, and the empty prompt's where guidance needs it.
 
     Read from and written to the cache on disk; the text encoders are then freed. In bf16 a prompt takes 2 MB for Stable
     Diffusion 3, 4 MB for FLUX.1 and 8 MB for FLUX.2-klein-4B, at the published text lengths.
     """
-    cache, uncond = encode_to_cache(backbone, prompts, plan)
+    cache, uncond = encode_to_cache(model, prompts, plan)
     return cache.fetch(prompts), uncond
 
 
-def encoding_ahead(prompts: Sequence[str], size: tuple[int, int] | None = None) -> Callable[[Backbone], None]:
+def encoding_ahead(
+    prompts: Sequence[str], max_gb: float | None, size: tuple[int, int] | None = None
+) -> Callable[[Backbone], None]:
     """For `open_model`: encodes the prompts into the cache, and frees the text encoders before the transformer is loaded.
 
+    max_gb: as of `open_cache`, by the model's preset: below it, the prompts of its training would leave the cache.
     size: (height, width) of the pictures, px; UsageError, before anything is encoded, where the model can't do it.
     """
 
     def prepare(backbone: Backbone) -> None:
         if size is not None:
             backbone.latent_shape(*size)
-        open_cache(backbone).ensure(prompts, backbone.encode)
+        open_cache(backbone, max_gb).ensure(prompts, backbone.encode)
         backbone.drop_text_encoders()
 
     return prepare
 
 
 def encode_to_cache(
-    backbone: Backbone, prompts: Sequence[str], plan: SamplingPlan
+    model: Model, prompts: Sequence[str], plan: SamplingPlan
 ) -> tuple[EmbeddingCache, Conditioning | None]:
     """As `encode`, with the prompts left on disk: the cache that has them all, to be fetched in parts."""
     empty = [""] if plan.needs_empty_prompt else []
-    cache = open_cache(backbone)
+    backbone = model.backbone
+    cache = open_cache(backbone, model.source.preset.hardware.cache_gb)
     cache.ensure([*prompts, *empty], backbone.encode)
     backbone.drop_text_encoders()
     return cache, cache.fetch(empty) if empty else None

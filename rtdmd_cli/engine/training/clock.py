@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 @dataclass
 class Clock:
     """Times of this process, s by `time.monotonic`: when and at which iteration it began to train, and when it last made
-    a grid and wrote the report. grid_of: the iteration of that grid.
+    a grid, wrote the report and saved a checkpoint. grid_of: the iteration of that grid.
     """
 
     began: float = field(default_factory=time.monotonic)
@@ -15,10 +15,11 @@ class Clock:
     grid: float = field(default_factory=time.monotonic)
     grid_of: int | None = None
     report: float = field(default_factory=time.monotonic)
+    saved: float = field(default_factory=time.monotonic)
 
     def start(self, iteration: int) -> None:
         """Begin to count here."""
-        self.began = self.grid = time.monotonic()
+        self.began = self.grid = self.saved = time.monotonic()
         self.first = iteration
 
     def seconds_each(self, iteration: int) -> float | None:

@@ -40,10 +40,13 @@ def train(session: Session, quiet: bool) -> StopRequest:
     )
     silent = quiet or not processes.main
     recent: deque[float] = deque(maxlen=RECENT)
+    if session.iteration < total:  # the first encoding tells nothing of what an iteration takes
+        with stop.during("finishing a few prompts", session.kept):
+            stage.prepare(session.iteration, lambda: stop.received is not None)
     with processes.agreeing(), stop.during("finishing the pictures", session.kept):
         if processes.main and session.last:
             catch_up(session)
-        if processes.main:
+        if processes.main and stop.received is None:
             begin(session)
             session.folder = identity(session.run)
     with training_progress(total, session.iteration, silent) as show:
@@ -167,6 +170,12 @@ def grid_due(schedule: Schedule, iteration: int, seconds: float) -> bool:
     return late or iteration % schedule.sample_every == 0
 
 
+def save_due(schedule: Schedule, iteration: int, seconds: float) -> bool:
+    """Whether this iteration has a checkpoint, by iterations or by minutes; seconds: since the last one."""
+    late = schedule.save_minutes is not None and seconds >= 60 * schedule.save_minutes
+    return late or iteration % schedule.save_every == 0
+
+
 def note(session: Session, took: float, measured: Mapping[str, float]) -> None:
     """After an iteration: grid, metrics, checkpoint and report, each at its own distance."""
     schedule, done = session.stage.schedule, session.iteration
@@ -180,7 +189,7 @@ def note(session: Session, took: float, measured: Mapping[str, float]) -> None:
         session.tracker.log(row)
         session.run.metrics.append(row)
     asked = session.stop.save  # read once: a signal that comes later is for the next iteration
-    if done % schedule.save_every == 0 or session.best == done or asked:
+    if save_due(schedule, done, time.monotonic() - session.clock.saved) or session.best == done or asked:
         save(session)
         news = True
     if asked:

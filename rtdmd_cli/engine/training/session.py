@@ -52,7 +52,7 @@ class Schedule:
     """The length of a training and the distances of what is written on the way, in iterations (epochs).
 
     sample_minutes: the longest time between two grids, None for any; both at once for `sample_every` 0, where the end
-    alone has a grid.
+    alone has a grid. save_minutes: likewise between two checkpoints.
     """
 
     total: int
@@ -61,6 +61,7 @@ class Schedule:
     sample_every: int
     keep: int
     sample_minutes: float | None = None
+    save_minutes: float | None = None
 
 
 @dataclass(frozen=True)
@@ -211,6 +212,7 @@ def save(session: Session) -> None:
     session.last = save_checkpoint(
         run.checkpoints, session.iteration, tensors, state, keep, meta, session.best
     )
+    session.clock.saved = time.monotonic()
     run.set_status("running", iteration=session.iteration)
 
 

@@ -60,6 +60,7 @@ def tune_stage(
             config.sample_every,
             config.keep,
             settings.minutes,
+            config.save_minutes,
         ),
         sizes=sizes(tuner),
         advance=advance,

@@ -244,9 +244,17 @@ def test_a_cache_too_small_for_the_prompts_changes_nothing(
     row = 4 * ((12 + TEXT_LENGTH) * 40 + 20)
     said: list[str] = []
     hardware = HardwareConfig(cache_gb=(1024 + 2.5 * (row + 128)) / 1e9, text_encoder=place)
+    progress = loop.training_progress
+
+    def shown(*given: Any) -> Any:
+        said.append("progress")
+        return progress(*given)
+
+    monkeypatch.setattr(loop, "training_progress", shown)
     outcome = run(tmp_path, "small", Start(None, None), hardware, said.append)
     assert any("takes 2 at a time" in line for line in said)
-    assert any("of the iterations 1 to" in line for line in said)
+    (first,) = [place for place, line in enumerate(said) if "of the iterations 1 to" in line]
+    assert first < said.index("progress"), "what the first encoding takes is no part of the estimate"
     plenty, few = load_checkpoint(finished.checkpoint), load_checkpoint(outcome.checkpoint)
     for group, tensors in plenty.tensors.items():
         for name, tensor in tensors.items():
@@ -287,6 +295,24 @@ def test_a_signal_while_prompts_are_encoded_ahead_saves_what_was_trained(
     assert outcome.checkpoint.name == f"step-{outcome.iterations:06d}"
     again = Start(RunFolder(outcome.run), load_checkpoint(outcome.checkpoint))
     assert run(tmp_path, "first", again, small, iterations=8, batch=2, sample_every=0).iterations == 8
+
+
+def test_a_signal_before_the_first_iteration_draws_no_pictures_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RTDMD_CACHE", str(tmp_path / "cache"))
+    small = HardwareConfig(cache_gb=(1024 + 2.5 * (4 * ((12 + TEXT_LENGTH) * 40 + 20) + 128)) / 1e9)
+    prepare = AheadEncoder.prepare
+
+    def signalled(self: AheadEncoder, *given: Any) -> bool:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return prepare(self, *given)
+
+    monkeypatch.setattr(AheadEncoder, "prepare", signalled)
+    said: list[str] = []
+    outcome = run(tmp_path, "first", Start(None, None), small, said.append)
+    assert (outcome.iterations, outcome.signal_exit_code) == (0, 143)
+    assert not any("pictures before training" in line for line in said)
 
 
 def break_pictures(monkeypatch: pytest.MonkeyPatch, after: int) -> None:

@@ -39,7 +39,7 @@ def test_a_generators_text_encoders_leave_before_its_transformer_comes(
 ) -> None:
     monkeypatch.setenv("RTDMD_CACHE", str(tmp_path / "cache"))
     make_run(runs, "a", (10,))
-    encode, seen = encoding_ahead(["a red ring"], (32, 32)), []
+    encode, seen = encoding_ahead(["a red ring"], None, (32, 32)), []
 
     def prepare(backbone: Any) -> None:
         encode(backbone)
@@ -50,7 +50,7 @@ def test_a_generators_text_encoders_leave_before_its_transformer_comes(
     model = open_model(resolve("a", runs), CPU, F32, prepare)
     assert seen == [True] and not any(p.is_meta for p in model.backbone.transformer.parameters())
     with pytest.raises(UsageError, match="can't make pictures of 36 x 32 px"):
-        open_model(resolve("a", runs), CPU, F32, encoding_ahead(["a red ring"], (32, 36)))
+        open_model(resolve("a", runs), CPU, F32, encoding_ahead(["a red ring"], None, (32, 36)))
 
 
 def test_a_preset_is_opened_without_adapters(runs: Path) -> None:

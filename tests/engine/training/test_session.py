@@ -8,7 +8,7 @@ import pytest
 from rtdmd_cli.engine.compute.signals import Stopped
 from rtdmd_cli.engine.storage.checkpoint import step_of
 from rtdmd_cli.engine.storage.run_folder import RunFolder
-from rtdmd_cli.engine.training.loop import ending, grid_due, in_words
+from rtdmd_cli.engine.training.loop import ending, grid_due, in_words, save_due
 from rtdmd_cli.engine.training.opening import note_end
 from rtdmd_cli.engine.training.session import Schedule, kept
 from rtdmd_cli.errors import PictureFailure
@@ -27,6 +27,14 @@ def test_a_grid_is_due_by_iterations_or_by_minutes_whichever_come_first() -> Non
     assert not grid_due(by_both, 7, 899.0) and grid_due(by_both, 7, 900.0) and grid_due(by_both, 25, 1.0)
     assert not grid_due(replace(by_both, sample_minutes=None), 7, 1e6)
     assert not grid_due(replace(by_both, sample_every=0), 25, 1e6)  # the end alone has one
+
+
+def test_a_checkpoint_is_due_by_iterations_or_by_minutes_whichever_come_first() -> None:
+    """An epoch of stage 2 can take hours: ten of them are not to be lost to a power cut."""
+    by_both = Schedule(total=100, save_every=10, log_every=1, sample_every=0, keep=1, save_minutes=30)
+    assert [i for i in range(1, 41) if save_due(by_both, i, 0.0)] == [10, 20, 30, 40]
+    assert not save_due(by_both, 7, 1799.0) and save_due(by_both, 7, 1800.0)
+    assert not save_due(replace(by_both, save_minutes=None), 7, 1e6)
 
 
 def test_what_is_kept_is_named() -> None:

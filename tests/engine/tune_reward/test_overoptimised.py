@@ -220,7 +220,7 @@ def test_diversity_and_distance_are_those_of_the_pictures(done: dict[str, Done])
         last = "last" if reference == "runs/on" else None
         model = open_model(resolve(reference, Path("runs"), last), CPU, torch.float32)
         plan = model.plan(many)
-        cond, empty = encode(model.backbone, chosen, plan)
+        cond, empty = encode(model, chosen, plan)
         keys = [(i, j) for i in range(PROMPTS) for j in range(count)]
         images = paint(model, plan, cond, empty, keys, shape=(8, 8, 8), seed=0)
         features.append(shapes_clip.load_held_out(CPU).scorer.image_features(images).double())
