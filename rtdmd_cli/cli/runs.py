@@ -58,7 +58,9 @@ def list_(out: Out = Path("runs"), as_json: Json = False, quiet: Quiet = False) 
         if each.problem:
             console.say(f"{each.run.path} is damaged: {each.problem}", quiet)
     if any(each.state == KILLED for each in found):
-        console.say("killed: no process works on it any more; go on with --resume auto", quiet)
+        console.say(
+            "killed: no process works on it any more; the command that goes on: rtdmd runs show NAME", quiet
+        )
 
 
 def row(each: RunSummary) -> dict[str, Any]:

@@ -83,6 +83,7 @@ _FREE_DISTILL = (
     "distill.iterations",
     "distill.micro_batch",
     "distill.consistency_batched",
+    "distill.boundaries_batched",
     *(f"distill.{key}" for key in _SCHEDULE),
 )
 DISTILL = Stage("distill", _FREE_DISTILL, ("evaluate.", "hardware.", "previews.", "tune_reward."))
@@ -107,6 +108,8 @@ TUNE_REWARD = Stage(
 AUTO = "auto"
 PRECISION = ("hardware.dtype", "hardware.base", "hardware.float32_matmul", "hardware.mixed_precision")
 """Keys that change the numbers of a run; `--allow-change` takes them."""
+RATES = ("generator_lr", "fake_lr", "lr_warmup", "lr_decay", "grad_clip")
+"""Keys of a stage that a new run may set anew as it goes on from another's checkpoint, after a loss of nan, say."""
 
 
 def is_follower() -> bool:
@@ -225,10 +228,12 @@ def find_start(
     run, chosen = reference.run, reference.checkpoint
     path = chosen or (newest(run, quiet) if run else None)
     loaded = checkpoint.load_checkpoint(path) if path else None
-    changes = require_same_training(run, loaded, resolved, prompts, stage, allow)
+    forks = bool(name) and (run is None or run.path.resolve() != (out / run_name).resolve())
+    rates = [f"{stage.name.replace('-', '_')}.{key}" for key in RATES] if forks else []
+    changes = require_same_training(run, loaded, resolved, prompts, stage, (*allow, *rates))
     for key, before, now in changes:
         console.say(f"{'moved' if key in MOVABLE else 'allowed'}: {key} was {before}, now {now}", quiet)
-    if name and (run is None or run.path.resolve() != (out / name).resolve()):
+    if name and forks:
         if loaded is None:
             raise DataError(f"{resume} has no checkpoint yet.", "Start a run of its own: leave --resume out.")
         run_folder.refuse_existing(out / name)
@@ -376,6 +381,17 @@ def require_same_recipe(
     if changed:
         pairs = ", ".join(f"{key} was {before[key]}, now {now[key]}" for key in changed[:3])
         raise DataError(
-            f"{own.parent} was made with other settings: {pairs}.", "Start another run with --name OTHER."
+            f"{own.parent} was made with other settings: {pairs}.", other_recipe(own, changed, stage)
         )
     return allowed
+
+
+def other_recipe(own: Path, changed: Sequence[str], stage: Stage) -> str:
+    """What to do where a run's recipe differs in these keys."""
+    from rtdmd_cli.engine.storage.run_folder import RunFolder
+
+    section = stage.name.replace("-", "_")
+    if {*changed} <= {f"{section}.{key}" for key in RATES}:
+        return "Go on from its checkpoint in a run of its own: add --name OTHER."
+    again = going_on(RunFolder(own.parent), stage.name)
+    return f"Go on with its own settings: {again}; or start another run: --name OTHER, without --resume."

@@ -7,6 +7,7 @@ nothing, and all others are forked (`tests.commands.fork`).
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ from rtdmd_cli.config.loader import Resolved, dump_resolved, load_preset
 from rtdmd_cli.engine.sampling.source import resolve
 from rtdmd_cli.engine.storage.checkpoint import load_checkpoint, save_checkpoint
 from rtdmd_cli.engine.storage.run_folder import RunFolder
+from rtdmd_cli.engine.training import memory
 from rtdmd_cli.engine.training.restoring import accepted
 from rtdmd_cli.engine.training.start import Start
 from rtdmd_cli.errors import DataError, UsageError
@@ -463,3 +465,41 @@ def test_a_damaged_preset_in_the_run(run: RunFolder) -> None:
     run.preset.write_text("model: [", encoding="utf-8")
     with pytest.raises(DataError, match="damaged"):
         find_start("auto", run.path.parent, None, "mine", preset, "", False, DISTILL)
+
+
+def test_a_full_memory_advises_settings_with_which_the_run_goes_on(run: RunFolder) -> None:
+    """Neither another optimiser nor both formats of the base, and with it the option that allows it."""
+    own = load_preset(str(run.preset), ["distill.boundaries=every", "distill.boundaries_batched=true"], {})
+    run.preset.write_text(dump_resolved(own.preset))
+    words = shlex.split(memory.hint(own.preset, "distill").partition("--resume and ")[2].partition(";")[0])
+    given = [words[i + 1] for i, word in enumerate(words) if word == "--set"]
+    allow = [words[i + 1] for i, word in enumerate(words) if word == "--allow-change"]
+    assert [each.partition("=")[0] for each in given] == [
+        *("hardware.vae_tiling", "hardware.gradient_checkpointing", "distill.boundaries_batched"),
+        "hardware.base",
+    ]
+    now = load_preset(str(run.preset), given, {})
+    started = find_start("auto", run.path.parent, None, "mine", now, None, True, DISTILL, allow)
+    assert started.run is not None and [key for key, *_ in started.changes] == ["hardware.base"]
+    with pytest.raises(DataError, match="other precision settings"):
+        find_start("auto", run.path.parent, None, "mine", now, None, True, DISTILL)
+
+
+def test_a_run_that_met_nan_goes_on_at_lower_rates_in_a_run_of_its_own(
+    run: RunFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gentle = ["distill.generator_lr=1e-6", "distill.grad_clip=0.5", "distill.lr_warmup=10"]
+    now, out = load_preset(str(run.preset), gentle, {}), run.path.parent
+    started = find_start(str(run.path), out, "gentle", "gentle", now, None, False, DISTILL)
+    assert started.run is None and started.checkpoint is not None
+    assert {key for key, *_ in started.changes} == {each.partition("=")[0] for each in gentle}
+    assert "allowed: distill.generator_lr was" in capsys.readouterr().err
+    for name in (None, "mine"):
+        with pytest.raises(DataError, match="other settings") as caught:
+            find_start("auto", out, name, "mine", now, None, True, DISTILL)
+        assert caught.value.hint == "Go on from its checkpoint in a run of its own: add --name OTHER."
+    other = load_preset(str(run.preset), [*gentle, "distill.batch=3"], {})
+    with pytest.raises(DataError, match="other settings: distill.batch was") as caught:
+        find_start(str(run.path), out, "gentle", "gentle", other, None, True, DISTILL)
+    again = f"rtdmd distill --preset {run.preset} --resume {run.path}"
+    assert again in caught.value.hint and "--name OTHER, without --resume" in caught.value.hint

@@ -14,7 +14,10 @@ from rtdmd_cli.errors import DataError, EnvironmentFailure, NumericalError
 
 Choice: TypeAlias = Literal["adamw", "adamw8bit", "paged_adamw8bit"]
 
-_DIVERGED_HINT = "The last checkpoint is untouched: start another run with a lower learning rate."
+_DIVERGED_HINT = (
+    "The last checkpoint is untouched: go on from it at lower learning rates, in a run of its own: "
+    "--resume RUN --name OTHER --set distill.generator_lr=RATE (or tune_reward.generator_lr=RATE)."
+)
 _STATE_HINT = (
     "The checkpoint belongs to another model, adapter or optimiser: use its own preset, or start anew."
 )

@@ -81,13 +81,22 @@ def keep_size(sizes: Sizes, records: Mapping[str, Any]) -> None:
         sizes.resize(records[RECORD])
 
 
+OPTIMIZER, BASE = "hardware.optimizer", "hardware.base"
+"""A saved optimiser is of one kind; a base's format changes the numbers, which a run is asked to allow."""
+
+
 def hint(preset: Preset, section: str) -> str:
     """The settings that need less memory and are not taken yet, in the order in which `rtdmd plan --fit` takes them."""
     left = less_memory(preset, section)
     if not left:
         return "Every setting that saves memory is taken: lower model.resolution, or use a card with more memory."
-    chosen = " ".join(f"--set {each}" for each in left)
-    return f"In the order of `rtdmd plan --fit`, which counts them beforehand: {chosen}; go on with --resume."
+    new = [each for each in left if each.startswith(OPTIMIZER)]
+    bases = [each for each in left if each.startswith(BASE)][:1]  # the other one is for the next time
+    free = [each for each in left if not each.startswith((OPTIMIZER, BASE))]
+    chosen = [f"--set {each}" for each in (*free, *bases)] + [f"--allow-change {BASE}"] * len(bases)
+    parts = [f"go on with --resume and {' '.join(chosen)}"] if chosen else []
+    parts += [f"a new run can also take --set {each}" for each in new]
+    return f"In the order of `rtdmd plan --fit`, which counts them beforehand: {'; '.join(parts)}."
 
 
 def less_memory(preset: Preset, section: str) -> list[str]:

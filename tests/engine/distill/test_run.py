@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -313,6 +314,24 @@ def test_a_signal_before_the_first_iteration_draws_no_pictures_before_training(
     outcome = run(tmp_path, "first", Start(None, None), small, said.append)
     assert (outcome.iterations, outcome.signal_exit_code) == (0, 143)
     assert not any("pictures before training" in line for line in said)
+
+
+def test_a_run_goes_on_with_what_a_full_memory_advises(
+    finished: Outcome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a copy of the run: the adapters and the optimiser's states on a base in 8 bits."""
+    monkeypatch.setenv("RTDMD_CACHE", str(tmp_path / "cache"))
+    folder = RunFolder(shutil.copytree(finished.run, tmp_path / "first"))
+    saving = HardwareConfig(base="int8", gradient_checkpointing=True, vae_tiling=True)
+    change = ("hardware.base", "plain", "int8")
+    start = Start(folder, newest_loaded(folder), frozenset({"hardware.base"}), (change,))
+    assert run(tmp_path, "first", start, saving, iterations=3).iterations == 3
+
+
+def newest_loaded(folder: RunFolder) -> Checkpoint:
+    newest, _ = newest_valid(folder.checkpoints)
+    assert newest is not None
+    return load_checkpoint(newest)
 
 
 def break_pictures(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
