@@ -1,12 +1,17 @@
 """The errors a person sees: one sentence of cause, one of what to do next, and an exit code."""
 
 import errno
+import os
 import re
 
 OUT_OF_MEMORY = re.compile(
-    r"out of memory|can(no|')t allocate memory|not enough memory|failed to map segment|_ALLOC_FAILED",
+    r"out of memory|can(no|')t allocate memory|not enough memory|failed to map segment|_ALLOC_FAILED"
+    # how cuDNN and cuBLAS, which have memory of their own, often find a card that is nearly full
+    r"|unable to find an engine to execute this|CUBLAS_STATUS_NOT_INITIALIZED|CUDNN_STATUS_NOT_SUPPORTED",
     re.IGNORECASE,
 )
+DEVICE_FAULT = re.compile(r"(CUDA|HIP)( driver)? error", re.IGNORECASE)
+UNMAPPED = re.compile(r"(/\S+): failed to map segment")
 FAILING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 """errno of a disk or a system that fails, whatever the file holds."""
 HINTS = {
@@ -85,18 +90,34 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Python's own, and by name and text those of torch, which may not have been imported, and of the dynamic loader."""
     if isinstance(error, MemoryError) or "OutOfMemoryError" in {cls.__name__ for cls in type(error).__mro__}:
         return True
-    return isinstance(error, RuntimeError | ImportError) and OUT_OF_MEMORY.search(str(error)) is not None
+    known = isinstance(error, RuntimeError | ImportError) and OUT_OF_MEMORY.search(str(error)) is not None
+    return known and no_programs(error) is None
+
+
+def no_programs(error: BaseException) -> str | None:
+    """The library that can't be loaded as its disk is mounted noexec; the loader has the words of full memory for it."""
+    found = UNMAPPED.search(str(error))
+    if found is None or not os.path.exists(found[1]):
+        return None
+    return found[1] if os.statvfs(found[1]).f_flag & os.ST_NOEXEC else None
+
+
+def is_device_fault(error: BaseException) -> bool:
+    """What the GPU's driver reports but for full memory: by name and text, as torch may not have been imported."""
+    named = "AcceleratorError" in {cls.__name__ for cls in type(error).__mro__}
+    return named or (isinstance(error, RuntimeError) and DEVICE_FAULT.match(str(error)) is not None)
 
 
 def machine_fault(error: BaseException) -> BaseException | None:
-    """Of an error and those that it came from, the first that is the machine's: full memory, a disk that fails.
+    """Of an error and those that it came from, the first that is the machine's: full memory, a disk or a GPU that fails.
 
     Libraries raise errors of their own over it, in the words of a damaged file.
     """
     seen: list[BaseException] = []
     current: BaseException | None = error
     while current is not None and current not in seen:
-        if is_out_of_memory(current) or (isinstance(current, OSError) and current.errno in FAILING):
+        failing = isinstance(current, OSError) and current.errno in FAILING
+        if failing or is_out_of_memory(current) or is_device_fault(current):
             return current
         seen.append(current)
         current = current.__cause__ or current.__context__

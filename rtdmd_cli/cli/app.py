@@ -15,7 +15,7 @@ from typer.core import TyperCommand, TyperGroup
 from rtdmd_cli import __version__
 from rtdmd_cli.cli import failures
 from rtdmd_cli.cli.helping import first_sentence, polished
-from rtdmd_cli.cli.quiet import no_telemetry, own_warnings, quiet_libraries
+from rtdmd_cli.cli.quiet import no_telemetry, own_warnings, quiet_libraries, torch_attention
 from rtdmd_cli.cli.streams import open_streams
 from rtdmd_cli.engine.compute.allocator import let_segments_grow
 from rtdmd_cli.engine.compute.signals import Stopped, StopRequest, stop_on_signals
@@ -202,6 +202,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     open_streams()
     _escape_what_has_no_code()
     no_telemetry()
+    torch_attention()
     let_segments_grow()
     quiet_libraries()
     stop = StopRequest()

@@ -13,7 +13,14 @@ from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
 from rtdmd_cli.engine.compute.signals import Stopped
-from rtdmd_cli.errors import HINTS, EnvironmentFailure, RtdmdError, is_out_of_memory
+from rtdmd_cli.errors import (
+    HINTS,
+    EnvironmentFailure,
+    RtdmdError,
+    is_device_fault,
+    is_out_of_memory,
+    no_programs,
+)
 
 INTERNAL = 1
 ENVIRONMENT = EnvironmentFailure.exit_code
@@ -23,6 +30,11 @@ OUT_OF_MEMORY_HINT = (
     "Use less at once: --set distill.micro_batch=1 or tune_reward.micro_batch=1 to train, --batch 1 to sample, "
     "or close other programs."
 )
+DEVICE_HINT = (
+    "Look at it with nvidia-smi, and restart the machine if it does not answer; a training goes on by the command of "
+    "`rtdmd runs show NAME`."
+)
+NOEXEC_HINT = "Choose another folder for temporary files: TMPDIR=FOLDER, and TORCHINDUCTOR_CACHE_DIR for hardware.compile."
 
 
 @dataclass(frozen=True)
@@ -49,10 +61,22 @@ def explain(error: Exception) -> Failure:
             where = "" if error.filename is None else f": {os.fsdecode(error.filename)}"
             return Failure(f"{error.strerror}{where}.", HINTS[error.errno], ENVIRONMENT)
         case _ if is_out_of_memory(error):
-            first = str(error).partition(". ")[0].partition("\n")[0] or "no more can be allocated"
-            return Failure(f"The memory is full: {first}.", OUT_OF_MEMORY_HINT, ENVIRONMENT)
+            return Failure(
+                f"The memory is full: {one_sentence(error) or 'no more can be allocated'}.",
+                OUT_OF_MEMORY_HINT,
+                ENVIRONMENT,
+            )
+        case _ if is_device_fault(error):
+            return Failure(f"The GPU has failed: {one_sentence(error)}.", DEVICE_HINT, ENVIRONMENT)
+        case _ if library := no_programs(error):
+            return Failure(f"The disk of {library} is mounted noexec.", NOEXEC_HINT, ENVIRONMENT)
     text = f"internal error, {type(error).__name__}: {error} (set {DEBUG}=1 for the traceback)"
     return Failure(text, "", INTERNAL)
+
+
+def one_sentence(error: Exception) -> str:
+    """The first of its text, without the full stop."""
+    return str(error).partition(". ")[0].partition("\n")[0].rstrip(".")
 
 
 def report(error: Exception) -> int:

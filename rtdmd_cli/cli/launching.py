@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
@@ -21,7 +22,7 @@ def launch(count: int, arguments: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     os.environ.setdefault(PATIENCE, str(6 * 3600))
-    os.environ.setdefault(THREADS, str(max(1, (os.cpu_count() or 1) // count)))
+    os.environ.setdefault(THREADS, str(max(1, cores() // count)))
     signal.signal(signal.SIGUSR1, lambda number, frame: pass_on(number))
     settings = ["--multi_gpu", "--num_processes", str(count), "--num_machines", "1", "--gpu_ids", "all"]
     settings += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
@@ -37,6 +38,11 @@ def launch(count: int, arguments: Sequence[str]) -> int:
         pass_on(error.sigval)  # a second signal came while the launcher waited for them: it is theirs too
         return 128 + int(error.sigval)
     return 0
+
+
+def cores() -> int:
+    """That this process may use: a batch system, a container or taskset can give it fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def not_ignored() -> list[str]:

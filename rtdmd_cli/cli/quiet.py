@@ -1,4 +1,4 @@
-"""Silences third-party libraries: their reports to others, and remarks that nobody can act on.
+"""Keeps third-party libraries to their part: no reports to others, no remarks that nobody can act on, no other attention.
 
 Errors and all other warnings stay.
 """
@@ -44,6 +44,15 @@ def no_telemetry() -> None:
     """Call before the libraries are imported. What the user has set is kept."""
     for name, off in TELEMETRY.items():
         os.environ.setdefault(name, off)
+
+
+def torch_attention() -> None:
+    """Let diffusers compute attention by torch's own function, whatever the shell has chosen.
+
+    Sage and others that are made for sampling have no backward pass, and say nothing: the layers that lead to queries,
+    keys and values would not be trained.
+    """
+    os.environ["DIFFUSERS_ATTN_BACKEND"] = "native"
 
 
 def is_wanted(record: logging.LogRecord) -> bool:

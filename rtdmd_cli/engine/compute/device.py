@@ -32,7 +32,8 @@ def resolve_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name not in DEVICES:
-        raise UsageError(f"There is no device `{name}`.", f"Choose one of {', '.join(DEVICES)}.")
+        one = f"; one of several cards by CUDA_VISIBLE_DEVICES={name[5:]}" if name.startswith("cuda:") else ""
+        raise UsageError(f"There is no device `{name}`.", f"Choose one of {', '.join(DEVICES)}{one}.")
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not there[name]:
         raise EnvironmentFailure(_absent(name), "Use --device cpu, or --device auto to take what is there.")
@@ -137,7 +138,7 @@ def where_there_is_room(
 @cache
 def _tell(size: int) -> None:
     """Once a process for each size."""
-    log.warning("the memory is full: pictures are made %d at a time, which takes longer", size)
+    log.warning("the memory is full: pictures are taken %d at a time, which takes longer", size)
 
 
 def useful_matmul(precision: str, device: torch.device) -> str:

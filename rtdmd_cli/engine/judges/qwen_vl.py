@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -23,7 +25,7 @@ from rtdmd_cli.engine.judges.qwen_inputs import (
     load_chat,
     read_preprocess,
 )
-from rtdmd_cli.errors import DataError
+from rtdmd_cli.errors import DataError, EnvironmentFailure
 
 SOURCE = "Qwen/Qwen3-VL-8B-Instruct"
 MODEL_FILES = ("*.safetensors", *INPUT_FILES)
@@ -94,14 +96,9 @@ class QwenVL:
 
         They are the same for all questions, since the text of a question comes after its picture.
         """
-        output = self.model.model(
-            input_ids=head,
-            position_ids=self._positions(head, grid),
-            pixel_values=patches,
-            image_grid_thw=grid,
-            use_cache=True,
-        )
-        return [(layer.keys, layer.values) for layer in output.past_key_values.layers]
+        cache = DynamicCache()
+        self._read(cache, head, self._positions(head, grid), pixel_values=patches, image_grid_thw=grid)
+        return [(layer.keys, layer.values) for layer in cache.layers]
 
     def _replies(
         self, head: Tensor, tails: list[list[int]], grid: Tensor, picture: list[tuple[Tensor, Tensor]]
@@ -112,15 +109,27 @@ class QwenVL:
         ids = torch.tensor([tail + [0] * (max(ends) + 1 - len(tail)) for tail in tails], device=self.device)
         positions = self._positions(torch.cat([head.expand(n, -1), ids], 1), grid.expand(n, 3))
         cache = DynamicCache([(k.expand(n, -1, -1, -1), v.expand(n, -1, -1, -1)) for k, v in picture])
-        hidden = self.model.model(
-            input_ids=ids,
-            position_ids=positions[:, :, start:],
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state
+        hidden = self._read(cache, ids, positions[:, :, start:])
         last = hidden[torch.arange(n, device=self.device), torch.tensor(ends, device=self.device)]
         logits: Tensor = self.model.lm_head(last)
         return logits.float().softmax(-1)
+
+    def _read(self, cache: DynamicCache, ids: Tensor, positions: Tensor, **picture: Tensor) -> Tensor:
+        """Hidden states [N,L,D] of ids [N,L] that follow what is in the cache, to which they are added.
+
+        EnvironmentFailure where transformers has left the cache alone: the answers would not be about the picture.
+        """
+        before, network = cache.get_seq_length(), self.model.model
+        named = {_cache_name(type(network)): cache}
+        hidden: Tensor = network(
+            input_ids=ids, position_ids=positions, use_cache=True, **named, **picture
+        ).last_hidden_state
+        if cache.get_seq_length() != before + ids.shape[1]:
+            raise EnvironmentFailure(
+                f"transformers {version('transformers')} does not read a picture once for several questions.",
+                "Install the version that this program was tested with: pip install 'transformers<5.24'",
+            )
+        return hidden
 
     def _positions(self, ids: Tensor, grid: Tensor) -> Tensor:
         """The three position indices (time, row, column) [3,N,L] of ids [N,L]; grid [N,3], one picture a row."""
@@ -129,6 +138,11 @@ class QwenVL:
             ids, mm_token_type_ids=types, image_grid_thw=grid
         )[0]
         return positions
+
+
+def _cache_name(network: type[Any]) -> str:
+    """What transformers calls the keys and values of earlier tokens: `cache` from 5.24 on."""
+    return "cache" if "cache" in inspect.signature(network.forward).parameters else "past_key_values"
 
 
 def check_loaded(name: str, info: dict[str, Any]) -> None:

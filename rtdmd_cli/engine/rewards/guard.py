@@ -24,7 +24,7 @@ from torch import Tensor
 from rtdmd_cli.engine.judges.requirements import Metadata
 from rtdmd_cli.engine.rewards.base import Reward, RewardEntry
 from rtdmd_cli.engine.rewards.printing import prints_on_stderr
-from rtdmd_cli.errors import DataError, RtdmdError, is_out_of_memory
+from rtdmd_cli.errors import DataError, RtdmdError, is_device_fault, is_out_of_memory
 
 T = TypeVar("T")
 OWN_SECONDS, LISTED_SECONDS, LOAD_SECONDS = 60.0, 600.0, 600.0
@@ -77,7 +77,7 @@ def seconds_of(name: str) -> float:
 def guarded(call: Callable[[], T], seconds: float | None) -> T:
     """What `call` returns; Failed if it raises anything, SystemExit too, or takes longer. seconds: None for any time.
 
-    Passed on: rtdmd's own errors, full memory, and Ctrl-C.
+    Passed on: rtdmd's own errors, full memory, a GPU that fails, and Ctrl-C.
     """
     try:
         with _settings_kept(), prints_on_stderr(), time_limit(seconds):
@@ -87,7 +87,7 @@ def guarded(call: Callable[[], T], seconds: float | None) -> T:
     except TooSlow as error:
         raise Failed(f"took more than {seconds:g} s") from error
     except BaseException as error:  # a user's own code may raise anything
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) or is_device_fault(error):
             raise
         text = " ".join(str(error).split())
         raise Failed(f"raised {type(error).__name__}{f': {text}' if text else ''}") from error

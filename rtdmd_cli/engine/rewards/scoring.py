@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rtdmd_cli.engine.compute.device import within_memory
 from rtdmd_cli.engine.prompts.reading import PromptSet
 from rtdmd_cli.engine.rewards.base import Reward
 from rtdmd_cli.engine.rewards.guard import Failed, answer
@@ -89,19 +90,25 @@ def score_all(
     """A reward [N] of images [N,3,H,W] (nan where it fails), and its failures.
 
     A batch that is not answered properly is given to the reward once more, picture by picture, to find those at fault,
-    until there are more than may be. numbers: of the prompts, from 1. Errors that are no picture's fault are passed
-    on: rtdmd's own, and full memory.
+    until there are more than may be. numbers: of the prompts, from 1. Where the memory is full, it is given half as many.
+    Errors that are no picture's fault are passed on: rtdmd's own, and memory that one picture fills.
     """
 
     def ask(rows: list[int]) -> Tensor:
         part, chosen = images[rows].to(device), prompts.pick(rows)  # a copy of the pictures
         return answer(reward, part, chosen.texts, chosen.metadata, limits.seconds)
 
+    def ask_within_memory(rows: list[int]) -> Tensor:
+        def parts(size: int) -> Tensor:
+            return torch.cat([ask(rows[start : start + size]) for start in range(0, len(rows), size)])
+
+        return within_memory(parts, len(rows), device)
+
     values, reasons = torch.full((len(images),), torch.nan), dict[int, str]()
     for start in range(0, len(images), SCORE_BATCH):
         rows = list(range(start, min(start + SCORE_BATCH, len(images))))
         try:
-            values[rows] = ask(rows)
+            values[rows] = ask_within_memory(rows)
         except Failed:
             for row in rows:
                 try:

@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rtdmd_cli.engine.compute.allocator import on_wsl
 from rtdmd_cli.engine.compute.device import wait
 from rtdmd_cli.engine.roles.base import GENERATOR
 from rtdmd_cli.engine.training.trainer import ROLES, Trainer, optimizer_of
+from rtdmd_cli.errors import is_out_of_memory
 
 QUEUED = 4 * 2**30
 """Bytes of a role that are copied behind the device's work, without a stop for each tensor. Such copies go into memory that
-the system can't use otherwise; of more, as where every weight is trained, each is waited for."""
+the system can't use otherwise, and of which WSL has little; of more, as where every weight is trained, each is waited for."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Undo:
         on_cpu = [value.device.type == "cpu" for value in values if isinstance(value, Tensor)]
         if device.type != "cpu" and any(on_cpu):  # paged states: the host's to read when no kernel uses them
             wait(device)
-        keep = partial(_on_host, queued=_bytes(values) <= QUEUED)
+        keep = partial(_on_host, queued=_bytes(values) <= QUEUED and not on_wsl())
         self._kept[role] = Kept(
             [keep(parameter) for parameter in parameters],
             [{key: keep(value) for key, value in state.items()} for state in states],
@@ -91,8 +93,19 @@ def _bytes(values: Iterable[Any]) -> int:
 
 
 def _on_host(value: Any, queued: bool) -> Any:
-    """A copy of a tensor on the CPU; other values, numbers say, as they are. queued: it is there only after `wait`."""
-    return value.detach().to("cpu", copy=True, non_blocking=queued) if isinstance(value, Tensor) else value
+    """A copy of a tensor on the CPU; other values, numbers say, as they are. queued: it is there only after `wait`.
+
+    The memory of a queued copy must stay in place, of which a system may give little: then this one is waited for.
+    """
+    if not isinstance(value, Tensor):
+        return value
+    if queued:
+        try:
+            return value.detach().to("cpu", copy=True, non_blocking=True)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+    return value.detach().to("cpu", copy=True)
 
 
 def _put_back(state: dict[str, Any], kept: dict[str, Any]) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ import torch
 from rtdmd_cli.cli.failures import explain
 from rtdmd_cli.engine.backbones.families import FAMILIES
 from rtdmd_cli.engine.backbones.layout import readable_model
-from rtdmd_cli.errors import DataError
+from rtdmd_cli.errors import DataError, is_out_of_memory
 
 LAYOUT = FAMILIES["sd3"].module().LAYOUT
 FAULTS = {
@@ -24,6 +26,10 @@ FAULTS = {
     "memory of a card": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
     "a library's memory": ImportError("libx.so: failed to map segment from shared object"),
     "memory of Python": MemoryError(),
+    "a driver": RuntimeError("CUDA driver error: device not ready"),
+    "a card": torch.AcceleratorError(
+        "CUDA error: unspecified launch failure\nCompile with TORCH_USE_CUDA_DSA"
+    ),
 }
 
 
@@ -52,3 +58,18 @@ def test_other_errors_are_of_the_files(tmp_path: Path) -> None:
     for fault in (None, ValueError("bad header"), OSError(errno.ENOENT, "No such file", "config.json")):
         with pytest.raises(DataError, match="can't be loaded"):
             load(tmp_path, fault)
+
+
+def test_a_disk_that_runs_no_programs_is_no_full_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loader has the same words for both."""
+    library = tmp_path / "kernel.so"
+    library.touch()
+    error = ImportError(f"{library}: failed to map segment from shared object")
+    assert is_out_of_memory(error)
+    flags = SimpleNamespace(f_flag=os.ST_NOEXEC | os.ST_NODEV)
+    monkeypatch.setattr(os, "statvfs", lambda path: flags)
+    told = explain(error)
+    assert not is_out_of_memory(error) and told.exit_code == 3
+    assert "noexec" in told.message and "TMPDIR" in told.hint

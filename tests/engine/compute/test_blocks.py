@@ -77,6 +77,26 @@ def test_compiled_equals_eager_and_settles() -> None:
     torch._dynamo.reset()
 
 
+def test_two_batch_sizes_in_one_backward_pass_with_checkpointing() -> None:
+    """As of consistency_batched: a block is computed again by the graph of the first time."""
+    found = []
+    for compiled in (False, True):
+        roles = stirred()
+        roles.transformer.enable_gradient_checkpointing()
+        roles.transformer.train()
+        if compiled:
+            torch._dynamo.reset()
+            compile_blocks(roles.transformer, CPU, backend="aot_eager")
+        with roles.role("generator", train=True):
+            loss = sum(roles.transformer(**inputs(size)).sample.square().mean() for size in (2, 4, 2))
+            loss.backward()
+        found.append([p.grad for _, p in roles.named_parameters("generator") if p.grad is not None])
+    assert len(found[0]) > 20
+    for eager, again in zip(*found, strict=True):
+        torch.testing.assert_close(again, eager, rtol=1e-5, atol=1e-6)
+    torch._dynamo.reset()
+
+
 def test_compiled_blocks_compute_with_the_weights_in_place() -> None:
     """Of full-weight roles, which exchange them under the compiled blocks."""
     found = []

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,22 @@ def test_more_questions_than_fit_at_once(vqascore: VqaScore) -> None:
     alone = [reward.atom_scores(image, [""], [{"vqa_list": [asked]}])[0] for asked in questions]
     torch.testing.assert_close(together, torch.cat(alone))
     assert len(set(together.tolist())) == 11
+
+
+def test_a_transformers_that_leaves_the_cache_alone_is_refused(
+    vqascore: VqaScore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes any keyword, so a name of an older version is passed over, and with it the picture."""
+    network = vqascore.judge.model.model
+    real = type(network).forward
+
+    @wraps(real)
+    def forward(self: Any, *given: Any, past_key_values: Any = None, **named: Any) -> Any:
+        return real(self, *given, **named)
+
+    monkeypatch.setattr(type(network), "forward", forward)
+    with pytest.raises(EnvironmentFailure, match="does not read a picture once"):
+        vqascore.score(picture(16, 16)[None], ["a red ring"], [{}])
 
 
 def test_geneval2_without_questions(vqascore: VqaScore) -> None:

@@ -148,3 +148,24 @@ def test_the_share_that_may_be_left_out() -> None:
 def test_a_picture_counts_once_however_many_rewards_fail() -> None:
     one, two = torch.tensor([1.0, math.nan, 3.0, 4.0]), torch.tensor([1.0, math.nan, math.nan, 4.0])
     assert Scores({"one": one, "two": two}).judged().tolist() == [0, 3]
+
+
+def test_a_reward_that_fills_the_memory_is_given_fewer_pictures() -> None:
+    """Also where another micro-batch of the training would change nothing."""
+
+    def full_above_two(values: Tensor) -> Tensor:
+        if len(values) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return values
+
+    reward, scores = scored(full_above_two)
+    assert reward.calls == [6, 3, 1, 1, 1, 1, 1, 1]
+    assert not scores.unjudged and torch.equal(scores.rewards["mine"], IMAGES.mean(dim=(1, 2, 3)))
+
+
+def test_a_gpu_that_fails_is_no_fault_of_a_picture() -> None:
+    def fallen(values: Tensor) -> Tensor:
+        raise torch.AcceleratorError("CUDA error: unspecified launch failure")
+
+    with pytest.raises(torch.AcceleratorError):
+        scored(fallen)

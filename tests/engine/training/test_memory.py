@@ -82,6 +82,9 @@ def full_at(function: Callable[..., Any], number: int, done: bool = False) -> Ca
         "CUDA error: out of memory",
         "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
         "Triton Error [CUDA]: out of memory",
+        "GET was unable to find an engine to execute this computation",
+        "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear if you passed in a non-contiguous input.",
     ],
 )
 def test_full_memory_that_is_told_by_other_parts_of_torch(words: str) -> None:
@@ -231,3 +234,22 @@ def test_settings_that_need_less_are_those_of_the_plan_in_its_order() -> None:
     least = tune_preset(hardware=taken.model_dump(), rewards_in_memory="one")
     assert less_memory(least, "tune_reward") == []
     assert "model.resolution" in memory.hint(least, "tune_reward")
+
+
+def test_where_little_memory_can_stay_in_place_an_iteration_is_remembered_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A container or WSL gives a queued copy none; that is no full card, and nothing is made smaller."""
+    trainer, sizes, advance, _ = stage_1(micro_batch=2)
+    real, refused = Tensor.to, [0]
+
+    def to(self: Tensor, *given: Any, **named: Any) -> Tensor:
+        if named.get("non_blocking") and named.get("copy"):
+            refused[0] += 1
+            raise torch.AcceleratorError("CUDA error: out of memory")
+        return real(self, *given, **named)
+
+    monkeypatch.setattr(Tensor, "to", to)
+    said: list[str] = []
+    assert not advance_within_memory(trainer, sizes, lambda: advance(0), PRESETS["distill"], said.append)
+    assert refused[0] > 0 and not said and sizes.micro_batch() == 2
