@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +14,10 @@ PATIENCE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 """Seconds that the launcher gives the processes to finish an iteration and save after a signal; 30 without it."""
 THREADS = "OMP_NUM_THREADS"
 """Of each process; 1 without it, with which text encoders on the CPU take hours."""
+AT_ONCE = 10.0
+"""Seconds that the processes have after a second signal: one that waits for others inside a library hears none."""
+GRACE = 60.0
+"""Seconds that the others have once the main process has gone, which alone writes anything: they may wait for it for hours."""
 
 
 def launch(count: int, arguments: Sequence[str]) -> int:
@@ -24,6 +29,9 @@ def launch(count: int, arguments: Sequence[str]) -> int:
     os.environ.setdefault(PATIENCE, str(6 * 3600))
     os.environ.setdefault(THREADS, str(max(1, cores() // count)))
     signal.signal(signal.SIGUSR1, lambda number, frame: pass_on(number))
+    over = threading.Event()
+    watch = threading.Thread(target=end_followers, args=(threading.get_native_id(), over), daemon=True)
+    watch.start()
     settings = ["--multi_gpu", "--num_processes", str(count), "--num_machines", "1", "--gpu_ids", "all"]
     settings += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     command = ["-m", "rtdmd_cli", *without_option(arguments)]
@@ -35,8 +43,12 @@ def launch(count: int, arguments: Sequence[str]) -> int:
     except ChildFailedError as error:
         return max(1, error.get_first_failure()[1].exitcode)
     except SignalException as error:
-        pass_on(error.sigval)  # a second signal came while the launcher waited for them: it is theirs too
+        end_children(
+            error.sigval
+        )  # a second signal came while the launcher waited for them: it is theirs too
         return 128 + int(error.sigval)
+    finally:
+        over.set()
     return 0
 
 
@@ -58,12 +70,52 @@ def pass_on(number: int) -> None:
             os.kill(child, number)
 
 
-def children() -> list[int]:
-    """The processes that this thread has started and that live; none where the system does not tell."""
-    thread = threading.get_native_id()
+def end_children(number: int) -> None:
+    """Send a signal to each of `children`, and after AT_ONCE another that none can wait with."""
+    pass_on(number)
+    until = time.monotonic() + AT_ONCE
+    while time.monotonic() < until and children():
+        time.sleep(0.1)
+    pass_on(signal.SIGKILL)
+
+
+def end_followers(thread: int, over: threading.Event) -> None:
+    """Watch the processes that a thread has started, until `over`; those that outlive the main one by GRACE are killed."""
+    seen = time.monotonic()
+    while not over.wait(min(1.0, GRACE)):
+        ranks = {child: rank(child) for child in children(thread)}
+        if "0" in ranks.values():
+            seen = time.monotonic()
+        elif time.monotonic() - seen >= GRACE:
+            for child, own in ranks.items():
+                if own:
+                    with suppress(ProcessLookupError):
+                        os.kill(child, signal.SIGKILL)
+
+
+def rank(child: int) -> str:
+    """The launcher's number of a process; "" where it has none, or has gone."""
     with suppress(OSError):
-        return [int(word) for word in Path(f"/proc/self/task/{thread}/children").read_text().split()]
+        for line in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
+            if line.startswith(b"RANK="):
+                return line[5:].decode()
+    return ""
+
+
+def children(thread: int | None = None) -> list[int]:
+    """The processes that a thread has started, by default this one, and that live; none where the system does not tell."""
+    number = threading.get_native_id() if thread is None else thread
+    with suppress(OSError):
+        found = Path(f"/proc/self/task/{number}/children").read_text().split()
+        return [int(word) for word in found if not has_ended(word)]
     return []
+
+
+def has_ended(child: str) -> bool:
+    """Whether a process is over, and only its exit code has not been asked for."""
+    with suppress(OSError):
+        return Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    return True
 
 
 def without_option(arguments: Sequence[str]) -> list[str]:

@@ -7,15 +7,20 @@ The runs of `world` are made once; the tests look at what they left behind. Of t
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from rtdmd_cli.cli.launching import children, not_ignored, without_option
+from rtdmd_cli.cli import launching
+from rtdmd_cli.cli.launching import children, cores, end_children, end_followers, not_ignored, without_option
 from rtdmd_cli.engine.storage.checkpoint import checkpoint_steps, load_checkpoint
 from rtdmd_cli.engine.storage.run_folder import RunFolder
 from tests.cli.test_distill import write_preset
@@ -174,6 +179,47 @@ def test_the_launcher_finds_the_processes_that_a_second_signal_is_for() -> None:
         assert process.pid in children()
         process.kill()
     assert process.pid not in children()
+
+
+DEAF = (
+    "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print(flush=True); time.sleep(3600)"
+)
+"""As a process that waits for another one inside a library."""
+
+
+def deaf(rank: str) -> subprocess.Popen[bytes]:
+    process = subprocess.Popen([sys.executable, "-c", DEAF], stdout=subprocess.PIPE, env={"RANK": rank})
+    assert process.stdout is not None and process.stdout.readline()
+    return process
+
+
+def test_a_second_signal_ends_processes_that_hear_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launching, "AT_ONCE", 0.3)
+    process = deaf("0")
+    end_children(signal.SIGINT)
+    assert process.wait(10) == -signal.SIGKILL
+
+
+def test_processes_that_wait_for_a_main_one_that_has_gone_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own end may be waited for for six hours; a helper of the launcher's is no such process."""
+    monkeypatch.setattr(launching, "GRACE", 0.3)
+    main, follower, helper = deaf("0"), deaf("1"), deaf("")
+    over = threading.Event()
+    watch = threading.Thread(target=end_followers, args=(threading.get_native_id(), over), daemon=True)
+    watch.start()
+    time.sleep(1.5)
+    assert main.poll() is None and follower.poll() is None
+    main.kill()
+    assert follower.wait(10) == -signal.SIGKILL and helper.poll() is None
+    over.set()
+    helper.kill()
+    assert (main.wait(10), helper.wait(10)) == (-signal.SIGKILL, -signal.SIGKILL)
+
+
+def test_threads_are_those_of_the_cores_that_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda number: {3, 5, 7})
+    assert cores() == (3 if sys.platform == "linux" else 64)
 
 
 def test_what_happens_in_one_process_is_known_to_all(tmp_path: Path) -> None:
