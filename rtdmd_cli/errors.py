@@ -11,6 +11,8 @@ OUT_OF_MEMORY = re.compile(
     re.IGNORECASE,
 )
 DEVICE_FAULT = re.compile(r"(CUDA|HIP)( driver)? error", re.IGNORECASE)
+COMPANIONS = ("torchvision", "torchao")
+"""Libraries that transformers and peft import where they are there, and that fit one version of torch or peft alone."""
 UNMAPPED = re.compile(r"(/\S+): failed to map segment")
 FAILING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 """errno of a disk or a system that fails, whatever the file holds."""
@@ -106,6 +108,25 @@ def is_device_fault(error: BaseException) -> bool:
     """What the GPU's driver reports but for full memory: by name and text, as torch may not have been imported."""
     named = "AcceleratorError" in {cls.__name__ for cls in type(error).__mro__}
     return named or (isinstance(error, RuntimeError) and DEVICE_FAULT.match(str(error)) is not None)
+
+
+def companion_at_fault(error: BaseException) -> str | None:
+    """Of the libraries that others import where they are installed, the one whose version an error is about."""
+    seen: list[BaseException] = []
+    current: BaseException | None = error
+    while current is not None and current not in seen:
+        if isinstance(current, ImportError | RuntimeError | OSError):
+            for name in COMPANIONS:
+                if name in str(current):
+                    return name
+        seen.append(current)
+        current = current.__cause__ or current.__context__
+    return None
+
+
+def companion_hint(name: str) -> str:
+    """How such a library is mended."""
+    return f"rtdmd does without it, so update or remove it: pip install -U {name}, or pip uninstall {name}"
 
 
 def machine_fault(error: BaseException) -> BaseException | None:

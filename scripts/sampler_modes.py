@@ -55,7 +55,7 @@ def measure(
     """Strict score, tasks and the judge's CLIP score of one picture of each prompt."""
     keys = [(prompt, 0) for prompt in spread(len(benchmark()), limit)]
     captions = [benchmark()[prompt] for prompt, _ in keys]
-    cond, uncond = encode(model.backbone, [caption.text for caption in benchmark()], plan)
+    cond, uncond = encode(model, [caption.text for caption in benchmark()], plan)
     shape = model.backbone.latent_shape(PICTURE, PICTURE)
     pictures = torch.cat(
         [paint(model, plan, cond, uncond, part, shape=shape, seed=seed) for part in batched(keys, BATCH)]

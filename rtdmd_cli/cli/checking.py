@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import platform
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from rtdmd_cli.cli import console
 from rtdmd_cli.config.loader import Resolved
 from rtdmd_cli.config.places import is_single_file, where_to_look
 from rtdmd_cli.config.schema import SHARED_BASE, ModelConfig
+from rtdmd_cli.engine.compute.driver import cuda_at_hand
 from rtdmd_cli.errors import DataError, EnvironmentFailure, RtdmdError, UsageError
 
 HUB_ID = r"[A-Za-z0-9][\w.-]*/[\w.-]+"
@@ -90,22 +89,6 @@ def require_device(name: str) -> None:
         )
     if name == "mps" and (platform.system(), platform.machine()) != ("Darwin", "arm64"):
         raise EnvironmentFailure("No mps device was found on this machine.", OTHER_DEVICE)
-
-
-def cuda_at_hand() -> bool:
-    """Whether torch is built for CUDA and the driver counts a device; asked of the driver, as torch takes seconds."""
-    spec = find_spec("torch")
-    if spec is None or spec.origin is None:
-        return False
-    version = (Path(spec.origin).parent / "version.py").read_text(encoding="utf-8")
-    if not re.search(r"^(?:cuda|hip)\b[^=]*= *['\"]", version, re.MULTILINE):
-        return False
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return False
-    count = ctypes.c_int(0)
-    return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
 
 
 def require_folders(model: ModelConfig) -> None:

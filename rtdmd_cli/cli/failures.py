@@ -17,6 +17,8 @@ from rtdmd_cli.errors import (
     HINTS,
     EnvironmentFailure,
     RtdmdError,
+    companion_at_fault,
+    companion_hint,
     is_device_fault,
     is_out_of_memory,
     no_programs,
@@ -34,6 +36,7 @@ DEVICE_HINT = (
     "Look at it with nvidia-smi, and restart the machine if it does not answer; a training goes on by the command of "
     "`rtdmd runs show NAME`."
 )
+NCCL_HINT = "In a container, give it memory for that: docker run --shm-size=1g, or --ipc=host; NCCL_DEBUG=INFO says more."
 NOEXEC_HINT = "Choose another folder for temporary files: TMPDIR=FOLDER, and TORCHINDUCTOR_CACHE_DIR for hardware.compile."
 
 
@@ -70,6 +73,14 @@ def explain(error: Exception) -> Failure:
             return Failure(f"The GPU has failed: {one_sentence(error)}.", DEVICE_HINT, ENVIRONMENT)
         case _ if library := no_programs(error):
             return Failure(f"The disk of {library} is mounted noexec.", NOEXEC_HINT, ENVIRONMENT)
+        case _ if name := companion_at_fault(error):
+            return Failure(
+                f"The {name} that is installed here doesn't fit.", companion_hint(name), ENVIRONMENT
+            )
+        case _ if type(error).__name__ == "DistBackendError":  # torch may not have been imported
+            return Failure(
+                f"The processes can't reach each other: {one_sentence(error)}.", NCCL_HINT, ENVIRONMENT
+            )
     text = f"internal error, {type(error).__name__}: {error} (set {DEBUG}=1 for the traceback)"
     return Failure(text, "", INTERNAL)
 

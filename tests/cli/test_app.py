@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -447,3 +448,13 @@ def test_no_summary_ends_in_an_ellipsis_and_no_value_is_a_type(capsys: pytest.Ca
         assert "[[" not in text
     assert app.main(["sample", "--help"]) == 0
     assert "--steps N" in capsys.readouterr().out
+
+
+def test_windows_is_told_where_to_go() -> None:
+    """Before anything is imported that it lacks."""
+    code = "import sys; sys.platform = 'win32'; from rtdmd_cli.__main__ import main; sys.exit(main())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (3, "")
+    assert done.stderr.splitlines()[0] == "error: rtdmd needs Linux or macOS." and "WSL2" in done.stderr
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert project["scripts"] == {"rtdmd": "rtdmd_cli.__main__:main"}

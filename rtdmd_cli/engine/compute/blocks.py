@@ -52,7 +52,7 @@ def compile_blocks(transformer: nn.Module, device: torch.device, backend: str = 
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     # Else the newest graph is tried first: with two batch sizes in one pass, checkpointing would compute a block again
     # by another graph than the first time, which saves other tensors (pytorch/pytorch#166926).
-    torch._C._dynamo.eval_frame._set_lru_cache(False)
+    torch._C._dynamo.eval_frame._set_lru_cache(False)  # type: ignore[attr-defined] # its stub lacks it
     for block in repeated_blocks(transformer):
         block.compile(backend=backend)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from rtdmd_cli.engine.compute.driver import cuda_at_hand
 from rtdmd_cli.errors import EnvironmentFailure, UsageError, is_out_of_memory
 
 log = logging.getLogger(__name__)
@@ -27,8 +28,10 @@ PROCESSOR = {"model name": "", "cpu family": "family ", "model": "model "}
 def resolve_device(name: str) -> torch.device:
     """The device of "auto" (cuda if there is one, else cpu), "cpu", "cuda" or "mps".
 
-    Raises EnvironmentFailure if it isn't there, UsageError for another name.
+    Raises EnvironmentFailure if it isn't there, or the driver is too old for it, UsageError for another name.
     """
+    if name in ("auto", "cuda") and not torch.cuda.is_available():
+        cuda_at_hand()  # says so of an old driver
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name not in DEVICES:

@@ -10,6 +10,7 @@ from rtdmd_cli.engine.storage.scrubbing import scrub
 CHECKS = {
     "python": software.python,
     "libraries": software.libraries,
+    "companions": software.companions,
     "extras": software.extras,
     "gpu": device.gpu,
     "formats": device.formats,

@@ -1,5 +1,6 @@
 """Python, rtdmd, the libraries and the extras."""
 
+import importlib
 import platform
 import sys
 from importlib import metadata
@@ -8,6 +9,7 @@ from packaging.requirements import Requirement
 
 from rtdmd_cli import __version__
 from rtdmd_cli.engine.doctor.check import Check
+from rtdmd_cli.errors import companion_at_fault, companion_hint
 
 PYTHON = ((3, 11), (3, 14))
 """The versions of Python that rtdmd is for: from the first on, below the second."""
@@ -43,6 +45,23 @@ def libraries() -> Check:
         fix = "pip install --upgrade " + " ".join(f"'{each}'" for each in wrong)
         return Check("libraries", "FAIL", f"{found}; not as needed: {', '.join(wrong)}", fix, facts)
     return Check("libraries", "PASS", f"rtdmd {__version__}, {found}", facts=facts)
+
+
+def companions() -> Check:
+    """torchvision and torchao, which rtdmd does without, but not with ones that don't fit: other libraries import them."""
+    facts = {name: _version(name) for name in ("torchvision", "torchao")}
+    try:
+        if facts["torchvision"]:
+            importlib.import_module("torchvision")
+        from peft.import_utils import is_torchao_available
+
+        is_torchao_available()  # raises for a version that it can't use
+    except (ImportError, RuntimeError, OSError) as error:
+        name = companion_at_fault(error) or "torchvision"
+        found = f"{name} {facts[name]} doesn't fit: {str(error).partition(chr(10))[0]}"
+        return Check("companions", "FAIL", found, companion_hint(name), facts)
+    found = ", ".join(f"{name} {version or 'not installed'}" for name, version in facts.items())
+    return Check("companions", "PASS", found, facts=facts)
 
 
 def unmet(requirements: list[Requirement]) -> list[str]:

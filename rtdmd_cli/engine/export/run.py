@@ -15,7 +15,6 @@ from torch import Tensor
 from rtdmd_cli import __version__
 from rtdmd_cli.config.schema import Preset
 from rtdmd_cli.config.tune_reward import split_weights
-from rtdmd_cli.engine.backbones.common import evenly_spaced
 from rtdmd_cli.engine.backbones.families import FAMILIES as BACKBONES
 from rtdmd_cli.engine.backbones.loading import file_tensors
 from rtdmd_cli.engine.compute.device import where_there_is_room
@@ -42,12 +41,12 @@ from rtdmd_cli.engine.export.names import (
     local_name,
     public_name,
 )
-from rtdmd_cli.engine.export.roundtrip import RoundTrip, compare, own_pictures, reloaded_pictures
+from rtdmd_cli.engine.export.own import Own, counted, draw_own
+from rtdmd_cli.engine.export.roundtrip import RoundTrip, compare, reloaded_pictures
 from rtdmd_cli.engine.export.stock import stock_here, stock_there
 from rtdmd_cli.engine.report.grid import GridRow, picture_grid, save_png
 from rtdmd_cli.engine.roles.adapters import DTYPES
-from rtdmd_cli.engine.sampling.model import EMA, open_model
-from rtdmd_cli.engine.sampling.pictures import encoding_ahead
+from rtdmd_cli.engine.sampling.model import EMA
 from rtdmd_cli.engine.sampling.source import Source
 from rtdmd_cli.engine.storage import files, strict_json
 from rtdmd_cli.engine.storage.checkpoint import Checkpoint, load_checkpoint
@@ -99,18 +98,6 @@ class Request:
     pictures: int = PICTURES
 
 
-@dataclass(frozen=True)
-class Own:
-    """The run's side: its pictures with its own eta and with Euler [n, 3, H, W], and what the card needs of it."""
-
-    pictures: Tensor
-    euler: Tensor
-    sigmas: tuple[float, ...]
-    stock_already: bool
-    base_hash: str
-    model_hash: str
-
-
 def run_export(request: Request, say: Callable[[str], None]) -> dict[str, Any]:
     """Make the folder; what export.json says of it. say: prints a line for people.
 
@@ -130,7 +117,9 @@ def _built(request: Request, building: Path, say: Callable[[str], None]) -> dict
     """Fill the folder `building` and give it its name; what export.json says of it."""
     assert request.source.checkpoint is not None
     prompts = picture_prompts(request.source)[: request.pictures]
-    own = where_there_is_room(partial(draw_own, request, prompts, say), request.device, say)
+    own = where_there_is_room(
+        partial(draw_own, request.source, request.dtype, prompts, say), request.device, say
+    )
     checkpoint = load_checkpoint(request.source.checkpoint)
     folded = NO_ADAPTER
     if not is_full(request.source.preset):
@@ -208,32 +197,6 @@ def picture_prompts(source: Source) -> list[str]:
         return list(PROMPTS)
     captions = benchmark()
     return [captions[(2 * i + 1) * len(captions) // (2 * PICTURES)].text for i in range(PICTURES)]
-
-
-def counted(pictures: int) -> str:
-    """As in "4 pictures"."""
-    return "1 picture" if pictures == 1 else f"{pictures} pictures"
-
-
-def draw_own(
-    request: Request, prompts: Sequence[str], say: Callable[[str], None], device: torch.device
-) -> Own:
-    """Open the run's generator on the device, draw, and let it go again."""
-    say(f"loading the model {request.source.preset.model.path}")
-    ahead = encoding_ahead(prompts, request.source.preset.hardware.cache_gb)
-    model = open_model(request.source, device, request.dtype, ahead)
-    plan = model.plan()
-    say(f"drawing {counted(len(prompts))} with the run, with eta {plan.eta:g} and with eta 0")
-    pictures, euler = own_pictures(model, plan, prompts, (plan.eta, 0.0))
-    side = request.source.preset.model.resolution
-    backbone = model.backbone
-    shape = backbone.latent_shape(side, side)
-    if FAMILIES[request.source.preset.model.family].scheduler:  # an export changes the stock scheduler
-        stock = backbone.sigmas(evenly_spaced(plan.steps), shape)
-    else:
-        stock = backbone.stock_sigmas(plan.steps, shape)
-    agree = all(abs(a - b) < 1e-6 for a, b in zip(stock.tolist(), plan.sigmas, strict=True))
-    return Own(pictures, euler, plan.sigmas, agree, model.backbone.model_id.hash, model.model_hash)
 
 
 def build(
@@ -336,7 +299,7 @@ def prove(
         call = facts.call(merged=name == "merged")
         drawn = partial(reloaded_pictures, stock, request.dtype, facts.prompts, call)
         pictures = where_there_is_room(drawn, request.device, say)
-        trips[name] = compare(own.euler, pictures, dtype, facts.fold_error == 0, name)
+        trips[name] = compare(own.euler, pictures, dtype, facts.fold_error == 0, name, own.noise)
         say(
             f"round trip {name}: mean difference {trips[name].mean:.2g}, largest {trips[name].largest:.2g} "
             f"over {counted(trips[name].pictures)}"

@@ -98,7 +98,8 @@ class QwenVL:
         """
         cache = DynamicCache()
         self._read(cache, head, self._positions(head, grid), pixel_values=patches, image_grid_thw=grid)
-        return [(layer.keys, layer.values) for layer in cache.layers]
+        layers: Any = cache.layers  # all of attention, and filled
+        return [(layer.keys, layer.values) for layer in layers]
 
     def _replies(
         self, head: Tensor, tails: list[list[int]], grid: Tensor, picture: list[tuple[Tensor, Tensor]]

@@ -24,10 +24,19 @@ def scrub_text(text: str) -> str:
         if os.environ.get(name):
             text = text.replace(os.environ[name], "<token>")
     text = _SECRET.sub(r"\1<token>", _TOKEN.sub("<token>", text))
-    for home in {str(Path.home()), os.path.realpath(Path.home())}:
+    for home in _homes():
         if len(home) > 1:
             text = re.sub(rf"(?<![\w.~-]){re.escape(home)}(?![\w-]|\.\w)", "~", text)
     return text
+
+
+def _homes() -> set[str]:
+    """The user's home as it is named and where it lies; nothing for a user without one, as in a container."""
+    try:
+        home = Path.home()
+    except RuntimeError:
+        return set()
+    return {str(home), os.path.realpath(home)}
 
 
 def scrub_page(text: str) -> str:

@@ -73,3 +73,18 @@ def test_a_disk_that_runs_no_programs_is_no_full_memory(
     told = explain(error)
     assert not is_out_of_memory(error) and told.exit_code == 3
     assert "noexec" in told.message and "TMPDIR" in told.hint
+
+
+def test_a_torchvision_of_another_torch_is_named() -> None:
+    """What transformers raises over it names a class of its own alone."""
+    try:
+        try:
+            raise RuntimeError("operator torchvision::nms does not exist")
+        except RuntimeError as inner:
+            raise ModuleNotFoundError("Could not import module 'AutoImageProcessor'.") from inner
+    except ModuleNotFoundError as error:
+        told = explain(error)
+    assert told.exit_code == 3 and "torchvision" in told.message and "pip uninstall torchvision" in told.hint
+    old = ImportError("Found an incompatible version of torchao. Found version 0.10.0")
+    assert "pip install -U torchao" in explain(old).hint
+    assert explain(RuntimeError("something else")).exit_code == 1

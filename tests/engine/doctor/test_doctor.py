@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from packaging.requirements import Requirement
+from peft import import_utils
 
 from rtdmd_cli.engine.compute.host import GIB, host_memory
 from rtdmd_cli.engine.doctor import device, presets, run, software, storage
@@ -193,3 +194,28 @@ def test_presets_that_fit_the_card(card: float | None, state: str, monkeypatch: 
     assert ("sd3-4step-16gb" in told) == (card in (16.0, 80.0))
     assert ("too large" in found.found) == (card in (6.0, 16.0))
     assert ("--fit --vram 6" in found.fix) == (card == 6.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "body"),
+    [
+        ("torchvision", "raise RuntimeError('operator torchvision::nms does not exist')"),
+        ("torchao", ""),
+    ],
+)
+def test_companions_that_do_not_fit(
+    name: str, body: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An older torchao is found by its version, a torchvision of another torch by its import."""
+    assert software.companions().state == "PASS"
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "__init__.py").write_text(body)
+    about = tmp_path / f"{name}-0.10.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.10.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    import_utils.is_torchao_available.cache_clear()
+    found = software.companions()
+    import_utils.is_torchao_available.cache_clear()
+    assert found.state == "FAIL" and found.found.startswith(f"{name} 0.10.0 doesn't fit: ")
+    assert found.fix.endswith(f"pip install -U {name}, or pip uninstall {name}")

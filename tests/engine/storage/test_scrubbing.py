@@ -66,3 +66,13 @@ def test_nothing_that_a_run_writes_to_be_shared_names_anybody(home: Path, tmp_pa
             assert CANARY not in text, path
             assert str(home) not in text or path in own, path
     assert "~/rewards/mine.py says <token>" in (runs[0].path / "log.txt").read_text("utf-8")
+
+
+def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container whose user has no entry: there is nothing to hide."""
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    assert scrub_text("/srv/models/a hf_abcdefghijklmnopqrstuvwxyzABCDEF") == "/srv/models/a <token>"
