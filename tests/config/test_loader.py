@@ -156,6 +156,7 @@ def test_a_night_changes_length_batches_and_what_held_in_the_built_in_world(name
     differing = {key for key in own if own[key] != parent[key]}
     kept = {
         "distill.save_every",
+        "tune_reward.eval_every",
         "tune_reward.consistency_weight",
         "tune_reward.images_per_prompt",
     }  # of some alike
@@ -461,3 +462,20 @@ def test_a_long_chain_of_presets_is_refused(tmp_path: Path) -> None:
     assert load(str(tmp_path / "14.yaml")).preset.name == "14"
     with pytest.raises(UsageError, match="More than 16 presets extend one another"):
         load(str(tmp_path / "1999.yaml"))
+
+
+@pytest.mark.parametrize("name", NIGHT)
+def test_a_night_measures_on_the_way_and_says_how_short_it_is(name: str) -> None:
+    """Learning rate times updates of stage 1, against the published run's: below a fifth the header states the share."""
+    night = load_preset(name, [], {}).preset
+    published = load_preset(name.removesuffix("-overnight"), [], {}).preset
+
+    def moved(preset: Preset) -> float:
+        made = preset.distill
+        return made.generator_lr * made.iterations / made.fake_per_generator
+
+    tuned, share = night.tune_reward, moved(night) / moved(published)
+    assert tuned.eval_every and (tuned.epochs - 1) // tuned.eval_every >= 2
+    (path,) = [info.path for info in list_presets() if info.name == name]
+    told = f"{round(100 * share)}% of the published learning rate times updates"
+    assert share > 0.2 or told in " ".join(path.read_text().replace("#", "").split())
