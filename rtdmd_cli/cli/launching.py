@@ -5,7 +5,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -74,23 +74,32 @@ def end_children(number: int) -> None:
     """Send a signal to each of `children`, and after AT_ONCE another that none can wait with."""
     pass_on(number)
     until = time.monotonic() + AT_ONCE
-    while time.monotonic() < until and children():
+    while time.monotonic() < until and ranks():
         time.sleep(0.1)
-    pass_on(signal.SIGKILL)
+    kill(ranks())
 
 
 def end_followers(thread: int, over: threading.Event) -> None:
     """Watch the processes that a thread has started, until `over`; those that outlive the main one by GRACE are killed."""
     seen = time.monotonic()
     while not over.wait(min(1.0, GRACE)):
-        ranks = {child: rank(child) for child in children(thread)}
-        if "0" in ranks.values():
+        there = ranks(thread)
+        if "0" in there.values():
             seen = time.monotonic()
         elif time.monotonic() - seen >= GRACE:
-            for child, own in ranks.items():
-                if own:
-                    with suppress(ProcessLookupError):
-                        os.kill(child, signal.SIGKILL)
+            kill(there)
+
+
+def kill(processes: Iterable[int]) -> None:
+    for process in processes:
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+
+
+def ranks(thread: int | None = None) -> dict[int, str]:
+    """Those of `children` that have a number of the launcher's, and the number."""
+    found = {child: rank(child) for child in children(thread)}
+    return {child: own for child, own in found.items() if own}
 
 
 def rank(child: int) -> str:
