@@ -227,7 +227,7 @@ def find_start(
         return Start(None, None)
     run, chosen = reference.run, reference.checkpoint
     path = chosen or (newest(run, quiet) if run else None)
-    loaded = checkpoint.load_checkpoint(path) if path else None
+    loaded = checkpoint.load_checkpoint(path, once=True) if path else None
     forks = bool(name) and (run is None or run.path.resolve() != (out / run_name).resolve())
     rates = [f"{stage.name.replace('-', '_')}.{key}" for key in RATES] if forks else []
     changes = require_same_training(run, loaded, resolved, prompts, stage, (*allow, *rates))

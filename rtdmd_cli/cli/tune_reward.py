@@ -202,7 +202,7 @@ def stage_1_of(reference: str | None, out: Path, quiet: bool) -> tuple["RunFolde
         raise DataError(
             f"{named.run.path} has no good checkpoint.", "Continue it with rtdmd distill --resume."
         )
-    return named.run, checkpoint.load_checkpoint(path)
+    return named.run, checkpoint.load_checkpoint(path, once=True)
 
 
 def require_same_model(run: "RunFolder", resolved: Resolved) -> None:

@@ -491,7 +491,7 @@ def test_a_run_that_met_nan_goes_on_at_lower_rates_in_a_run_of_its_own(
     gentle = ["distill.generator_lr=1e-6", "distill.grad_clip=0.5", "distill.lr_warmup=10"]
     now, out = load_preset(str(run.preset), gentle, {}), run.path.parent
     started = find_start(str(run.path), out, "gentle", "gentle", now, None, False, DISTILL)
-    assert started.run is None and started.checkpoint is not None
+    assert started.run is None and started.checkpoint is not None and started.checkpoint.once
     assert {key for key, *_ in started.changes} == {each.partition("=")[0] for each in gentle}
     assert "allowed: distill.generator_lr was" in capsys.readouterr().err
     for name in (None, "mine"):

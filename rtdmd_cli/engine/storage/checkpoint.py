@@ -51,13 +51,22 @@ class RefusedCheckpoint(DataError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A loaded checkpoint. tensors: {group: {name: CPU tensor}}; state: JSON values; meta: what made it."""
+    """A loaded checkpoint. tensors: {group: {name: CPU tensor}}; state: JSON values; meta: what made it.
+
+    once: a training that puts it to use may `release` the tensors, as nobody else needs them.
+    """
 
     path: Path
     step: int
     tensors: dict[str, dict[str, Tensor]]
     state: dict[str, Any]
     meta: dict[str, str]
+    once: bool = False
+
+    def release(self) -> None:
+        """Let go of the tensors where that was allowed: of a full training they take tens of gigabytes of the host's memory."""
+        if self.once:
+            self.tensors.clear()
 
 
 @dataclass(frozen=True)
@@ -228,8 +237,8 @@ def verify_checkpoint(path: Path) -> Manifest:
     return manifest
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
-    """Load a checkpoint; what is returned is what was verified (each file is read once).
+def load_checkpoint(path: Path, once: bool = False) -> Checkpoint:
+    """Load a checkpoint; what is returned is what was verified (each file is read once). once: see `Checkpoint`.
 
     Raises DataError naming the file and the reason: missing, wrong size, wrong sha256, damaged or foreign
     manifest; RefusedCheckpoint: unknown version, another step's name. Raises EnvironmentFailure if a file can't be read.
@@ -249,7 +258,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
                 tensors[name.removesuffix(".safetensors")] = load(data)
         except (ValueError, SafetensorError) as error:
             raise DataError(f"{path / name} cannot be parsed: {error}.", _OTHER_HINT) from error
-    return Checkpoint(path, manifest.step, tensors, state, manifest.meta)
+    return Checkpoint(path, manifest.step, tensors, state, manifest.meta, once)
 
 
 def _read(path: Path, missing: str) -> bytes:

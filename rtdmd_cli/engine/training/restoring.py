@@ -38,6 +38,7 @@ def restore(trainer: Trainer, checkpoint: Checkpoint, stage: str, frozen: tuple[
         group = checkpoint.tensors[f"optimizer_{role}"]
         optim.load_optimizer(optimizer_of(trainer, role), names, group, checkpoint.state["optimizers"][role])
     trainer.generator_updates = checkpoint.state["generator_updates"]
+    checkpoint.release()
 
 
 def accepted(start: Start, dtype: torch.dtype) -> Start:

@@ -320,6 +320,7 @@ def load_stage_1(core: Trainer, begin: Checkpoint) -> None:
     core.ema = optim.ema_start(
         core.roles.named_parameters(GENERATOR), torch.float32
     )  # published: stage 1's alone is bf16
+    begin.release()
 
 
 def stage_1_state(checkpoint: Checkpoint) -> Checkpoint:

@@ -96,6 +96,11 @@ def test_a_new_run_from_anothers_checkpoint(
     copy = load_checkpoint(outcome.checkpoint)
     assert begin.meta["prompts_sha256"] == known_by(PromptSet(PROMPTS, [{}] * len(PROMPTS)))
     assert copy.state == begin.state and copy.step == 2
+    given_up = load_checkpoint(finished.checkpoint, once=True)
+    run(tmp_path, "third", Start(None, given_up))
+    assert not given_up.tensors and begin.tensors, (
+        "a command's own lies in memory no longer than it is of use"
+    )
     for group, tensors in begin.tensors.items():
         assert all(torch.equal(copy.tensors[group][name], tensor) for name, tensor in tensors.items())
 
