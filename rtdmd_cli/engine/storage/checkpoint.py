@@ -64,7 +64,7 @@ class Checkpoint:
     once: bool = False
 
     def release(self) -> None:
-        """Let go of the tensors where that was allowed: of a full training they take tens of gigabytes of the host's memory."""
+        """Let go of the tensors where that was allowed: of a full training they take tens of the host's gigabytes."""
         if self.once:
             self.tensors.clear()
 
