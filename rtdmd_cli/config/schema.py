@@ -261,7 +261,8 @@ class HardwareConfig(Section):
     """Where and how it runs."""
 
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(
-        default="auto", description="device; auto is cuda where there is one, else cpu"
+        default="auto",
+        description="device; auto is cuda where there is one, else cpu; CUDA_VISIBLE_DEVICES chooses among cards",
     )
     dtype: Literal["auto", "fp32", "bf16"] = Field(
         default="auto", description="precision of the base model; auto is bf16 on cuda, else fp32"

@@ -35,8 +35,7 @@ def resolve_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name not in DEVICES:
-        one = f"; one of several cards by CUDA_VISIBLE_DEVICES={name[5:]}" if name.startswith("cuda:") else ""
-        raise UsageError(f"There is no device `{name}`.", f"Choose one of {', '.join(DEVICES)}{one}.")
+        raise UsageError(f"There is no device `{name}`.", f"Choose one of {', '.join(DEVICES)}.")
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not there[name]:
         raise EnvironmentFailure(_absent(name), "Use --device cpu, or --device auto to take what is there.")
