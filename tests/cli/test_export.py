@@ -145,7 +145,7 @@ def test_a_card_that_is_too_small_leaves_the_drawing_to_the_cpu(
         return real(wanted, device, dtype)
 
     monkeypatch.setattr("rtdmd_cli.engine.compute.device.resolve_device", lambda name: torch.device("cuda"))
-    monkeypatch.setattr("rtdmd_cli.engine.export.run.open_model", opened)
+    monkeypatch.setattr("rtdmd_cli.engine.export.own.open_model", opened)
     monkeypatch.setattr(roundtrip, "open_stock", stock)
     result = world.run(
         "export", "tuned", "--out", "exports/small", "--pictures", "1", "--dtype", "fp32", "--json"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from rtdmd_cli.engine.export.roundtrip import SEED, initial_noise
 from rtdmd_cli.engine.roles.base import GENERATOR
 from rtdmd_cli.engine.sampling.model import Model, open_model
 from rtdmd_cli.engine.sampling.pictures import encode, encoding_ahead
-from rtdmd_cli.engine.sampling.sample import SamplingPlan, cps, decode_all, guided
+from rtdmd_cli.engine.sampling.sample import SamplingPlan, Velocity, cps, decode_all, guided
 from rtdmd_cli.engine.sampling.source import Source
 from rtdmd_cli.engine.training.heartbeat import under_way
 
@@ -25,8 +26,8 @@ from rtdmd_cli.engine.training.heartbeat import under_way
 class Own:
     """The run's side: its pictures with its own eta and with Euler [n, 3, H, W], and what the card needs of it.
 
-    noise: by how much a pixel of them differs, in the mean, where the first noise is rounded otherwise: what of a round
-    trip's difference may be rounding, see `compare`.
+    noise: by how much a pixel of them differs, in the mean, where the levels of noise are told to the network as the stock
+    pipeline tells them: what of a round trip's difference may be rounding, see `compare`.
     """
 
     pictures: Tensor
@@ -54,7 +55,7 @@ def draw_own(
     pictures, euler = own_pictures(model, plan, prompts, (plan.eta, 0.0))
     noise = 0.0
     if dtype != torch.float32:
-        (other,) = own_pictures(model, plan, prompts, (0.0,), torch.finfo(dtype).eps / 4)
+        (other,) = own_pictures(model, plan, prompts, (0.0,), dtype)
         noise = float((other - euler).abs().mean())
     side = source.preset.model.resolution
     backbone = model.backbone
@@ -69,11 +70,15 @@ def draw_own(
 
 @torch.no_grad()
 def own_pictures(
-    model: Model, plan: SamplingPlan, prompts: Sequence[str], etas: Sequence[float], rounding: float = 0.0
+    model: Model,
+    plan: SamplingPlan,
+    prompts: Sequence[str],
+    etas: Sequence[float],
+    rounded: torch.dtype | None = None,
 ) -> list[Tensor]:
     """Our sampler's pictures [n, 3, H, W] in 0..1 on the CPU for each eta, one picture a prompt, the same noise.
 
-    rounding: standard deviation, of each of its numbers, by which the first noise is off.
+    rounded: a level is told to the network as `stock_level` has it.
     """
     backbone, side = model.backbone, model.source.preset.model.resolution
     shape = backbone.latent_shape(side, side)
@@ -81,10 +86,6 @@ def own_pictures(
     family = FAMILIES[model.source.preset.model.family]
     drawn = torch.float32 if family.float32_noise else backbone.dtype
     noise, sets = initial_noise(shape, len(prompts), drawn), []
-    if rounding:
-        noise = noise * (
-            1 + rounding * torch.randn(noise.shape, generator=torch.Generator().manual_seed(SEED))
-        )
     for eta in etas:
         latents = []
         for i in range(len(prompts)):
@@ -96,10 +97,19 @@ def own_pictures(
             ]
             with model.roles.role(GENERATOR) if model.roles else nullcontext():
                 velocity = guided(backbone, one, None, 1.0)
+                if rounded is not None:
+                    velocity = partial(told_as_stock, velocity, rounded)
                 latents.append(cps(velocity, noise[i : i + 1].to(backbone.device), plan.sigmas, eta, fresh))
         under_way(f"decoding the pictures with eta {eta:g}")
         sets.append(decode_all(backbone, torch.cat(latents).cpu(), 1))
     return sets
+
+
+def told_as_stock(velocity: Velocity, dtype: torch.dtype, x: Tensor, sigma: Tensor) -> Tensor:
+    """The velocity at levels [B] in the number format of the stock pipelines of FLUX and Qwen-Image, which have them times
+    1,000 in that of the latents: in bf16 0.9583 becomes 0.9609. A network trained with exact levels sees another one.
+    """
+    return velocity(x, ((sigma * 1000).to(dtype) / 1000).to(sigma.dtype))
 
 
 def counted(pictures: int) -> str:

@@ -24,7 +24,7 @@ SEED = 0  # of the first picture; the others count on
 TOLERANCES = {torch.float32: 5e-4, torch.float16: 0.02, torch.bfloat16: 0.05}
 """Number format -> largest mean difference of a pixel, 0..1, that is put down to its rounding."""
 NOISES = 3.0
-"""The stock pipeline rounds in each step, and not the first noise alone."""
+"""The stock pipeline rounds latents and prompts too."""
 
 
 @dataclass(frozen=True)
@@ -117,8 +117,8 @@ def compare(
 ) -> RoundTrip:
     """The difference of two sets of pictures; NumericalError where it is more than rounding and should not be.
 
-    noise: mean difference of a pixel that rounding the first noise alone makes. A model can make much of little, so that
-    NOISES times that passes too.
+    noise: mean difference of a pixel that rounding the levels of noise alone makes, see `own.told_as_stock`. A model can make
+    much of little, so that NOISES times that passes too.
     """
     difference = (own - stock).abs()
     found = RoundTrip(len(own), float(difference.mean()), float(difference.max()), dtype, exact, noise)

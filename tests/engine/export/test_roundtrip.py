@@ -57,7 +57,7 @@ def test_a_difference_beyond_rounding_is_refused() -> None:
 
 
 def test_a_model_that_makes_much_of_rounding_is_allowed_what_it_makes_of_it() -> None:
-    """A large one with random weights, say: the first noise alone, rounded otherwise, gives other pictures."""
+    """A large one with random weights, say: the levels of noise alone, rounded otherwise, give other pictures."""
     own, other = torch.zeros(1, 3, 4, 4), torch.full((1, 3, 4, 4), 0.06)
     found = compare(own, other, torch.bfloat16, True, "test", noise=0.03)
     assert found.tolerance == pytest.approx(0.09) and found.record()["tolerance"] == found.tolerance
