@@ -29,7 +29,7 @@ STAGE_1_OWN = ("hardware.mixed_precision=none",)
 """Stage 1's cells (and the teacher's, which train nothing) are in float32, which came out alike on all processors that
 were tried, unless --set says otherwise. Stage 2's, which take longest, are as the preset says: on processors that
 multiply bf16, in two thirds of the time."""
-_SCHEDULE = ("save_every", "keep", "log_every", "sample_every")
+_SCHEDULE = ("save_every", "save_minutes", "keep", "log_every", "sample_every")
 _SECTIONS: dict[Kind, tuple[str, ...]] = {
     "teacher": ("model.", "hardware."),
     "distill": ("model.", "sampler.", "hardware.", "distill."),

@@ -132,8 +132,10 @@ def test_attention_of_other_devices_and_of_full_precision_is_as_it_was() -> None
         with float32_matmul(precision, device):
             assert not torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
     q, whole = torch.randn(2, 4, 12, 16), nn.functional.scaled_dot_product_attention
+    torch.set_float32_matmul_precision("medium")  # which a processor with bf16 computes products in
     with sdpa_kernel(SDPBackend.MATH):
         expected = whole(q, q, q)
+    torch.set_float32_matmul_precision("highest")
     with float32_matmul("medium", CPU):
         assert torch.equal(whole(q, q, q), expected)  # float32 stays float32
 

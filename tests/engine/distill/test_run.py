@@ -405,7 +405,7 @@ def test_full_memory_in_a_grid_draws_it_in_smaller_parts_or_costs_no_training(
         [np.array(Image.open(path)) for path in sorted(each.glob("samples/*.png"))] for each in (whole, parts)
     ]
     assert len(grids[0]) == len(grids[1]) > 0
-    assert caplog.text.count("pictures are made 1 at a time") == 1  # of several grids
+    assert caplog.text.count("pictures are taken 1 at a time") == 1  # of several grids
     for one, other in zip(*grids, strict=True):
         assert np.abs(one.astype(int) - other).max() <= 1
     begin = loop.begin
