@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from rtdmd_cli.engine.compute.driver import cuda_at_hand
+from rtdmd_cli.engine.compute.driver import cuda_at_hand, does_cuda
 from rtdmd_cli.errors import EnvironmentFailure, UsageError, is_out_of_memory
 
 log = logging.getLogger(__name__)
@@ -28,10 +28,10 @@ PROCESSOR = {"model name": "", "cpu family": "family ", "model": "model "}
 def resolve_device(name: str) -> torch.device:
     """The device of "auto" (cuda if there is one, else cpu), "cpu", "cuda" or "mps".
 
-    Raises EnvironmentFailure if it isn't there, or the driver is too old for it, UsageError for another name.
+    Raises EnvironmentFailure if it isn't there, or torch can't use what the driver counts, UsageError for another name.
     """
     if name in ("auto", "cuda") and not torch.cuda.is_available():
-        cuda_at_hand()  # says so of an old driver
+        _refuse_unusable()
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name not in DEVICES:
@@ -40,6 +40,20 @@ def resolve_device(name: str) -> torch.device:
     if not there[name]:
         raise EnvironmentFailure(_absent(name), "Use --device cpu, or --device auto to take what is there.")
     return torch.device(name)
+
+
+def _refuse_unusable() -> None:
+    """EnvironmentFailure where the driver counts a card that torch, built for it, can't use: "auto" would train without.
+
+    Cards that CUDA_VISIBLE_DEVICES hides are not counted.
+    """
+    if cuda_at_hand() and torch.version.cuda is not None:  # which itself says so of an old driver
+        does = does_cuda() or "of a version unknown"
+        raise EnvironmentFailure(
+            f"The NVIDIA driver, which does CUDA {does}, counts a card, and this torch, built for {torch.version.cuda}, "
+            "can't use it.",
+            "Update the driver, or see why: python -c 'import torch; torch.cuda.init()'; --device cpu needs none.",
+        )
 
 
 def _absent(name: str) -> str:

@@ -16,7 +16,7 @@ def cuda_at_hand() -> bool:
     """Whether torch is built for CUDA and the driver counts a device.
 
     EnvironmentFailure where the driver is too old for this torch, which then computes on the processor and says no more
-    than a warning.
+    than a warning. One of the same major version is new enough.
     """
     built = built_for()
     if built is None:
@@ -25,16 +25,24 @@ def cuda_at_hand() -> bool:
         driver = ctypes.CDLL(LIBRARY)
     except OSError:
         return False
-    count, does = ctypes.c_int(0), ctypes.c_int(0)
+    count = ctypes.c_int(0)
     if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0 or count.value == 0:
         return False
-    if driver.cuDriverGetVersion(ctypes.byref(does)) == 0 and built and does.value // 1000 < built[0]:
+    does = does_cuda()
+    if built and does and int(does.partition(".")[0]) < built[0]:
         raise EnvironmentFailure(
-            f"The NVIDIA driver is too old: it does CUDA {does.value // 1000}.{does.value % 1000 // 10}, "
-            f"and this torch is built for {built[0]}.{built[1]}.",
+            f"The NVIDIA driver is too old: it does CUDA {does}, and this torch is built for {built[0]}.{built[1]}.",
             "Update the driver, or install torch for it (https://pytorch.org/get-started/locally/); --device cpu needs none.",
         )
     return True
+
+
+def does_cuda() -> str:
+    """The newest version of CUDA that the driver does, as "12.8"; "" where it doesn't tell."""
+    does = ctypes.c_int(0)
+    if ctypes.CDLL(LIBRARY).cuDriverGetVersion(ctypes.byref(does)) != 0:
+        return ""
+    return f"{does.value // 1000}.{does.value % 1000 // 10}"
 
 
 def built_for() -> tuple[int, ...] | None:

@@ -35,7 +35,7 @@ def test_a_driver_that_is_too_old_for_torch_is_no_reason_to_train_on_the_process
 ) -> None:
     monkeypatch.setattr(driver, "built_for", lambda: (13, 0))
     monkeypatch.setattr(ctypes, "CDLL", lambda name: stub(12080))
-    assert not torch.cuda.is_available()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for ask in (device_of, resolve_device):
         with pytest.raises(EnvironmentFailure, match=r"does CUDA 12\.8, and this torch is built for 13\.0"):
             ask("auto")
@@ -57,5 +57,25 @@ def test_what_the_driver_counts(
     assert driver.cuda_at_hand() is there
 
 
-def test_this_torch_is_built_for_no_card() -> None:
-    assert driver.built_for() is None and torch.version.cuda is None
+@pytest.mark.parametrize("name", ["auto", "cuda"])
+def test_a_card_that_torch_cannot_use_is_not_left_idle(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the reason, as a driver whose module is of another version; one that is hidden is left on purpose."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(driver, "built_for", lambda: (13, 0))
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: stub(13020))
+    with pytest.raises(
+        EnvironmentFailure, match=r"does CUDA 13\.2, counts a card, .* built for 13\.0, can't"
+    ) as refused:
+        resolve_device(name)
+    assert refused.value.exit_code == 3 and "--device cpu" in refused.value.hint
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: stub(13020, cards=0))  # CUDA_VISIBLE_DEVICES=""
+    if name == "auto":
+        assert resolve_device(name).type == "cpu"
+
+
+def test_what_torch_is_built_for_is_read_without_it() -> None:
+    """As torch itself says."""
+    stated = torch.version.cuda
+    expected = () if torch.version.hip else None if stated is None else tuple(map(int, stated.split(".")[:2]))
+    assert driver.built_for() == expected
