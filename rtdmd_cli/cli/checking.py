@@ -7,17 +7,19 @@ import platform
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from rtdmd_cli.cli import console
 from rtdmd_cli.config.loader import Resolved
 from rtdmd_cli.config.places import is_single_file, where_to_look
-from rtdmd_cli.config.schema import SHARED_BASE, ModelConfig
+from rtdmd_cli.config.schema import SHARED_BASE, ModelConfig, Preset
 from rtdmd_cli.engine.compute.driver import cuda_at_hand
-from rtdmd_cli.errors import DataError, EnvironmentFailure, RtdmdError, UsageError
+from rtdmd_cli.errors import DataError, EnvironmentFailure, RtdmdError, UsageError, companion_hint
 
 HUB_ID = r"[A-Za-z0-9][\w.-]*/[\w.-]+"
+TORCHAO_BOUND = re.compile(r"TORCHAO_MINIMUM_VERSION = [\w.]+\(\"([\d.]+)\"\)")
 OTHER_DEVICE = "Use --device cpu, or --device auto to take what is there."
 
 
@@ -34,6 +36,7 @@ def findings(resolved: Resolved, stage_2: bool, prompts: Sequence[str]) -> list[
     checks += [
         lambda: require_device(preset.hardware.device),
         lambda: require_tracker(preset.hardware.tracker),
+        lambda: require_adapters(preset),
         lambda: require_folders(preset.model),
     ]
     found = []
@@ -89,6 +92,39 @@ def require_device(name: str) -> None:
         )
     if name == "mps" and (platform.system(), platform.machine()) != ("Darwin", "arm64"):
         raise EnvironmentFailure("No mps device was found on this machine.", OTHER_DEVICE)
+
+
+def require_adapters(preset: Preset) -> None:
+    """EnvironmentFailure where adapters are trained beside a torchao older than peft takes, which makes no layer then."""
+    if preset.distill.train != "lora" or find_spec("torchao") is None:
+        return
+    from importlib import metadata
+
+    from packaging.version import Version
+
+    try:
+        found = metadata.version("torchao")
+    except metadata.PackageNotFoundError:  # peft then does without it, too
+        return
+    bound = torchao_bound()
+    if bound is not None and Version(found) < Version(bound):
+        raise EnvironmentFailure(
+            f"torchao {found} doesn't fit: peft, which makes the adapters, takes {bound} or newer.",
+            companion_hint("torchao"),
+        )
+
+
+def torchao_bound() -> str | None:
+    """The oldest torchao that peft takes, read from its source: importing it takes seconds.
+
+    None where it is written otherwise; peft then says so itself once it makes a layer.
+    """
+    peft = find_spec("peft")
+    if peft is None or peft.origin is None:
+        return None
+    source = Path(peft.origin).parent / "import_utils.py"
+    bound = TORCHAO_BOUND.search(source.read_text(encoding="utf-8")) if source.is_file() else None
+    return None if bound is None else bound[1]
 
 
 def require_folders(model: ModelConfig) -> None:

@@ -81,6 +81,7 @@ def distill(
         shown = plan(resolved, count, out / run_name, start) | dry_run_figures(resolved, "distill", quiet)
         checking.report(shown, checking.findings(resolved, False, [preset_prompts]), json_output)
         return
+    checking.require_adapters(resolved.preset)
     refuse_too_large(resolved, "distill", this_card(resolved.preset.hardware.device))
     from rtdmd_cli.engine.compute.importing import quick_imports
 

@@ -120,6 +120,7 @@ def tune_reward(
         sources = [config.prompts, *([config.eval_prompts] if config.eval_prompts else [])]
         checking.report(shown, checking.findings(resolved, True, sources), json_output)
         return
+    checking.require_adapters(resolved.preset)
     refuse_too_large(resolved, "tune-reward", this_card(resolved.preset.hardware.device))
     from rtdmd_cli.engine.compute.importing import quick_imports
 
