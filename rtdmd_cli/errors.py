@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+from collections.abc import Iterator
 
 OUT_OF_MEMORY = re.compile(
     r"out of memory|can(no|')t allocate memory|not enough memory|failed to map segment|_ALLOC_FAILED"
@@ -110,18 +111,34 @@ def is_device_fault(error: BaseException) -> bool:
     return named or (isinstance(error, RuntimeError) and DEVICE_FAULT.match(str(error)) is not None)
 
 
-def companion_at_fault(error: BaseException) -> str | None:
-    """Of the libraries that others import where they are installed, the one whose version an error is about."""
+def companion_at_fault(error: BaseException) -> tuple[str, str] | None:
+    """Of the libraries that others import where they are installed, the one whose version an error is about, and its words."""
+    for each in chain(error):
+        name = _companion_named(each)
+        if name is not None:
+            return name, str(each).partition("\n")[0].rstrip(".")
+    return None
+
+
+def _companion_named(error: BaseException) -> str | None:
+    """As above, of this error alone. Not of one that is not installed, nor of a file in a folder of that name."""
+    if not isinstance(error, ImportError | RuntimeError | OSError):
+        return None
+    if isinstance(error, ModuleNotFoundError) and error.name in COMPANIONS:
+        return None
+    if isinstance(error, OSError) and error.errno is not None:  # the dynamic loader's have none
+        return None
+    return next((name for name in COMPANIONS if name in str(error)), None)
+
+
+def chain(error: BaseException) -> Iterator[BaseException]:
+    """The error, and those that it came from."""
     seen: list[BaseException] = []
     current: BaseException | None = error
     while current is not None and current not in seen:
-        if isinstance(current, ImportError | RuntimeError | OSError):
-            for name in COMPANIONS:
-                if name in str(current):
-                    return name
+        yield current
         seen.append(current)
         current = current.__cause__ or current.__context__
-    return None
 
 
 def companion_hint(name: str) -> str:
@@ -129,17 +146,20 @@ def companion_hint(name: str) -> str:
     return f"rtdmd does without it, so update or remove it: pip install -U {name}, or pip uninstall {name}"
 
 
-def machine_fault(error: BaseException) -> BaseException | None:
-    """Of an error and those that it came from, the first that is the machine's: full memory, a disk or a GPU that fails.
+def is_nccl(error: BaseException) -> bool:
+    """What torch reports where processes on several cards can't reach each other; by name and text, as above."""
+    named = "DistBackendError" in {cls.__name__ for cls in type(error).__mro__}
+    return named or (isinstance(error, RuntimeError) and "NCCL error" in str(error))
 
-    Libraries raise errors of their own over it, in the words of a damaged file.
+
+def machine_fault(error: BaseException) -> BaseException | None:
+    """Of an error and those that it came from, the first that is the machine's.
+
+    That is full memory, a disk or a GPU that fails, a library that doesn't fit. Libraries raise errors of their own over
+    it, in the words of a damaged file.
     """
-    seen: list[BaseException] = []
-    current: BaseException | None = error
-    while current is not None and current not in seen:
-        failing = isinstance(current, OSError) and current.errno in FAILING
-        if failing or is_out_of_memory(current) or is_device_fault(current):
-            return current
-        seen.append(current)
-        current = current.__cause__ or current.__context__
+    for each in chain(error):
+        failing = isinstance(each, OSError) and each.errno in FAILING
+        if failing or is_out_of_memory(each) or is_device_fault(each) or _companion_named(each):
+            return each
     return None

@@ -17,9 +17,11 @@ from rtdmd_cli.errors import (
     HINTS,
     EnvironmentFailure,
     RtdmdError,
+    chain,
     companion_at_fault,
     companion_hint,
     is_device_fault,
+    is_nccl,
     is_out_of_memory,
     no_programs,
 )
@@ -73,19 +75,20 @@ def explain(error: Exception) -> Failure:
             return Failure(f"The GPU has failed: {one_sentence(error)}.", DEVICE_HINT, ENVIRONMENT)
         case _ if library := no_programs(error):
             return Failure(f"The disk of {library} is mounted noexec.", NOEXEC_HINT, ENVIRONMENT)
-        case _ if name := companion_at_fault(error):
+        case _ if at_fault := companion_at_fault(error):
+            name, words = at_fault
             return Failure(
-                f"The {name} that is installed here doesn't fit.", companion_hint(name), ENVIRONMENT
+                f"The {name} that is installed here doesn't fit: {words}.", companion_hint(name), ENVIRONMENT
             )
-        case _ if type(error).__name__ == "DistBackendError":  # torch may not have been imported
+        case _ if nccl := next(filter(is_nccl, chain(error)), None):
             return Failure(
-                f"The processes can't reach each other: {one_sentence(error)}.", NCCL_HINT, ENVIRONMENT
+                f"The processes can't reach each other: {one_sentence(nccl)}.", NCCL_HINT, ENVIRONMENT
             )
     text = f"internal error, {type(error).__name__}: {error} (set {DEBUG}=1 for the traceback)"
     return Failure(text, "", INTERNAL)
 
 
-def one_sentence(error: Exception) -> str:
+def one_sentence(error: BaseException) -> str:
     """The first of its text, without the full stop."""
     return str(error).partition(". ")[0].partition("\n")[0].rstrip(".")
 

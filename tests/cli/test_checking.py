@@ -1,7 +1,10 @@
-"""What stops a training before anything is loaded: libraries that don't fit. The rest is in test_distill.py."""
+"""What stops a training before anything is loaded: libraries that don't fit. Its other checks are in test_distill.py."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -74,3 +77,23 @@ def test_an_old_torchao_is_told_before_anything_is_loaded(
         assert app.main([command, *place, *arguments]) == 3
         shown = capsys.readouterr().err
         assert "error: torchao 0.10.0 doesn't fit" in shown and "pip install -U torchao" in shown
+
+
+def test_a_torchvision_of_another_torch_is_named(tmp_path: Path) -> None:
+    """By a training, however the libraries put it; what loads none of them does not look at it."""
+    install("torchvision", "0.20.0", tmp_path)
+    broken = "raise RuntimeError('operator torchvision::nms does not exist')\n"
+    (tmp_path / "torchvision" / "__init__.py").write_text(broken)
+    root = str(Path(__file__).parents[2])
+    environ = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{root}", "RTDMD_DEBUG": "0"}
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        program = [sys.executable, "-P", "-m", "rtdmd_cli", *arguments]
+        return subprocess.run(program, cwd=tmp_path, env=environ, capture_output=True, text=True)
+
+    assert run("--help").returncode == 0
+    done = run("distill", "--quiet")
+    assert done.returncode == 3 and not (tmp_path / "runs").exists()
+    first, second = done.stderr.splitlines()
+    assert first.startswith("error: The torchvision that is installed here doesn't fit: ")
+    assert "torchvision::nms" in first and "pip install -U torchvision" in second

@@ -57,8 +57,8 @@ def companions() -> Check:
 
         is_torchao_available()  # raises for a version that it can't use
     except (ImportError, RuntimeError, OSError) as error:
-        name = companion_at_fault(error) or "torchvision"
-        found = f"{name} {facts[name]} doesn't fit: {str(error).partition(chr(10))[0]}"
+        name, words = companion_at_fault(error) or ("torchvision", str(error).partition("\n")[0])
+        found = f"{name} {facts[name]} doesn't fit: {words}"
         return Check("companions", "FAIL", found, companion_hint(name), facts)
     found = ", ".join(f"{name} {version or 'not installed'}" for name, version in facts.items())
     return Check("companions", "PASS", found, facts=facts)

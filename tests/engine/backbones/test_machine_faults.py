@@ -26,6 +26,7 @@ FAULTS = {
     "memory of a card": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
     "a library's memory": ImportError("libx.so: failed to map segment from shared object"),
     "memory of Python": MemoryError(),
+    "a torchvision of another torch": RuntimeError("operator torchvision::nms does not exist"),
     "a driver": RuntimeError("CUDA driver error: device not ready"),
     "a card": torch.AcceleratorError(
         "CUDA error: unspecified launch failure\nCompile with TORCH_USE_CUDA_DSA"
@@ -84,7 +85,34 @@ def test_a_torchvision_of_another_torch_is_named() -> None:
             raise ModuleNotFoundError("Could not import module 'AutoImageProcessor'.") from inner
     except ModuleNotFoundError as error:
         told = explain(error)
-    assert told.exit_code == 3 and "torchvision" in told.message and "pip uninstall torchvision" in told.hint
+    assert told.exit_code == 3 and told.message.endswith("fit: operator torchvision::nms does not exist.")
+    assert "pip uninstall torchvision" in told.hint
     old = ImportError("Found an incompatible version of torchao. Found version 0.10.0")
     assert "pip install -U torchao" in explain(old).hint
-    assert explain(RuntimeError("something else")).exit_code == 1
+    for other in (
+        RuntimeError("something else"),
+        ModuleNotFoundError("No module named 'torchvision'", name="torchvision"),
+        FileNotFoundError(errno.ENOENT, "No such file or directory", "/home/me/torchvision/a.txt"),
+    ):
+        assert explain(other).exit_code == 1 and "doesn't fit" not in explain(other).message
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.distributed.DistBackendError("NCCL error in: NCCLUtils.cpp:268, unhandled system error"),
+        RuntimeError("NCCL error in: ProcessGroupNCCL.cpp:1, unhandled system error, NCCL version 2.28"),
+    ],
+)
+def test_processes_that_cannot_reach_each_other(error: Exception) -> None:
+    """Also where an error of another kind came of it. A card that fails is told of as one."""
+    told = explain(error)
+    assert told.exit_code == 3 and told.message.startswith(
+        "The processes can't reach each other: NCCL error in"
+    )
+    assert "docker run --shm-size=1g" in told.hint and "--ipc=host" in told.hint
+    try:
+        raise KeyError("after it") from error
+    except KeyError as later:
+        assert explain(later) == told
+    assert "The GPU has failed" in explain(RuntimeError("CUDA error: unspecified launch failure")).message
