@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -21,6 +22,9 @@ FP8 = (8, 9)
 """Compute capability from which a card of NVIDIA multiplies fp8."""
 NEAR = {"int8": 0.03, "nf4": 0.2}
 """Largest relative error of a quantised layer that is taken for working; measured: 0.006 and 0.1."""
+SHARED = Path("/dev/shm")
+SHARED_GIB = 1.0
+"""GiB of shared memory below which NCCL may fail between several cards; a container of Docker has 1/16 of that."""
 INSTALL = "Install torch for your driver: https://pytorch.org/get-started/locally/"
 
 
@@ -104,6 +108,20 @@ def _cuda(device: torch.device, seen: dict[str, str]) -> Check:
         held = f"Other programs hold {(total - free) / GIB:.1f} GiB; see who: nvidia-smi"
         return Check("gpu", "WARN", found, held, facts)
     return Check("gpu", "PASS", found, facts=facts)
+
+
+def shared() -> Check:
+    """The size of the shared memory, through which processes on several cards exchange gradients."""
+    cards = torch.cuda.device_count()
+    size = shutil.disk_usage(SHARED).total / GIB if SHARED.is_dir() else None
+    found = "no /dev/shm here" if size is None else f"{size:.1f} GiB in /dev/shm"
+    facts = {"size_gib": None if size is None else round(size, 3), "cards": cards}
+    if cards < 2:
+        return Check("shared", "PASS", f"{found}; several cards alone need it", facts=facts)
+    if size is None or size < SHARED_GIB:
+        fix = "For --processes: start the container with docker run --shm-size=1g, or with --ipc=host"
+        return Check("shared", "WARN", f"{found}, too little for NCCL between {cards} cards", fix, facts)
+    return Check("shared", "PASS", found, facts=facts)
 
 
 def formats() -> Check:

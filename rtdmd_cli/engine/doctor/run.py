@@ -13,6 +13,7 @@ CHECKS = {
     "companions": software.companions,
     "extras": software.extras,
     "gpu": device.gpu,
+    "shared": device.shared,
     "formats": device.formats,
     "compiler": device.compiler,
     "bitsandbytes": device.quantisation,

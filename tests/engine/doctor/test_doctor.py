@@ -1,8 +1,10 @@
 """Each check against what it is to find: made-up systems in files and on the PATH, the real libraries."""
 
+import shutil
 import subprocess
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -123,6 +125,22 @@ def test_a_card_that_a_variable_hides_is_told(value: str, monkeypatch: pytest.Mo
 def test_without_a_card_it_warns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "driver", dict)
     assert device.gpu().state == "WARN" and device.formats().facts["fp8"] is False
+
+
+@pytest.mark.parametrize(
+    ("cards", "mib", "state"),
+    [(1, 64, "PASS"), (2, 64, "WARN"), (2, None, "WARN"), (2, 1024, "PASS")],
+)
+def test_shared_memory_for_several_cards(
+    cards: int, mib: int | None, state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """64 MiB are a container's unless it is told otherwise."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: cards)
+    monkeypatch.setattr(device, "SHARED", tmp_path if mib else tmp_path / "absent")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=(mib or 0) * 2**20))
+    found = device.shared()
+    assert found.state == state == run.CHECKS["shared"]().state
+    assert ("--shm-size=1g" in found.fix and "--ipc=host" in found.fix) == (state == "WARN")
 
 
 def test_a_compiler_is_found_or_missed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
