@@ -43,9 +43,8 @@ def launch(count: int, arguments: Sequence[str]) -> int:
     except ChildFailedError as error:
         return max(1, error.get_first_failure()[1].exitcode)
     except SignalException as error:
-        end_children(
-            error.sigval
-        )  # a second signal came while the launcher waited for them: it is theirs too
+        # a second signal came while the launcher waited for them: it is theirs too
+        end_children(error.sigval)
         return 128 + int(error.sigval)
     finally:
         over.set()

@@ -26,6 +26,9 @@ NOISE = {
     "transformers.tokenization_utils_base": "Token indices sequence length is longer",  # diffusers says it truncates
 }
 """Logger name -> text of the message to drop."""
+ATTENTION, NATIVE = "DIFFUSERS_ATTN_BACKEND", "native"
+_chosen: list[str] = []
+"""The attention that the shell has chosen for this process."""
 OWN = logging.getLogger("rtdmd_cli")
 """What the engine warns of: comments in a prompt file, prompts that are cut off. Python prints it on stderr."""
 
@@ -50,9 +53,16 @@ def torch_attention() -> None:
     """Let diffusers compute attention by torch's own function, whatever the shell has chosen.
 
     Sage and others that are made for sampling have no backward pass, and say nothing: the layers that lead to queries,
-    keys and values would not be trained.
+    keys and values would not be trained. A training says so: `attention_left_out`.
     """
-    os.environ["DIFFUSERS_ATTN_BACKEND"] = "native"
+    _chosen[:] = [os.environ.get(ATTENTION, NATIVE)]
+    os.environ[ATTENTION] = NATIVE
+
+
+def attention_left_out() -> str:
+    """What is said of another attention that the shell has chosen; "" without one."""
+    other = [each for each in _chosen if each != NATIVE]
+    return f"{ATTENTION}={other[0]} is left out: not every attention can be trained through" if other else ""
 
 
 def is_wanted(record: logging.LogRecord) -> bool:

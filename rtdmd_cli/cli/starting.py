@@ -75,7 +75,13 @@ class Stage:
     free: tuple[str, ...]
     free_sections: tuple[str, ...]
 
+    @property
+    def rates(self) -> tuple[str, ...]:
+        """Keys that a new run may set anew as it goes on from another's checkpoint, after a loss of nan, say."""
+        return tuple(f"{self.name.replace('-', '_')}.{key}" for key in RATES)
 
+
+RATES = ("generator_lr", "fake_lr", "lr_warmup", "lr_decay", "grad_clip")
 _SCHEDULE = ("save_every", "save_minutes", "keep", "log_every", "sample_every")
 _FREE_DISTILL = (
     "name",
@@ -108,8 +114,6 @@ TUNE_REWARD = Stage(
 AUTO = "auto"
 PRECISION = ("hardware.dtype", "hardware.base", "hardware.float32_matmul", "hardware.mixed_precision")
 """Keys that change the numbers of a run; `--allow-change` takes them."""
-RATES = ("generator_lr", "fake_lr", "lr_warmup", "lr_decay", "grad_clip")
-"""Keys of a stage that a new run may set anew as it goes on from another's checkpoint, after a loss of nan, say."""
 
 
 def is_follower() -> bool:
@@ -228,15 +232,15 @@ def find_start(
     run, chosen = reference.run, reference.checkpoint
     path = chosen or (newest(run, quiet) if run else None)
     loaded = checkpoint.load_checkpoint(path, once=True) if path else None
-    forks = bool(name) and (run is None or run.path.resolve() != (out / run_name).resolve())
-    rates = [f"{stage.name.replace('-', '_')}.{key}" for key in RATES] if forks else []
-    changes = require_same_training(run, loaded, resolved, prompts, stage, (*allow, *rates))
+    other = name if name and (run is None or run.path.resolve() != (out / name).resolve()) else None
+    free = (*allow, *stage.rates) if other else allow
+    changes = require_same_training(run, loaded, resolved, prompts, stage, free)
     for key, before, now in changes:
         console.say(f"{'moved' if key in MOVABLE else 'allowed'}: {key} was {before}, now {now}", quiet)
-    if name and forks:
+    if other:
         if loaded is None:
             raise DataError(f"{resume} has no checkpoint yet.", "Start a run of its own: leave --resume out.")
-        run_folder.refuse_existing(out / name)
+        run_folder.refuse_existing(out / other)
         console.say(f"a new run from {loaded.path}, at iteration {loaded.step}", quiet)
         return Start(None, loaded, frozenset(allow), changes)
     if run is None or (
@@ -390,8 +394,7 @@ def other_recipe(own: Path, changed: Sequence[str], stage: Stage) -> str:
     """What to do where a run's recipe differs in these keys."""
     from rtdmd_cli.engine.storage.run_folder import RunFolder
 
-    section = stage.name.replace("-", "_")
-    if {*changed} <= {f"{section}.{key}" for key in RATES}:
+    if {*changed} <= {*stage.rates}:
         return "Go on from its checkpoint in a run of its own: add --name OTHER."
     again = going_on(RunFolder(own.parent), stage.name)
     return f"Go on with its own settings: {again}; or start another run: --name OTHER, without --resume."

@@ -9,6 +9,7 @@ import typer
 
 from rtdmd_cli.cli import checking, completing, console
 from rtdmd_cli.cli.plan import dry_run_figures, refuse_too_large, this_card
+from rtdmd_cli.cli.quiet import attention_left_out
 from rtdmd_cli.cli.starting import (
     DEFAULT_PRESET,
     TUNE_REWARD,
@@ -121,6 +122,8 @@ def tune_reward(
         checking.report(shown, checking.findings(resolved, True, sources), json_output)
         return
     checking.require_adapters(resolved.preset)
+    if left_out := attention_left_out():
+        console.say(left_out, quiet)
     refuse_too_large(resolved, "tune-reward", this_card(resolved.preset.hardware.device))
     from rtdmd_cli.engine.compute.importing import quick_imports
 

@@ -196,12 +196,6 @@ class DistillConfig(TrainingSection):
         description="what is trained, in both stages: adapters on the shared base, or a full copy of its weights a role",
     )
     save_every: int = Field(default=500, ge=1, le=MAX_COUNT, description="iterations between two checkpoints")
-    save_minutes: float | None = Field(
-        default=30.0,
-        gt=0,
-        le=1e6,
-        description="longest time between two checkpoints, minutes, where `save_every` is longer; null for any",
-    )
     log_every: int = Field(default=10, ge=1, le=MAX_COUNT, description="iterations between two metric lines")
     sample_every: int = Field(
         default=500,

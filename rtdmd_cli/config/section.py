@@ -51,6 +51,12 @@ class LoraConfig(Section):
 class TrainingSection(Section):
     """The settings that both stages have."""
 
+    save_minutes: float | None = Field(
+        default=30.0,
+        gt=0,
+        le=1e6,
+        description="longest time between two checkpoints, minutes, where `save_every` is longer; null for any",
+    )
     lr_decay: Literal["none", "generator", "both"] = Field(
         default="none",
         description="whose learning rate falls to 0 along a half cosine; a run that is extended follows the longer one",

@@ -159,12 +159,6 @@ class TuneRewardConfig(TrainingSection):
     )
     watch: WatchConfig = WatchConfig()
     save_every: int = Field(default=50, ge=1, le=MAX_COUNT, description="epochs between two checkpoints")
-    save_minutes: float | None = Field(
-        default=30.0,
-        gt=0,
-        le=1e6,
-        description="longest time between two checkpoints, minutes, where `save_every` is longer; null for any",
-    )
     log_every: int = Field(default=1, ge=1, le=MAX_COUNT, description="epochs between two metric lines")
     sample_every: int = Field(
         default=50,

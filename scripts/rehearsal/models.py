@@ -36,6 +36,7 @@ from transformers import (
     T5EncoderModel,
 )
 
+from rtdmd_cli.engine.planning.configs import published
 from scripts.gpu.models import FLUX1_DEV, KLEIN_4B, SD3_M, SD35_M
 from tests import tiny_clip
 from tests.tiny_flux import qwen_tokenizer
@@ -55,49 +56,7 @@ QWEN3_4B = {
     "head_dim": 128,
     "vocab_size": 151936,
 }
-QWEN25_VL_7B = {
-    "hidden_size": 3584,
-    "intermediate_size": 18944,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-    "vocab_size": 152064,
-    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
-}
-QWEN25_VISION = {
-    "depth": 32,
-    "hidden_size": 1280,
-    "intermediate_size": 3420,
-    "num_heads": 16,
-    "out_hidden_size": 3584,
-}
-ZIMAGE: dict[str, Any] = {
-    "in_channels": 16,
-    "dim": 3840,
-    "n_layers": 30,
-    "n_refiner_layers": 2,
-    "n_heads": 30,
-    "n_kv_heads": 30,
-    "cap_feat_dim": 2560,
-    "axes_dims": [32, 48, 48],
-    "axes_lens": [1536, 512, 512],
-}
-QWEN_IMAGE: dict[str, Any] = {
-    "in_channels": 64,
-    "out_channels": 16,
-    "num_layers": 60,
-    "attention_head_dim": 128,
-    "num_attention_heads": 24,
-    "joint_attention_dim": 3584,
-    "axes_dims_rope": (16, 56, 56),
-}
-QWEN_IMAGE_TIMES = {
-    "shift": 1.0,
-    "use_dynamic_shifting": True,
-    "max_shift": 0.9,
-    "max_image_seq_len": 8192,
-    "shift_terminal": 0.02,
-}
+ZIMAGE, QWEN_IMAGE = (published()[name] for name in ("Tongyi-MAI/Z-Image", "Qwen/Qwen-Image"))
 VAE: dict[str, Any] = {
     "down_block_types": ("DownEncoderBlock2D",) * 4,
     "up_block_types": ("UpDecoderBlock2D",) * 4,
@@ -177,11 +136,9 @@ def qwen(kind: type[Any], **shape: Any) -> Any:
     return kind(Qwen3Config(**shape, tie_word_embeddings=True, max_position_embeddings=40960))
 
 
-def qwen_vl(text: Mapping[str, Any], vision: Mapping[str, Any]) -> Any:
+def qwen_vl(**shape: Any) -> Any:
     """Qwen2.5-VL."""
-    words = {**text, "max_position_embeddings": 128000}
-    config = Qwen2_5_VLConfig(text_config=words, vision_config=dict(vision), tie_word_embeddings=False)
-    return Qwen2_5_VLForConditionalGeneration(config)
+    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**shape))
 
 
 def pickscore(text: Mapping[str, int], vision: Mapping[str, int], projection: int, vocabulary: int) -> Any:
@@ -332,26 +289,26 @@ REHEARSALS = {
         "zimage-4step-24gb",
         "zimage",
         {
-            "transformer": Network(partial(ZImageTransformer2DModel, **ZIMAGE)),
+            "transformer": Network(partial(ZImageTransformer2DModel, **ZIMAGE["transformer"])),
             "vae": Network(partial(AutoencoderKL, **FLUX1_VAE)),
             "text_encoder": Network(partial(qwen, Qwen3Model, **QWEN3_4B)),
         },
         {"tokenizer": partial(qwen_tokenizer, 512)},
         CLIP_H,
-        scheduler={"shift": 6.0, "use_dynamic_shifting": False},
+        scheduler=ZIMAGE["scheduler"],
         changes=SHORT_PROMPTS,
     ),
     "qwenimage": Rehearsal(
         "qwenimage-4step-24gb",
         "qwenimage",
         {
-            "transformer": Network(partial(QwenImageTransformer2DModel, **QWEN_IMAGE)),
+            "transformer": Network(partial(QwenImageTransformer2DModel, **QWEN_IMAGE["transformer"])),
             "vae": Network(partial(AutoencoderKLQwenImage)),
-            "text_encoder": Network(partial(qwen_vl, QWEN25_VL_7B, QWEN25_VISION)),
+            "text_encoder": Network(partial(qwen_vl, **QWEN_IMAGE["text_encoder"])),
         },
         {"tokenizer": partial(template_tokenizer, 1024)},
         CLIP_H,
-        scheduler=QWEN_IMAGE_TIMES,
+        scheduler=QWEN_IMAGE["scheduler"],
         changes=SHORT_PROMPTS,
     ),
 }

@@ -149,6 +149,11 @@ def _round_trip(facts: Facts) -> str:
         "Each format was loaded into the stock pipeline and drew these prompts with fixed seeds and Euler; the run's own "
         "generator drew the same with eta 0. Differences of a pixel, 0 to 1:"
     )
+    if facts.off:
+        note = (
+            "The stock pipeline tells the network rounded levels of noise, by which pictures differ from those with exact "
+            f"ones, as in training, by {facts.off:.2g} in the mean (of a pixel, 0 to 1). Both have rounded ones here. {note}"
+        )
     return f"{note}\n\n" + table(("format", "pictures", "mean", "largest", "number format"), rows)
 
 

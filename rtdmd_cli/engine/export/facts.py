@@ -38,6 +38,7 @@ class Facts:
     iterations: int
     preset_sha256: str
     model_hash: str
+    off: float
     before: Mapping[str, float]
     after: Mapping[str, float]
     sigmas: Sequence[float]

@@ -23,15 +23,13 @@ from rtdmd_cli.errors import NumericalError
 SEED = 0  # of the first picture; the others count on
 TOLERANCES = {torch.float32: 5e-4, torch.float16: 0.02, torch.bfloat16: 0.05}
 """Number format -> largest mean difference of a pixel, 0..1, that is put down to its rounding."""
-NOISES = 3.0
-"""The stock pipeline rounds latents and prompts too."""
 
 
 @dataclass(frozen=True)
 class RoundTrip:
     """Mean and largest difference of a pixel in 0..1, over `pictures` pictures. dtype: the coarsest format involved.
 
-    exact: no rank was cut off, so that rounding alone may differ. noise: see `compare`.
+    exact: no rank was cut off, so that rounding alone may differ.
     """
 
     pictures: int
@@ -39,12 +37,11 @@ class RoundTrip:
     largest: float
     dtype: torch.dtype
     exact: bool
-    noise: float = 0.0
 
     @property
     def tolerance(self) -> float:
         """Largest mean that passes where the export is exact."""
-        return max(TOLERANCES[self.dtype], NOISES * self.noise)
+        return TOLERANCES[self.dtype]
 
     def record(self) -> dict[str, Any]:
         """As JSON values."""
@@ -112,16 +109,10 @@ def reloaded_pictures(
     return stock_pictures(open_stock(stock, device, dtype), prompts, call)
 
 
-def compare(
-    own: Tensor, stock: Tensor, dtype: torch.dtype, exact: bool, name: str, noise: float = 0.0
-) -> RoundTrip:
-    """The difference of two sets of pictures; NumericalError where it is more than rounding and should not be.
-
-    noise: mean difference of a pixel that rounding the levels of noise alone makes, see `own.told_as_stock`. A model can make
-    much of little, so that NOISES times that passes too.
-    """
+def compare(own: Tensor, stock: Tensor, dtype: torch.dtype, exact: bool, name: str) -> RoundTrip:
+    """The difference of two sets of pictures; NumericalError where it is more than rounding and should not be."""
     difference = (own - stock).abs()
-    found = RoundTrip(len(own), float(difference.mean()), float(difference.max()), dtype, exact, noise)
+    found = RoundTrip(len(own), float(difference.mean()), float(difference.max()), dtype, exact)
     if not difference.isfinite().all() or (exact and found.mean > found.tolerance):
         raise NumericalError(
             f"The {name} export doesn't make the run's pictures: mean difference {found.mean:.2g}, "

@@ -269,6 +269,7 @@ def gather(
         iterations=checkpoint.step,
         preset_sha256=checkpoint.meta.get("preset_sha256", "not recorded"),
         model_hash=own.model_hash,
+        off=own.off,
         before=checkpoint.state.get("records", {}).get(BEFORE, {}),
         after=RunFolder(checkpoint.path.parent.parent).measured(checkpoint.step),
         sigmas=own.sigmas,
@@ -299,7 +300,7 @@ def prove(
         call = facts.call(merged=name == "merged")
         drawn = partial(reloaded_pictures, stock, request.dtype, facts.prompts, call)
         pictures = where_there_is_room(drawn, request.device, say)
-        trips[name] = compare(own.euler, pictures, dtype, facts.fold_error == 0, name, own.noise)
+        trips[name] = compare(own.euler, pictures, dtype, facts.fold_error == 0, name)
         say(
             f"round trip {name}: mean difference {trips[name].mean:.2g}, largest {trips[name].largest:.2g} "
             f"over {counted(trips[name].pictures)}"
@@ -343,6 +344,7 @@ def describe(request: Request, folder: Path, facts: Facts) -> dict[str, Any]:
         "rank": facts.rank,
         "exact_rank": facts.exact_rank,
         "fold_error": facts.fold_error,
+        "level_rounding": facts.off,
         "round_trip": {name: trip.record() for name, trip in facts.trips.items()},
         "card_sha256": hashlib.sha256(card.encode()).hexdigest(),
         "files": {name: {"size": size, "sha256": sha} for name, (size, sha) in facts.files.items()},

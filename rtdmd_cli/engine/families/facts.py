@@ -71,8 +71,8 @@ class ExportFamily:
     prefix: of the keys of a LoRA file, before the layer's name in diffusers. architecture: modelspec's. index: changes
     of model_index.json of a merged pipeline. comfy: repository id (lower case) -> its nodes; "" for any other. unguided: the
     arguments of the stock pipeline's call that switch guidance off. float32_noise: whether the stock pipeline draws its noise
-    in float32, whatever the network's format. scheduler: changes of the stock scheduler's configuration that the few-step
-    schedule needs.
+    in float32, whatever the network's format. rounded_levels: whether it tells the network a level of noise, times 1,000, in
+    the latents' format. scheduler: changes of the stock scheduler's configuration that the few-step schedule needs.
     """
 
     architecture: Mapping[str, str]
@@ -81,6 +81,7 @@ class ExportFamily:
     index: Mapping[str, Any] = field(default_factory=dict)
     unguided: Mapping[str, str] = field(default_factory=lambda: {"guidance_scale": "1.0"})
     float32_noise: bool = False
+    rounded_levels: bool = False
     scheduler: Mapping[str, Any] = field(default_factory=dict)
 
 

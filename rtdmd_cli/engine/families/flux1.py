@@ -21,6 +21,7 @@ FACTS = FamilyFacts(
     "FLUX.1-dev",
     models={FLUX1: Published(LICENCE, 34e9)},
     export=ExportFamily(
+        rounded_levels=True,
         architecture={"": "flux-1-dev"},
         comfy={
             "": Loader(

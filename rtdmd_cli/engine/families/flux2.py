@@ -62,6 +62,7 @@ FACTS = FamilyFacts(
         },
     },
     export=ExportFamily(
+        rounded_levels=True,
         architecture={
             "": "flux-2-klein-4b",
             f"{BFL}flux.2-klein-base-4b": "flux-2-klein-base-4b",

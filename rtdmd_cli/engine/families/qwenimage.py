@@ -25,6 +25,7 @@ FACTS = FamilyFacts(
     "Qwen-Image",
     models={"Qwen/Qwen-Image": Published(APACHE, 58e9)},
     export=ExportFamily(
+        rounded_levels=True,
         architecture={"": "qwen-image"},
         comfy={
             "": Loader(

@@ -16,6 +16,7 @@ from rtdmd_cli.errors import EnvironmentFailure
 Order = Callable[[int], Sequence[int]]
 """Iteration (0-based) -> indices of its prompts."""
 TOLD_SECONDS = 10.0
+"""Between two lines on the encoding of prompts."""
 TOLD_SECONDS_IN_TRAINING = 1800.0
 """Where training has a line of progress of its own."""
 
@@ -58,7 +59,7 @@ class AheadEncoder:
     free: Callable[[], None] = lambda: None
     held: set[str] = field(default_factory=set)
     _window: frozenset[str] = frozenset()
-    _coming: Iterator[tuple[Sequence[str], int]] | None = None
+    _coming: Iterator[Sequence[str]] | None = None
     _last: bool = False
     """Whether the window reaches to the end of the run."""
     _whole: bool = False
@@ -102,15 +103,13 @@ class AheadEncoder:
     def _next_block(self) -> None:
         assert self._coming is not None
         try:
-            for texts, _ in self._coming:
+            for texts in self._coming:
                 self.held.update(texts)
                 if len(self.held) < len(self._window):
                     return
         except BaseException:
-            self._window, self._coming = (
-                frozenset(),
-                None,
-            )  # an iterator that has failed would seem to be at its end
+            # an iterator that has failed would seem to be at its end
+            self._window, self._coming = frozenset(), None
             raise
         self._coming = None
         if self._last:

@@ -133,11 +133,11 @@ class EmbeddingCache:
 
     def renew(
         self, prompts: Sequence[str], encode: Callable[[Sequence[str]], Conditioning]
-    ) -> Iterator[tuple[Sequence[str], int]]:
+    ) -> Iterator[Sequence[str]]:
         """As `ensure`, block by block, and gives up all that was ensured before: for prompts that are needed in turns.
 
-        Each block is there once it comes out: its prompts, and how many of them were encoded. Rows that are on disk
-        already are copied into new blocks, so that what is held are these prompts alone, and the bound counts nothing else.
+        Each block is there once its prompts come out. Rows that are on disk already are copied into new blocks, so that
+        what is held are these prompts alone, and the bound counts nothing else.
         """
         wanted = {self._key(prompt): prompt for prompt in prompts}
         self._find({key for key in wanted if key not in self._rows})
@@ -148,22 +148,23 @@ class EmbeddingCache:
         for start in range(0, len(everything), BLOCK):
             keys = tuple(everything[start : start + BLOCK])
             texts = [wanted[key] for key in keys]
-            yield texts, self._renewed(keys, texts, known, encode)
+            self._have_block(keys, texts, known, encode)
+            yield texts
 
-    def _renewed(
+    def _have_block(
         self,
         keys: tuple[str, ...],
         texts: Sequence[str],
         known: Mapping[str, tuple[_Block, int]],
         encode: Callable[[Sequence[str]], Conditioning],
-    ) -> int:
-        """Have one block of `renew`; how many of its prompts were encoded."""
+    ) -> None:
+        """One block of `renew`."""
         if keys[0] in known and known[keys[0]][0].keys == keys:
             self._note(known[keys[0]][0])
-            return 0
+            return
         missing = [text for key, text in zip(keys, texts, strict=True) if key not in known]
         if missing and self._find_block(keys):  # another process has made it meanwhile
-            return 0
+            return
         rows: dict[str, Conditioning] = {}
         if missing:
             with quiet_loading():
@@ -172,7 +173,6 @@ class EmbeddingCache:
             rows = {text: encoded.select([row]) for row, text in enumerate(missing)}
         copied = {text: self.fetch([text], known) for text in texts if text not in rows}
         self._write(keys, concatenate([(rows | copied)[text] for text in texts]))
-        return len(missing)
 
     def capacity(self, row_bytes: int) -> int:
         """How many prompts of `row_bytes` each fit the bound, with what a block holds beside them."""

@@ -18,7 +18,6 @@ from rtdmd_cli.engine.training.trainer import Trainer
 from rtdmd_cli.errors import UsageError
 
 HARDWARE = HardwareConfig()
-"""Between two lines on the encoding of prompts."""
 PRELOAD_BYTES = 2_000_000_000
 """Encoded prompts up to this size are held in memory; more are read from the cache batch by batch."""
 

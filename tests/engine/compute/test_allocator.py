@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from rtdmd_cli.cli.app import main
+from rtdmd_cli.cli.quiet import attention_left_out
 from rtdmd_cli.engine.compute import allocator
 from rtdmd_cli.engine.compute.allocator import OLDER, SETTING
 
@@ -49,3 +50,5 @@ def test_the_program_computes_attention_by_torchs_own_function(
     """Whatever the shell says: diffusers reads the variable when it is imported, and Sage has no backward pass."""
     monkeypatch.setenv("DIFFUSERS_ATTN_BACKEND", "sage")
     assert main(["--version"]) == 0 and os.environ["DIFFUSERS_ATTN_BACKEND"] == "native"
+    assert attention_left_out().startswith("DIFFUSERS_ATTN_BACKEND=sage is left out")
+    assert main(["--version"]) == 0 and not attention_left_out()
